@@ -1,0 +1,31 @@
+"""The one exception for what a user can get wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake that the caller can mend: one line that says what, where and what is allowed.
+
+    Jobs print it on standard error and exit with status 2; every other exception is a defect
+    of this project and keeps its traceback.
+    """
+
+
+def unknown(what: str, given: object, allowed: Iterable[str]) -> UserError:
+    """Builds the error for a name that is not among the allowed ones.
+
+    Args:
+        what: what the name is for, such as ``--model``.
+        given: what was given.
+        allowed: every name that would have been accepted.
+
+    Returns:
+        The error to raise; it lists the allowed names and the nearest one.
+    """
+    names = list(allowed)
+    near = difflib.get_close_matches(str(given), names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return UserError(f"{what}: {str(given)!r} is not one of {', '.join(names)}{hint}")

@@ -1,0 +1,192 @@
+"""Files on any file system that pyarrow reads: local paths and URIs alike.
+
+Jobs name places as strings: a local path, absolute or relative to the working directory, or a
+URI such as ``s3://bucket/folder``. Workers run in another working directory, so a place is
+made absolute once, by the job, with `absolute`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from fer_ray.errors import UserError
+
+_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
+_PLAIN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$")
+
+
+def is_uri(place: str) -> bool:
+    """Whether a place is a URI and not a local path."""
+    return bool(_SCHEME.match(place))
+
+
+def absolute(place: str) -> str:
+    """A local path made absolute (``~`` expanded); a URI as it is, without a closing slash."""
+    if is_uri(place):
+        return place.rstrip("/")
+    return str(Path(place).expanduser().absolute())
+
+
+def join(place: str, *parts: str) -> str:
+    """A place below another."""
+    return "/".join([place.rstrip("/"), *parts])
+
+
+def name_of(place: str) -> str:
+    """The last component of a place."""
+    return place.rstrip("/").rsplit("/", 1)[-1]
+
+
+def parent_of(place: str) -> str:
+    """The place that holds another."""
+    return place.rstrip("/").rsplit("/", 1)[0]
+
+
+def check_name(what: str, name: str) -> str:
+    """Returns `name` if it is a plain name (one path component), else raises `UserError`."""
+    if not _PLAIN_NAME.match(name):
+        raise UserError(
+            f"{what}: {name!r} is not a plain name: letters, digits and . _ = + - only, "
+            "a letter or digit first"
+        )
+    return name
+
+
+def filesystem(place: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a place and the path within it.
+
+    Raises:
+        UserError: for a URI whose scheme pyarrow does not know.
+    """
+    place = absolute(place)
+    if not is_uri(place):
+        return pafs.LocalFileSystem(), place
+    try:
+        return pafs.FileSystem.from_uri(place)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{place}: {error}".splitlines()[0]) from error
+
+
+def exists(place: str) -> bool:
+    """Whether a file or folder is there."""
+    fs, path = filesystem(place)
+    return fs.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def is_directory(place: str) -> bool:
+    """Whether a folder is there."""
+    fs, path = filesystem(place)
+    return fs.get_file_info(path).type == pafs.FileType.Directory
+
+
+def list_names(place: str) -> list[str]:
+    """The sorted names directly below a folder; none where there is no such folder."""
+    fs, path = filesystem(place)
+    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in infos)
+
+
+def make_directory(place: str) -> None:
+    """Creates a folder and those above it."""
+    fs, path = filesystem(place)
+    fs.create_dir(path, recursive=True)
+
+
+def read_bytes(place: str) -> bytes:
+    """A file's content."""
+    fs, path = filesystem(place)
+    with fs.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def write_bytes(place: str, content: bytes) -> None:
+    """Writes a file whole: on a local file system under another name first, then moved."""
+    fs, path = filesystem(place)
+    fs.create_dir(parent_of(path), recursive=True)
+    target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if _is_local(fs) else path
+    with fs.open_output_stream(target) as stream:
+        stream.write(content)
+    if target != path:
+        fs.move(target, path)
+
+
+def read_json(place: str) -> Any:
+    """A JSON file's value."""
+    return json.loads(read_bytes(place))
+
+
+def write_json(place: str, value: Any) -> None:
+    """Writes a value as indented JSON; not-a-number is refused, so that every reader copes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(place, f"{text}\n".encode())
+
+
+def remove(place: str) -> None:
+    """Removes a file or folder, if it is there."""
+    fs, path = filesystem(place)
+    kind = fs.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        fs.delete_dir(path)
+    elif kind == pafs.FileType.File:
+        fs.delete_file(path)
+
+
+@contextlib.contextmanager
+def staged_directory(destination: str, *, staging: str | None = None) -> Iterator[str]:
+    """A folder to write into that becomes `destination` when the block ends well.
+
+    On a local file system the folder lies beside the destination (or in `staging`, which has to
+    be on the same file system) and is renamed into place, an older destination first renamed
+    away and then deleted: a reader sees the old one or the new one. An object store cannot
+    rename: there the destination is emptied and written directly, and it is the caller's part
+    to write last the file that makes readers trust the folder. When the block fails, what was
+    written is removed.
+
+    Args:
+        destination: local path or URI of the folder.
+        staging: local folder for the unfinished one; the destination's parent by default.
+
+    Yields:
+        The place to write into; it exists and is empty.
+    """
+    destination = absolute(destination)
+    if is_uri(destination):
+        remove(destination)
+        make_directory(destination)
+        try:
+            yield destination
+        except BaseException:
+            remove(destination)
+            raise
+        return
+    target = Path(destination)
+    parent = Path(absolute(staging)) if staging else target.parent
+    token = uuid.uuid4().hex[:8]
+    unfinished = parent / f".{target.name}.unfinished-{token}"
+    unfinished.mkdir(parents=True)
+    try:
+        yield str(unfinished)
+        _swap(unfinished, target, parent / f".{target.name}.old-{token}")
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_local(fs: pafs.FileSystem) -> bool:
+    return isinstance(fs, pafs.LocalFileSystem)

@@ -1,0 +1,36 @@
+"""Fixtures that several test modules share: one Ray cluster, the real images."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_IMAGES = ROOT.parent / "shared" / "fer2013" / "facial-emotion-expressions.zip"
+
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # Ray processes would compile everything anew
+os.environ.pop("RAY_ADDRESS", None)
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A Ray cluster of this machine alone, two CPUs, started once for all tests."""
+    from fer_ray import cli
+
+    cli.start_ray(num_cpus=2)
+    import ray
+
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def real_images() -> Path:
+    """The FER-2013 zip; the test is skipped where it is absent."""
+    if not REAL_IMAGES.exists():
+        pytest.skip(f"the FER-2013 images are not at {REAL_IMAGES.relative_to(ROOT.parent)}")
+    return REAL_IMAGES
