@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import dataclasses
+import inspect
+import logging
 import os
 import sys
+import textwrap
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from fer_ray.errors import UserError, unknown
+from fer_ray.config import SECTIONS, Section, TrainConfig, flag_of
+from fer_ray.errors import JobFailed, UserError, unknown
 
+FAILED_STATUS = 1
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
 
@@ -39,6 +46,21 @@ class JobParser(argparse.ArgumentParser):
         return parsed
 
 
+class ListModels(argparse.Action):
+    """A flag that prints parameters and multiply-adds of every model and setting, and ends."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(nargs=0, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        from fer_ray import models
+
+        print(f"{'model':26}{'input':>8}{'parameters':>14}{'multiply-adds':>16}")
+        for name, size, cost in models.variants():
+            print(f"{name:26}{size:>5} px{cost.parameters:>14,}{cost.multiply_adds:>16,}")
+        parser.exit()
+
+
 def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     """An argument type: a whole number within bounds, both included."""
     allowed = f">= {minimum}" if maximum is None else f"between {minimum} and {maximum}"
@@ -55,6 +77,54 @@ def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     return convert
 
 
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every field of the training configuration, helped by its docstring."""
+    for title, section in SECTIONS.items():
+        group = parser.add_argument_group(title)
+        docs = _field_docs(section)
+        for spec in dataclasses.fields(section):
+            settings: dict[str, Any] = {"help": docs[spec.name].replace("%", "%%")}
+            if isinstance(spec.default, bool):
+                settings["action"] = argparse.BooleanOptionalAction
+            elif "allowed" in spec.metadata:
+                settings["metavar"] = "|".join(spec.metadata["allowed"])
+            else:
+                settings["type"] = _parser_of(str(spec.type))
+                settings["metavar"] = str(spec.type).split(" ")[0].upper()
+            flag = flag_of(spec)
+            group.add_argument(flag, dest=f"{title}.{spec.name}", default=spec.default, **settings)
+
+
+def config_from_flags(arguments: argparse.Namespace, *, data: str) -> TrainConfig:
+    """The training configuration that `add_config_flags`'s flags describe.
+
+    Raises:
+        UserError: for a value that is not allowed.
+    """
+    given = vars(arguments)
+    sections = {
+        title: {spec.name: given[f"{title}.{spec.name}"] for spec in dataclasses.fields(section)}
+        for title, section in SECTIONS.items()
+    }
+    return TrainConfig.from_dict({"data": data, **sections})
+
+
+def _parser_of(annotation: str) -> Callable[[str], Any]:
+    return {"int": int, "float": float, "float | None": float, "str": str}[annotation]
+
+
+def _field_docs(section: type[Section]) -> dict[str, str]:
+    """The string that stands under each field of a dataclass."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for item, following in zip(body.body, body.body[1:]):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            assert isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            docs[item.target.id] = str(following.value.value)
+    return docs
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a job: a `UserError` becomes one line and status 2, an interrupt status 130."""
     try:
@@ -63,6 +133,10 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)  # noqa: PTH119
         sys.exit(USER_ERROR_STATUS)
+    except JobFailed as error:
+        sys.stdout.flush()
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)  # noqa: PTH119
+        sys.exit(FAILED_STATUS)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED_STATUS)
@@ -81,14 +155,23 @@ def start_ray(**settings: object) -> None:
     be found is never joined by accident. Does nothing where Ray is initialized already.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # reports are polled at this interval (2 s by default): short epochs would wait for it
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # lines of progress look alike
+    # else each printed line comes twice, and the reports with all their metrics besides
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
     import ray  # takes a second: not before the arguments are known to be right
 
     if ray.is_initialized():
         return
     if not os.environ.get("RAY_ADDRESS"):
-        settings = {"address": "local", "include_dashboard": False, **settings}
-    ray.init(log_to_driver=True, **settings)
+        # nobody preempts this machine: one process less
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # with the dashboard: Ray Train asks its state API and warns each second without it
+        settings = {"address": "local", "include_dashboard": True, **settings}
+    ray.init(log_to_driver=True, logging_level=logging.ERROR, **settings)
     resources = ray.cluster_resources()
     say(
         f"ray {ray.__version__}: {len(ray.nodes())} node(s), {resources.get('CPU', 0):g} CPUs, "

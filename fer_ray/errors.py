@@ -1,4 +1,4 @@
-"""The one exception for what a user can get wrong."""
+"""The exceptions whose message is for the user: one line, no traceback."""
 
 from __future__ import annotations
 
@@ -29,3 +29,7 @@ def unknown(what: str, given: object, allowed: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return UserError(f"{what}: {str(given)!r} is not one of {', '.join(names)}{hint}")
+
+
+class JobFailed(RuntimeError):
+    """A job whose input was right but whose work failed: one line, exit status 1."""

@@ -1,0 +1,53 @@
+"""From grey bytes to probabilities: the one path that training, validation and inference share."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fer_ray.transforms import Normalizer, resize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """How a batch of images goes through a network."""
+
+    normalizer: Normalizer
+    """From bytes to numbers."""
+    input_size: int
+    """Pixels a side of what the network sees; 0: as the images are."""
+    bfloat16: bool
+    """Whether matrix products and convolutions run in bfloat16 (autocast)."""
+    flip_at_test: bool
+    """Whether `probabilities` averages each image and its mirror image."""
+
+    def logits(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Logits (N, classes) float32 of images (N, H, W) uint8 on the model's device."""
+        batch = resize(self.normalizer(images), self.input_size)
+        return self._run(model, batch)
+
+    @torch.inference_mode()
+    def probabilities(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Probabilities (N, classes) float32, each row adding up to 1, without gradients.
+
+        Args:
+            model: in evaluation mode.
+            images: (N, H, W) uint8 on the model's device.
+        """
+        batch = resize(self.normalizer(images), self.input_size)
+        result = self._run(model, batch).softmax(dim=1)
+        if self.flip_at_test:
+            result = (result + self._run(model, batch.flip(3)).softmax(dim=1)) / 2
+        return result
+
+    def _run(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        with _autocast(batch.device, self.bfloat16):
+            return model(batch).float()
+
+
+def _autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()

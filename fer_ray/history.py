@@ -1,0 +1,33 @@
+"""The history of a run: one row an epoch, derived from the checkpoint that carries it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fer_ray import storage
+
+SCHEMA = pa.schema(
+    [
+        pa.field("epoch", pa.int32(), nullable=False),
+        *(
+            pa.field(f"{split}_{metric}", pa.float64(), nullable=False)
+            for split in ("train", "validation")
+            for metric in ("loss", "accuracy", "macro_f1")
+        ),
+        pa.field("learning_rate", pa.float64(), nullable=False),
+        pa.field("images_per_s", pa.float64(), nullable=False),
+        pa.field("seconds", pa.float64(), nullable=False),
+    ]
+)
+"""The columns of ``history.parquet``."""
+
+
+def write_history(place: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes ``history.parquet`` whole: a row that is there twice or missing cannot come about."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink)
+    storage.write_bytes(place, sink.getvalue().to_pybytes())

@@ -1,0 +1,357 @@
+"""The training loop of one worker. It knows `torch.distributed` but not Ray: it reports to
+whoever calls it, so that a trainer's worker, a sweep's trial and a test share it."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fer_ray import batchnorm, checkpoint, models, optimization
+from fer_ray.checkpoint import Checkpoint
+from fer_ray.config import TrainConfig
+from fer_ray.dataset import DatasetInfo, Split
+from fer_ray.forward import Forward
+from fer_ray.labels import UNKNOWN_LABEL
+from fer_ray.metrics import accuracy, macro_f1
+from fer_ray.transforms import Augmenter, Normalizer
+
+EVALUATION_BATCH_SIZE = 256
+PROGRESS_EVERY_S = 15.0
+"""Seconds between lines of progress within an epoch."""
+
+Report = Callable[[list[dict[str, Any]], Callable[[Path], None]], None]
+"""Takes the history so far and a function that writes a checkpoint into a folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The workers that train together, seen from one of them."""
+
+    rank: int = 0
+    """This worker, from 0."""
+    size: int = 1
+    """How many there are; above 1, `torch.distributed` is initialized."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where this worker computes."""
+
+    def part(self, count: int) -> slice:
+        """This worker's contiguous part of `count` things; sizes differ by at most one."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """Adds up float64 or int64 values over all workers; the same result on each."""
+        if self.size == 1:
+            return values
+        tensor = torch.from_numpy(np.array(values)).to(self.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu().numpy()
+
+
+def train(
+    config: TrainConfig,
+    info: DatasetInfo,
+    splits: dict[str, Split],
+    *,
+    group: Group,
+    run: str,
+    report: Report,
+    provenance: dict[str, Any] | None = None,
+    resume: Checkpoint | None = None,
+) -> None:
+    """Trains to the end of the schedule, or until it is stopped early.
+
+    Args:
+        config: everything that decides the result.
+        info: the prepared data set.
+        splits: ``train`` and ``validation``, each whole, on every worker.
+        group: the workers.
+        run: the run's name, kept in its checkpoints.
+        provenance: hardware and versions, kept in its checkpoints.
+        report: called by every worker after each epoch.
+        resume: a checkpoint of the same run to go on from.
+    """
+    labels = {"run": run, "provenance": provenance or {}}
+    Trainer(config, info, splits, group=group, labels=labels, resume=resume).fit(report)
+
+
+class Trainer:
+    """The state of one worker's training."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        info: DatasetInfo,
+        splits: dict[str, Split],
+        *,
+        group: Group,
+        labels: dict[str, Any],
+        resume: Checkpoint | None,
+    ) -> None:
+        self.config, self.info, self.group, self.labels = config, info, group, labels
+        self.train_split = known(splits["train"])
+        self.validation_split = known(splits["validation"])
+        self.history = list(resume.history) if resume else []
+        self.steps_per_epoch = len(self.train_split.labels) // config.schedule.global_batch_size
+        self.forward = Forward(
+            normalizer=Normalizer(
+                normalization=config.transforms.normalization,
+                mean=info.pixel_mean,
+                std=info.pixel_std,
+            ),
+            input_size=config.model.input_size or info.image_size,
+            bfloat16=_bfloat16(config, group.device),
+            flip_at_test=config.schedule.flip_at_test,
+        )
+        self.augmenter = Augmenter(
+            config.transforms.augmentation,
+            seed=config.schedule.seed,
+            fill=round(info.pixel_mean * 255),
+        )
+        weights = optimization.class_weights(
+            np.bincount(self.train_split.labels, minlength=len(info.labels)), config.optimizer
+        )
+        self.class_weights = None if weights is None else weights.to(group.device)
+        self._last_said = time.monotonic()
+        self._build_model(resume)
+
+    def _build_model(self, resume: Checkpoint | None) -> None:
+        torch.manual_seed(self.config.schedule.seed)
+        model = models.build(
+            self.config.model, num_classes=len(self.info.labels), image_size=self.info.image_size
+        )
+        model = model.to(self.group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = optimization.WeightAverage(model, self.config.optimizer.ema_decay)
+        self.optimizer = optimization.build_optimizer(model, self.config.optimizer)
+        if resume:
+            resume.restore(model, self.average.model, self.optimizer)
+        self.model: nn.Module = model
+        self.parallel: nn.Module = model
+        if self.group.size > 1:
+            self.model = batchnorm.synchronize(model, self.group.device)
+            with warnings.catch_warnings():
+                # torch 2.15 renames the flag, the releases before do not know the new name
+                warnings.simplefilter("ignore", FutureWarning)
+                # buffers need no broadcast: the batch norms compute the same ones everywhere
+                self.parallel = nn.parallel.DistributedDataParallel(
+                    self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
+
+    def fit(self, report: Report) -> None:
+        """Runs the epochs that are left and reports each; raises `NotFinite` on every worker."""
+        while not self._finished():
+            epoch, start = len(self.history), time.perf_counter()
+            trained = self._train_epoch(epoch)
+            train_s = time.perf_counter() - start
+            validated = self.evaluate(self.validation_split)
+            # the slowest worker's clock, so that all agree on when the time is up
+            seconds = self._slowest(time.perf_counter() - start)
+            seen = self.steps_per_epoch * self.config.schedule.global_batch_size
+            self.history.append(
+                {
+                    "epoch": epoch + 1,
+                    **{f"train_{name}": value for name, value in trained.items()},
+                    **{f"validation_{name}": value for name, value in validated.items()},
+                    "learning_rate": self._learning_rate(len(self.history), 0),
+                    "images_per_s": seen / self._slowest(train_s),
+                    "seconds": seconds,
+                }
+            )
+            report(self.history, self.save)
+
+    def _finished(self) -> bool:
+        schedule, done = self.config.schedule, len(self.history)
+        if done >= schedule.epochs:
+            return True
+        if done == 0:
+            return False
+        spent_s = sum(row["seconds"] for row in self.history)
+        if schedule.time_limit_s and spent_s > schedule.time_limit_s:
+            return True
+        scores = [row[checkpoint.SCORE] for row in self.history]
+        return bool(schedule.patience) and done - 1 - int(np.argmax(scores)) >= schedule.patience
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        seed = np.random.SeedSequence((self.config.schedule.seed, epoch, self.group.rank))
+        torch.manual_seed(int(seed.generate_state(1)[0]))  # dropout
+        self.model.train()
+        device, classes = self.group.device, len(self.info.labels)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+        bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        check_every = 1 if device.type == "cpu" else 50  # reading it makes a GPU wait
+        for step, (images, targets) in enumerate(self._batches(epoch)):
+            loss, logits, finite = self._step(images, targets, epoch, step)
+            loss_sum += loss
+            confusion += torch.bincount(
+                targets * classes + logits.argmax(1), minlength=classes * classes
+            )
+            bad_step = torch.where((bad_step < 0) & ~finite, step, bad_step)
+            self._progress(epoch, step)
+            if (step + 1) % check_every == 0 or step + 1 == self.steps_per_epoch:
+                self._check_finite(epoch, int(bad_step))
+        return self._summarize(loss_sum.item(), confusion.cpu().numpy())
+
+    def _step(
+        self, images: torch.Tensor, targets: torch.Tensor, epoch: int, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One step; returns this worker's summed loss, its logits, and whether all is finite."""
+        optimizer, settings = self.optimizer, self.config.optimizer
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = self._learning_rate(epoch, step)
+        logits = self.forward.logits(self.parallel, images)
+        loss = optimization.summed_loss(
+            logits,
+            targets,
+            label_smoothing=settings.label_smoothing,
+            weights=self.class_weights,
+        )
+        optimizer.zero_grad(set_to_none=True)
+        # DistributedDataParallel averages over the workers: undo that, divide by the images
+        (loss * (self.group.size / self.config.schedule.global_batch_size)).backward()
+        limit = settings.clip_grad_norm or math.inf
+        # the norm is over gradients that the workers share: all see the same value, and with
+        # it the same verdict, without asking each other
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        optimizer.step()
+        self.average.update(self.model, epoch * self.steps_per_epoch + step)
+        return loss.detach(), logits.detach(), torch.isfinite(norm)
+
+    def _batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This worker's part of every global batch, the next one made while one trains."""
+        order = np.random.default_rng((self.config.schedule.seed, epoch)).permutation(
+            len(self.train_split.labels)
+        )
+        size = self.config.schedule.global_batch_size
+
+        def make(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+            samples = order[step * size : (step + 1) * size][self.group.part(size)]
+            images = self.augmenter(self.train_split.images[samples], samples, epoch)
+            return torch.from_numpy(images), torch.from_numpy(self.train_split.labels[samples])
+
+        device = self.group.device
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(make, 0)
+            for step in range(self.steps_per_epoch):
+                images, targets = ahead.result()
+                if step + 1 < self.steps_per_epoch:
+                    ahead = pool.submit(make, step + 1)
+                yield images.to(device), targets.to(device)
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Loss, accuracy and macro-F1 of the averaged weights over all workers' parts.
+
+        The loss is the mean negative log-likelihood in nats, without smoothing or weights.
+        """
+        device, classes = self.group.device, len(self.info.labels)
+        part = self.group.part(len(split.labels))
+        images, labels = split.images[part], split.labels[part]
+        loss_sum, confusion = 0.0, np.zeros(classes * classes, dtype=np.int64)
+        for start in range(0, len(labels), EVALUATION_BATCH_SIZE):
+            window = slice(start, start + EVALUATION_BATCH_SIZE)
+            targets = torch.from_numpy(labels[window]).to(device)
+            batch = torch.from_numpy(images[window]).to(device)
+            probabilities = self.forward.probabilities(self.average.model, batch)
+            chosen = probabilities.gather(1, targets[:, None]).clamp_min(1e-12)
+            loss_sum -= float(chosen.double().log().sum())
+            cells = targets * classes + probabilities.argmax(1)
+            confusion += torch.bincount(cells, minlength=classes * classes).cpu().numpy()
+        return self._summarize(loss_sum, confusion)
+
+    def _summarize(self, loss_sum: float, confusion: np.ndarray) -> dict[str, float]:
+        """Metrics over all workers, from this worker's sums."""
+        classes = len(self.info.labels)
+        matrix = self.group.total(confusion).reshape(classes, classes)
+        loss = float(self.group.total(np.array([loss_sum]))[0]) / int(matrix.sum())
+        return {"loss": loss, "accuracy": accuracy(matrix), "macro_f1": macro_f1(matrix)}
+
+    def save(self, folder: Path) -> None:
+        """Writes a checkpoint of the state after the last finished epoch."""
+        values = {
+            **self.labels,
+            "model": self.config.model,
+            "labels": self.info.labels,
+            "image_size": self.info.image_size,
+            "normalizer": self.forward.normalizer,
+            "flip_at_test": self.forward.flip_at_test,
+            "bfloat16": self.forward.bfloat16,
+            "epoch": len(self.history),
+            "history": self.history,
+            "config": self.config.to_dict(),
+        }
+        checkpoint.save(
+            folder,
+            values=values,
+            model=self.model,
+            average=self.average.model,
+            optimizer=self.optimizer,
+        )
+
+    def _learning_rate(self, epoch: int, step: int) -> float:
+        return optimization.learning_rate(
+            epoch * self.steps_per_epoch + step,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=self.config.schedule.epochs,
+            config=self.config.optimizer,
+        )
+
+    def _progress(self, epoch: int, step: int) -> None:
+        """Prints where a long epoch stands, from the first worker, now and then."""
+        now = time.monotonic()
+        if self.group.rank or now - self._last_said < PROGRESS_EVERY_S:
+            return
+        self._last_said = now
+        print(
+            f"epoch {epoch + 1}/{self.config.schedule.epochs}, "
+            f"step {step + 1}/{self.steps_per_epoch}",
+            flush=True,
+        )
+
+    def _slowest(self, seconds: float) -> float:
+        everyone = np.zeros(self.group.size)
+        everyone[self.group.rank] = seconds
+        return float(self.group.total(everyone).max())
+
+    def _check_finite(self, epoch: int, bad_step: int) -> None:
+        if bad_step >= 0:
+            raise NotFinite(epoch=epoch + 1, step=epoch * self.steps_per_epoch + bad_step + 1)
+
+
+class NotFinite(ArithmeticError):
+    """The loss or its gradient became infinite or not a number; raised on every worker."""
+
+    def __init__(self, *, epoch: int, step: int) -> None:
+        """Names the epoch and the step of the whole run, both from 1."""
+        super().__init__(
+            f"the loss or its gradient is not finite at step {step} (epoch {epoch}): a lower "
+            "--learning-rate, a longer --warmup-epochs or --clip-grad-norm may help"
+        )
+
+
+def known(split: Split) -> Split:
+    """A split without the images whose label is not known."""
+    keep = np.flatnonzero(split.labels != UNKNOWN_LABEL)
+    if len(keep) == len(split.labels):
+        return split
+    return Split(
+        images=split.images[keep],
+        labels=split.labels[keep],
+        image_ids=[split.image_ids[i] for i in keep],
+        pixel_sha256=[split.pixel_sha256[i] for i in keep],
+    )
+
+
+def _bfloat16(config: TrainConfig, device: torch.device) -> bool:
+    if config.schedule.precision == "auto":
+        return models.prefers_bfloat16(config.model, device)
+    return config.schedule.precision == "bfloat16"

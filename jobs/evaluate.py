@@ -1,0 +1,37 @@
+"""python jobs/evaluate.py --predictions results/predictions --runs results/runs --data data/faces
+
+Scores every run on every split, compares the runs image by image, and writes Parquet tables and
+one page, report.html, with figures, learning curves (--runs) and mistakes (--data).
+"""
+
+from __future__ import annotations
+
+from fer_ray import cli
+
+
+def main() -> None:
+    """Parses, checks, evaluates, and prints the comparison and where the report lies."""
+    parser = cli.JobParser(prog="evaluate.py", description=__doc__.partition("\n\n")[2])
+    add = parser.add_argument
+    add("--predictions", nargs="+", required=True, metavar="DIR", help="folders of predictions")
+    add("--runs", metavar="DIR", help="the runs' storage: adds learning curves")
+    add("--data", metavar="DIR", help="the prepared dataset: adds pictures of mistakes")
+    add("--output", default="results/evaluation", metavar="DIR", help="folder to write")
+    add("--baseline", metavar="RUN", help="compare with this run only, not every pair")
+    add("--bootstrap", type=cli.integer(100, 100_000), default=2_000, help="resamples")
+    add("--seed", type=cli.integer(0), default=0, help="of the resampling")
+    flags = parser.parse_args()
+
+    from fer_ray import evaluation, evaluation_tables, report, storage
+
+    output = storage.absolute(flags.output)
+    report.check_places(output, flags.runs, flags.data)
+    result = evaluation.evaluate(
+        flags.predictions, baseline=flags.baseline, resamples=flags.bootstrap, seed=flags.seed
+    )
+    page = report.publish(result, output, runs=flags.runs, data=flags.data)
+    cli.say(f"{evaluation_tables.as_text(result)}\n\n{page}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

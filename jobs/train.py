@@ -1,0 +1,38 @@
+"""python jobs/train.py --data data/fer2013 --model custom_cnn --run custom
+
+Trains one model data-parallel on Ray, or resumes the run of that name.
+"""
+
+from __future__ import annotations
+
+from fer_ray import cli
+
+
+def main() -> None:
+    parser = cli.JobParser(description=__doc__)
+    parser.add_argument("--data", required=True, metavar="DIR", help="prepared data set")
+    parser.add_argument("--run", metavar="NAME", help="name of the run; by default the model's")
+    parser.add_argument("--storage", default="results/runs", metavar="DIR", help="folder of runs")
+    parser.add_argument("--list-models", action=cli.ListModels, help="print what each costs")
+    cli.add_config_flags(parser)
+    arguments = parser.parse_args()
+    config = cli.config_from_flags(arguments, data=arguments.data)
+
+    from fer_ray import training
+
+    run = arguments.run or config.model.name
+    plan = training.plan(config, storage_place=arguments.storage, run=run)
+    if not plan.is_finished:
+        cli.start_ray()
+    result = training.fit(plan, say=cli.say)
+    best = result["best"]
+    cli.say(
+        f"best of {result['epochs']} epochs: {best['epoch']}, validation accuracy "
+        f"{best['validation_accuracy']:.2%}, macro-F1 {best['validation_macro_f1']:.4f}; "
+        f"{result['images_per_s']:,.0f} images/s, {result['wall_s']:.0f} s"
+    )
+    cli.say(plan.folder)
+
+
+if __name__ == "__main__":
+    cli.run(main)

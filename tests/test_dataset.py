@@ -1,0 +1,278 @@
+"""One picture's way to a row, and reading a prepared dataset back."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from fer_ray import dataset
+from fer_ray.errors import UserError
+from fer_ray.labels import UNKNOWN_LABEL
+
+PICTURES = hnp.arrays(np.uint8, st.tuples(st.integers(1, 70), st.integers(1, 70)))
+
+
+def encode(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@settings(max_examples=40, deadline=None)
+@given(pixels=PICTURES, kind=st.sampled_from(["PNG", "BMP", "TIFF", "PPM"]))
+def test_lossless_grey_is_decoded_to_the_same_pixels(pixels, kind):
+    assert np.array_equal(dataset.decode(encode(pixels, kind)), pixels)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@settings(max_examples=60, deadline=None)
+@given(content=st.binary(max_size=300))
+def test_arbitrary_bytes_never_raise_anything_but_a_decode_error(content):
+    for start in (b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF89a", b"II*\0"):
+        with pytest.raises(dataset.DecodeError):
+            dataset.decode(start + content)
+
+
+@settings(max_examples=40, deadline=None)
+@given(pixels=PICTURES, cut=st.floats(0, 0.9))
+def test_a_cut_file_is_never_taken_for_a_picture(pixels, cut):
+    content = encode(pixels)
+    end_of_picture = content.index(b"IDAT") + 4
+    keep = int(cut * (end_of_picture + (len(content) - end_of_picture) // 4))
+    with pytest.raises(dataset.DecodeError):
+        dataset.decode(content[:keep])
+
+
+def test_16_bits_are_scaled_and_not_cut():
+    wide = np.array([[0, 257, 32768, 65535]], np.uint16)
+    for kind in ("PNG", "TIFF", "PPM"):
+        assert dataset.decode(encode(wide, kind)).tolist() == [[0, 1, 128, 255]]
+
+
+def test_colour_becomes_luma():
+    red = np.zeros((2, 3, 3), np.uint8)
+    red[..., 0] = 255
+    assert np.all(dataset.decode(encode(red)) == 76)  # 0.299 * 255
+
+
+def test_the_exif_rotation_is_applied():
+    pixels = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: show it turned a quarter clockwise
+    assert np.array_equal(dataset.decode(encode(pixels, exif=exif)), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("mode", ["1", "LA", "P", "RGBA", "CMYK", "YCbCr", "I", "I;16"])
+def test_every_common_mode_is_decoded(mode):
+    kind = "TIFF" if mode in ("CMYK", "YCbCr", "I") else "PNG"
+    assert dataset.decode(encode(Image.new(mode, (5, 4)), kind)).shape == (4, 5)
+
+
+def test_a_decompression_bomb_is_refused_by_its_header():
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    for side in (8_000, 60_000):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+        content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        with pytest.raises(dataset.DecodeError, match="pixels"):
+            dataset.decode(content + chunk(b"IEND", b""))
+
+
+def test_reasons_are_one_plain_line():
+    jpeg = encode(np.full((48, 48), 90, np.uint8), "JPEG")
+    for content, said in [
+        (b"", "empty"),
+        (b"hello", "not an image"),
+        (jpeg[:-30], "cannot be decoded"),
+        (encode(Image.new("F", (3, 3)), "TIFF"), "floating-point"),
+        (encode(np.full((2, 2), 70_000, np.int32), "TIFF"), "more than 16 bits"),
+    ]:
+        with pytest.raises(dataset.DecodeError, match=said) as caught:
+            dataset.decode(content)
+        assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=80, deadline=None)
+@given(pixels=PICTURES, size=st.integers(8, 64))
+def test_fit_gives_the_square_within_the_picture_s_shape(pixels, size):
+    fitted = dataset.fit(pixels, size)
+    assert fitted.shape == (size, size)
+    assert fitted.dtype == np.uint8
+    height, width = pixels.shape
+    if height == width == size:
+        assert np.array_equal(fitted, pixels)
+    if max(height, width) >= size:  # area averages stay within the range, cubic ones need not
+        assert fitted.min() >= pixels.min()
+        assert fitted.max() <= pixels.max()
+
+
+@given(tone=st.integers(0, 255), height=st.integers(1, 70), width=st.integers(1, 70))
+@settings(max_examples=40, deadline=None)
+def test_fit_keeps_an_even_tone(tone, height, width):
+    assert np.all(dataset.fit(np.full((height, width), tone, np.uint8), 32) == tone)
+
+
+@given(height=st.integers(8, 70), width=st.integers(8, 70))
+@settings(max_examples=40, deadline=None)
+def test_fit_does_not_stretch_and_pads_with_the_edge(height, width):
+    """A ramp along the shorter side: the padding repeats its first and last value."""
+    ramp = np.linspace(0, 255, min(height, width)).astype(np.uint8)
+    pixels = np.empty((height, width), np.uint8)
+    pixels[:] = ramp[:, None] if height < width else ramp[None, :]
+    fitted = dataset.fit(pixels, 48).astype(int)
+    line = fitted[:, 24] if height < width else fitted[24]
+    inner = round(48 * min(height, width) / max(height, width))
+    before = (48 - inner) // 2
+    assert np.all(line[: before + 1] == line[0])
+    assert np.all(line[before + inner - 1 :] == line[-1])
+    assert np.all(np.diff(line[before : before + inner]) >= 0)
+    if inner >= 8:
+        assert line[-1] - line[0] > 180
+
+
+def test_a_shrunken_picture_is_averaged():
+    checks = np.indices((96, 96)).sum(0) % 2 * 255
+    assert np.all(np.abs(dataset.fit(checks.astype(np.uint8), 48).astype(int) - 128) <= 1)
+
+
+def test_the_pixel_hash_covers_shape_and_pixels():
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    expected = hashlib.sha256(b"3x4:" + bytes(range(12))).hexdigest()
+    assert dataset.pixel_sha256(pixels) == expected
+    assert dataset.pixel_sha256(np.asfortranarray(pixels)) == expected
+    assert dataset.pixel_sha256(pixels.reshape(4, 3)) != expected
+    assert dataset.pixel_sha256(pixels[:, ::-1]) != expected
+
+
+def write_dataset(place: Path, labels: list[str | None], *, size: int = 8, parts: int = 2) -> None:
+    """A prepared dataset written by hand, as the contract says."""
+    rng = np.random.default_rng(0)
+    files = []
+    for part, rows in enumerate(np.array_split(np.arange(len(labels)), parts)):
+        table = [
+            {
+                "image_id": f"train/{row:03}.png",
+                "split": "train",
+                "label": labels[row],
+                "image": rng.integers(0, 256, size * size, np.uint8).tobytes(),
+                "height": size,
+                "width": size,
+                "pixel_sha256": f"{row:064}",
+            }
+            for row in rows
+        ]
+        files.append(f"train/part-{part:05}.parquet")
+        (place / "train").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(table, dataset.SCHEMA), place / files[-1])
+    split = {
+        "rows": len(labels),
+        "files": files,
+        "classes": {"happy": 2, "sad": 1},
+        "unlabelled": 1,
+    }
+    info = {"format": 1, "labels": ["happy", "sad"], "image_size": size, "splits": {"train": split}}
+    info |= {"pixel_mean": 0.5, "pixel_std": 0.25, "data_sha256": "0" * 64}
+    (place / "dataset.json").write_text(json.dumps(info))
+
+
+LABELS = ["sad", None, "happy", "happy"]
+
+
+def test_a_split_reads_back_as_it_was_written(tmp_path):
+    write_dataset(tmp_path, LABELS, parts=3)
+    info = dataset.read_info(str(tmp_path))
+    split = dataset.load_split(info, "train")
+    rng = np.random.default_rng(0)
+    expected = np.stack([rng.integers(0, 256, 64, np.uint8).reshape(8, 8) for _ in LABELS])
+    assert np.array_equal(split.images, expected)
+    assert split.images.flags.writeable
+    assert split.labels.tolist() == [1, UNKNOWN_LABEL, 0, 0]
+    assert split.labels.dtype == np.int64
+    assert split.image_ids == [f"train/{row:03}.png" for row in range(4)]
+    assert split.pixel_sha256[2] == f"{2:064}"
+    assert (info.labels, info.image_size, info.split("train").rows) == (("happy", "sad"), 8, 4)
+    assert info.split("train").unlabelled == 1
+
+
+def test_a_sliced_column_is_read_from_its_own_offset():
+    column = pa.chunked_array([pa.array([bytes([row] * 4) for row in range(6)], pa.binary())])
+    assert dataset._stack(column.slice(2, 3), 2)[:, 0, 0].tolist() == [2, 3, 4]
+
+
+def test_a_relative_place_becomes_absolute(tmp_path, monkeypatch):
+    write_dataset(tmp_path / "faces", LABELS)
+    monkeypatch.chdir(tmp_path)
+    info = dataset.read_info("faces")
+    monkeypatch.chdir("/")
+    assert len(dataset.load_split(info, "train").images) == 4
+
+
+def test_a_folder_above_called_key_value_is_no_column(tmp_path):
+    write_dataset(tmp_path / "label=none" / "faces", LABELS)
+    split = dataset.load_split(dataset.read_info(f"{tmp_path}/label=none/faces"), "train")
+    assert split.labels.tolist() == [1, UNKNOWN_LABEL, 0, 0]
+
+
+def test_an_unknown_split_is_answered_with_those_there_are(tmp_path):
+    write_dataset(tmp_path, LABELS)
+    with pytest.raises(UserError, match=r"'trian' is not one of train .did you mean 'train'"):
+        dataset.load_split(dataset.read_info(str(tmp_path)), "trian")
+
+
+def test_what_is_no_prepared_dataset_says_how_to_make_one(tmp_path):
+    with pytest.raises(UserError, match=r"jobs/prepare\.py"):
+        dataset.read_info(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not valid JSON"),
+        ("{}", "damaged"),
+        ("[]", "damaged"),
+        ('{"format": 99}', "format 99"),
+    ],
+)
+def test_a_damaged_description_is_a_user_error(content, said, tmp_path):
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(UserError, match=said):
+        dataset.read_info(str(tmp_path))
+
+
+def test_parts_that_do_not_match_the_description_are_refused(tmp_path):
+    write_dataset(tmp_path, LABELS)
+    info = dataset.read_info(str(tmp_path))
+    second = tmp_path / "train" / "part-00001.parquet"
+    whole = pq.read_table(second)
+    pq.write_table(whole.slice(1), second)
+    with pytest.raises(UserError, match="has 3 rows"):
+        dataset.load_split(info, "train")
+    strange = whole.set_column(2, "label", pa.array(["joy", "joy"]))
+    pq.write_table(strange, second)
+    with pytest.raises(UserError, match="a label is not one of happy, sad"):
+        dataset.load_split(info, "train")
+    pq.write_table(whole.set_column(3, "image", pa.array([bytes(64), bytes(63)])), second)
+    with pytest.raises(UserError, match="8 x 8"):
+        dataset.load_split(info, "train")
+    second.write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="cannot be read"):
+        dataset.load_split(info, "train")
+    second.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        dataset.load_split(info, "train")

@@ -1,0 +1,378 @@
+"""From a source to a prepared dataset: everything accounted for, the same on any machine."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from fer_ray import __version__, dataset, dataset_summary, preparation, sources
+from fer_ray.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+JOB = ROOT / "jobs" / "prepare.py"
+
+
+def picture(tone: int, size: tuple[int, int] = (48, 48), kind: str = "PNG") -> bytes:
+    """A picture that is its own: other tones give other pixels."""
+    pixels = np.random.default_rng(tone).integers(0, 256, size, np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+HOSTILE = {
+    "images/train/happy/1.png": picture(1),
+    "images/train/happy/2.jpg": picture(2, kind="JPEG"),
+    "images/train/happy/same as 1.png": picture(1),
+    "images/train/sad/1 again.png": picture(1),
+    "images/train/sad/large.png": picture(3, (100, 60)),
+    "images/train/sad/cut.jpg": picture(4, kind="JPEG")[:700],
+    "images/train/sad/text.jpg": b"this is no picture",
+    "images/train/sad/empty.png": b"",
+    "images/train/.DS_Store": b"\0",
+    "images/train/loose.png": picture(5),
+    "images/readme.txt": b"about",
+    "images/validation/happy/twin.png": picture(1),
+    "images/validation/sad/2.png": picture(6),
+    "images/test/unknown.png": picture(7),
+    "images/test/sad/known.png": picture(8),
+}
+KEPT = 9
+
+
+@pytest.fixture
+def hostile(tmp_path) -> Path:
+    for path, content in HOSTILE.items():
+        target = tmp_path / "faces" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    return tmp_path / "faces"
+
+
+@pytest.fixture
+def hostile_zip(tmp_path) -> Path:
+    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
+        for path, content in HOSTILE.items():
+            archive.writestr(path, content)
+    return tmp_path / "faces.zip"
+
+
+def prepare(source: object, output: Path, **settings) -> dict:
+    plan = preparation.plan(source=str(source), output=str(output), **settings)
+    return preparation.prepare(plan, say=lambda line: None)
+
+
+def test_every_file_becomes_a_row_or_a_quarantined_one(ray_cluster, hostile, tmp_path):
+    info = prepare(hostile, tmp_path / "out")
+    rows = pd.concat(pd.read_parquet(tmp_path / "out" / split) for split in info["splits"])
+    quarantine = pd.read_parquet(tmp_path / "out" / "quarantine.parquet")
+    assert sorted([*rows["image_id"], *quarantine["path"]]) == sorted(HOSTILE)
+    assert len(rows) == KEPT
+    assert info["quarantined"] == len(quarantine)
+    reasons = dict(zip(quarantine["path"], quarantine["reason"]))
+    assert "cannot be decoded" in reasons["images/train/sad/cut.jpg"]
+    assert "not an image" in reasons["images/train/sad/text.jpg"]
+    assert "empty" in reasons["images/train/sad/empty.png"]
+    assert "class folder" in reasons["images/train/loose.png"]
+    counts = {
+        name: (split["classes"], split["unlabelled"]) for name, split in info["splits"].items()
+    }
+    assert counts == {
+        "train": ({"happy": 3, "sad": 2}, 0),
+        "validation": ({"happy": 1, "sad": 1}, 0),
+        "test": ({"happy": 0, "sad": 1}, 1),
+    }
+
+
+def test_rows_hold_the_contract(ray_cluster, hostile, tmp_path):
+    prepare(hostile, tmp_path / "out")
+    for part in (tmp_path / "out").glob("*/part-*.parquet"):
+        assert pq.read_schema(part).remove_metadata() == dataset.SCHEMA
+    info = dataset.read_info(str(tmp_path / "out"))
+    split = dataset.load_split(info, "train")
+    assert split.image_ids == sorted(split.image_ids)
+    first = dataset.decode(HOSTILE["images/train/happy/1.png"])
+    row = split.image_ids.index("images/train/happy/1.png")
+    assert np.array_equal(split.images[row], first)
+    large = dataset.decode(HOSTILE["images/train/sad/large.png"])
+    row = split.image_ids.index("images/train/sad/large.png")
+    assert np.array_equal(split.images[row], dataset.fit(large, 48))
+    assert split.pixel_sha256[row] == dataset.pixel_sha256(large)
+    assert info.pixel_mean == pytest.approx(split.images.mean() / 255, abs=1e-12)
+    assert info.pixel_std == pytest.approx(split.images.std() / 255, abs=1e-12)
+    test = dataset.load_split(info, "test")
+    assert dict(zip(test.image_ids, test.labels)) == {
+        "images/test/sad/known.png": 1,
+        "images/test/unknown.png": -1,
+    }
+
+
+def test_duplicates_are_counted_within_across_and_against_each_other(
+    ray_cluster, hostile, tmp_path
+):
+    info = prepare(hostile, tmp_path / "out")
+    assert info["duplicates"] == {
+        "groups": 1,
+        "images": 4,
+        "within": {"train": 0, "validation": 0, "test": 0},
+        "across": 1,
+        "conflicting_labels": 1,
+        "twins_in_train": {"validation": 1, "test": 0},
+    }
+
+
+def test_duplicates_against_a_case_worked_by_hand():
+    rows = [
+        {"pixel_sha256": picture, "split": split, "label": label}
+        for picture, split, label in [
+            ("a", "train", "happy"),
+            ("a", "train", "sad"),
+            ("b", "validation", "sad"),
+            ("b", "validation", "sad"),
+            ("c", "train", "sad"),
+            ("c", "test", None),
+            ("c", "test", None),
+            ("d", "train", "happy"),
+        ]
+    ]
+    assert dataset_summary.find_duplicates(rows) == {
+        "groups": 3,
+        "images": 7,
+        "within": {"train": 1, "validation": 1, "test": 0},
+        "across": 1,
+        "conflicting_labels": 1,
+        "twins_in_train": {"validation": 0, "test": 2},
+    }
+
+
+def test_folder_and_zip_agree(ray_cluster, hostile, hostile_zip, tmp_path):
+    folder = prepare(hostile, tmp_path / "from folder")
+    archive = prepare(hostile_zip, tmp_path / "from zip")
+    for key in ("data_sha256", "splits", "pixel_mean", "duplicates", "quarantined"):
+        assert folder[key] == archive[key]
+    assert (folder["source"]["kind"], archive["source"]["kind"]) == ("folder", "zip")
+    tables = [pq.read_table(tmp_path / name / "train") for name in ("from folder", "from zip")]
+    assert tables[0].equals(tables[1])
+
+
+def test_parts_and_their_number_do_not_change_the_data(ray_cluster, tmp_path, monkeypatch):
+    whole = prepare("synthetic", tmp_path / "1", num_images=90, image_size=24)
+    again = prepare("synthetic", tmp_path / "2", num_images=90, image_size=24)
+    monkeypatch.setattr(preparation, "ROWS_PER_PART", 10)
+    cut = prepare("synthetic", tmp_path / "3", num_images=90, image_size=24)
+    other = prepare("synthetic", tmp_path / "4", num_images=90, image_size=24, seed=1)
+    assert whole["data_sha256"] == again["data_sha256"] == cut["data_sha256"]
+    assert other["data_sha256"] != whole["data_sha256"]
+    assert (len(whole["splits"]["train"]["files"]), len(cut["splits"]["train"]["files"])) == (1, 8)
+    first, second = (
+        dataset.load_split(dataset.read_info(str(tmp_path / name)), "train") for name in "13"
+    )
+    assert np.array_equal(first.images, second.images)
+    assert first.image_ids == second.image_ids == sorted(first.image_ids)
+    files = [(tmp_path / name / "train" / "part-00000.parquet").read_bytes() for name in "12"]
+    assert files[0] == files[1]
+
+
+def test_large_images_come_in_smaller_parts():
+    layout = sources.Layout(
+        labels=("happy",), splits={"train": [(f"{i:03}", "happy") for i in range(200)]}, rejected=[]
+    )
+    longest = max(len(task["paths"]) for task in preparation._tasks(layout, 1024))
+    assert longest * 1024**2 <= preparation.BYTES_PER_PART
+    assert sum(len(task["paths"]) for task in preparation._tasks(layout, 1024)) == 200
+
+
+def test_dataset_json_tells_where_the_data_came_from(ray_cluster, tmp_path):
+    prepare("synthetic", tmp_path / "out", num_images=30, image_size=16, seed=5)
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert info["source"] == {"kind": "synthetic", "seed": 5, "num_images": 30}
+    assert info["versions"]["fer_ray"] == __version__
+    assert set(info["versions"]) == {"fer_ray", "ray", "pyarrow", "pillow", "numpy"}
+    assert pq.read_schema(tmp_path / "out" / "quarantine.parquet") == dataset.QUARANTINE_SCHEMA
+    assert pq.read_metadata(tmp_path / "out" / "quarantine.parquet").num_rows == 0
+
+
+def test_overwrite_replaces_the_whole_of_it(ray_cluster, tmp_path):
+    prepare("synthetic", tmp_path / "out", num_images=30, image_size=16)
+    (tmp_path / "out" / "train" / "part-99999.parquet").write_bytes(b"left over")
+    with pytest.raises(UserError, match="--overwrite replaces it"):
+        preparation.plan(source="synthetic", output=str(tmp_path / "out"))
+    prepare("synthetic", tmp_path / "out", num_images=40, image_size=16, overwrite=True)
+    assert dataset.read_info(str(tmp_path / "out")).split("train").rows == 32
+    assert not (tmp_path / "out" / "train" / "part-99999.parquet").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailingPictures:
+    """A source in which one picture fails with `error`."""
+
+    error: Exception
+    only: str | None = "2"
+
+    def layout(self) -> sources.Layout:
+        rows = [(name, "happy") for name in "123"]
+        return sources.Layout(labels=("happy",), splits={"train": rows}, rejected=[])
+
+    def grey(self, path: str) -> np.ndarray:
+        if self.only in (path, None):
+            raise self.error
+        return np.full((8, 8), int(path), np.uint8)
+
+    def describe(self) -> dict[str, str]:
+        return {"kind": "failing"}
+
+
+@pytest.fixture
+def failing(ray_cluster):
+    """`FailingPictures`, sent to workers whole: they cannot import this module."""
+    ray_cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield FailingPictures
+    ray_cluster.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def test_a_failing_preparation_leaves_what_was_there(failing, tmp_path):
+    prepare("synthetic", tmp_path / "out", num_images=30, image_size=16)
+    before = (tmp_path / "out" / "dataset.json").read_bytes()
+    plan = preparation.plan(source="synthetic", output=str(tmp_path / "out"), overwrite=True)
+    pictures = failing(error=RuntimeError("a defect"))
+    plan = replace(plan, pictures=pictures, layout=pictures.layout())
+    with pytest.raises(Exception, match="a defect"):
+        preparation.prepare(plan, say=lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "dataset.json").read_bytes() == before
+    assert dataset.load_split(dataset.read_info(str(tmp_path / "out")), "train").images.any()
+
+
+def test_no_usable_train_image_is_a_user_error(failing, tmp_path):
+    plan = preparation.plan(source="synthetic", output=str(tmp_path / "out"))
+    pictures = failing(error=dataset.DecodeError("it is green"), only=None)
+    plan = replace(plan, pictures=pictures, layout=pictures.layout())
+    with pytest.raises(UserError, match="no train image can be used: it is green"):
+        preparation.prepare(plan, say=lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_shows_every_count(ray_cluster, hostile, tmp_path):
+    lines: list[str] = []
+    plan = preparation.plan(source=str(hostile), output=str(tmp_path / "out"))
+    preparation.prepare(plan, say=lines.append)
+    cells = {line.split()[0]: line.split()[1:] for line in lines}
+    assert cells["split"] == ["happy", "sad", "unlabelled", "total"]
+    assert cells["train"] == ["3", "2", "0", "5"]
+    assert cells["test"] == ["0", "1", "1", "2"]
+    assert f"quarantined: {len(HOSTILE) - KEPT}" in lines
+    assert max(map(len, lines)) < 200
+
+
+def test_fer2013_is_counted_exactly(ray_cluster, real_images, tmp_path):
+    info = prepare(real_images, tmp_path / "out")
+    splits = info["splits"]
+    assert splits["train"]["classes"] == {
+        "angry": 3995,
+        "disgust": 436,
+        "fear": 4097,
+        "happy": 7215,
+        "neutral": 4965,
+        "sad": 4830,
+        "surprise": 3171,
+    }
+    assert list(splits["validation"]["classes"].values()) == [467, 56, 496, 895, 607, 653, 415]
+    assert (splits["train"]["rows"], splits["validation"]["rows"]) == (28709, 3589)
+    assert (round(info["pixel_mean"], 5), round(info["pixel_std"], 5)) == (0.50774, 0.25508)
+    assert info["duplicates"] == {
+        "groups": 1273,
+        "images": 2805,
+        "within": {"train": 987, "validation": 16},
+        "across": 270,
+        "conflicting_labels": 47,
+        "twins_in_train": {"validation": 280},
+    }
+    assert info["quarantined"] == 0
+    split = dataset.load_split(dataset.read_info(str(tmp_path / "out")), "train")
+    assert split.image_ids == sorted(split.image_ids)
+    assert Counter(split.labels.tolist())[1] == 436
+    row = 12345
+    with zipfile.ZipFile(real_images) as archive:
+        stored = np.array(Image.open(io.BytesIO(archive.read(split.image_ids[row]))))
+    assert np.array_equal(split.images[row], stored)
+
+
+def job(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(JOB), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_mistakes_are_one_line_and_status_2_before_ray_starts(hostile, tmp_path):
+    out = tmp_path / "out"
+    for arguments, said in [
+        (["--source", "synthetic", "--output", out, "--image-size", 4], "between 8 and 1024"),
+        (["--source", tmp_path / "absent", "--output", out], "does not exist"),
+        (["--source", "synthetic", "--output", out, "--overwite"], "--overwrite"),
+    ]:
+        done = job(*arguments)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_every_other_mistake_shows_when_the_plan_is_made(hostile, tmp_path):
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.txt").write_text("years of work")
+    out = str(tmp_path / "out")
+    for settings, said in [
+        ({"source": str(hostile), "num_images": 5}, "--num-images"),
+        ({"source": "kaggle"}, "not supported"),
+        ({"source": "fer2013.csv"}, "not supported"),
+        ({"source": "synthetic", "image_size": 2000}, "--image-size"),
+        ({"source": "synthetic", "output": str(occupied)}, "not a prepared dataset"),
+        ({"source": "synthetic", "output": str(occupied), "overwrite": True}, "never replaced"),
+        ({"source": "synthetic", "output": str(occupied / "thesis.txt")}, "is a file"),
+        ({"source": "synthetic", "output": f"{occupied}/thesis.txt/x"}, "is not a folder"),
+        ({"source": str(hostile), "output": str(hostile / "out")}, "within the other"),
+        ({"source": str(hostile / "images" / "train")}, "no train images"),
+    ]:
+        with pytest.raises(UserError, match=said) as caught:
+            preparation.plan(**{"output": out, **settings})
+        assert "\n" not in str(caught.value)
+    assert (occupied / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_terminated_job_leaves_nothing_and_the_next_one_works(ray_cluster, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(JOB), "--source", "synthetic", "--output", str(out)]
+    log = tmp_path / "log.txt"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*command, "--num-images", "200000"], stdout=stream, stderr=stream
+        )
+    try:
+        deadline = time.monotonic() + 90
+        while not list(tmp_path.glob(".out.*/train/*.parquet")):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) != 0
+    finally:
+        process.kill()
+    assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+    assert prepare("synthetic", out, num_images=20)["splits"]["train"]["rows"] == 16

@@ -1,0 +1,97 @@
+"""results/README.md: its queries run, and its columns are the columns."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import prediction_samples as samples
+import pyarrow as pa
+import pytest
+from conftest import ROOT
+
+from fer_ray import evaluation, evaluation_tables, history, predictions, report
+
+TEXT = (ROOT / "results" / "README.md").read_text()
+SQL = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+SCHEMAS = {
+    "predictions": predictions.schema(["<label>"]),
+    **evaluation_tables.SCHEMAS,
+    "history": history.SCHEMA,
+}
+TYPES = {"float": "float32", "double": "float64"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """A folder with the ``results/`` that the examples speak of."""
+    root = tmp_path_factory.mktemp("project")
+    place = root / "results" / "predictions"
+    for seed, run, skill in ((1, "custom_cnn", 2.5), (2, "sequential_cnn", 1.0)):
+        for split, failed in (("validation", [7]), ("test", [])):
+            rows = samples.random_table(seed, 300, skill=skill, run=run, split=split, failed=failed)
+            samples.save(place, rows)
+        samples.save_history(root / "results" / "runs", run)
+    result = evaluation.evaluate([str(place)], resamples=200)
+    report.publish(result, str(root / "results" / "evaluation"))
+    return root
+
+
+def query(text: str) -> pd.DataFrame:
+    with duckdb.connect() as connection:
+        return connection.sql(text.strip().rstrip(";")).df()
+
+
+@pytest.mark.parametrize("block", SQL, ids=range(len(SQL)))
+def test_sql_runs_and_finds_rows(results: Path, monkeypatch, block: str):
+    monkeypatch.chdir(results)
+    assert len(query(block)) > 0
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
+def test_python_runs(results: Path, monkeypatch, capsys, block: str):
+    monkeypatch.chdir(results)
+    exec(compile(block, "results/README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_there_is_something_to_run():
+    assert len(SQL) >= 5 and len(PYTHON) >= 2
+
+
+def test_accuracy_query_agrees_with_the_metrics(results: Path, monkeypatch):
+    monkeypatch.chdir(results)
+    block = next(block for block in SQL if "count(error) AS errors" in block)
+    found = query(block).set_index(["split", "run"]).sort_index()
+    metrics = pd.read_parquet("results/evaluation/metrics.parquet")
+    metrics = metrics.set_index(["split", "run"]).sort_index()
+    assert found["scored"].tolist() == metrics["num_scored"].tolist()
+    assert found["errors"].tolist() == metrics["num_errors"].tolist()
+    assert found["accuracy"].tolist() == pytest.approx(
+        (100 * metrics["accuracy"]).tolist(), abs=0.051
+    )
+
+
+def test_images_that_every_run_gets_wrong(results: Path, monkeypatch):
+    monkeypatch.chdir(results)
+    block = next(block for block in SQL if "bool_or(correct)" in block)
+    frames = [
+        pd.read_parquet(f"results/predictions/{run}/validation").set_index("image_id")["correct"]
+        for run in ("custom_cnn", "sequential_cnn")
+    ]
+    both = pd.concat(frames, axis=1).dropna()
+    expected = both.index[~both.astype(bool).any(axis=1)]
+    assert query(block)["image_id"].tolist() == sorted(expected)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_documented_columns_are_the_columns(name: str):
+    section = re.search(rf"\n### {name}\n(.*?)(?=\n### |\Z)", TEXT, re.DOTALL)
+    assert section, name
+    documented = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", section.group(1), re.MULTILINE)
+    schema: pa.Schema = SCHEMAS[name]
+    columns = [(field.name, TYPES.get(str(field.type), str(field.type))) for field in schema]
+    assert [(column, kind.strip()) for column, kind in documented] == columns
