@@ -35,12 +35,13 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         mean, variance, count = _global_moments(x.detach())
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)  # type: ignore[operator]
-            momentum = self.momentum
+            self.num_batches_tracked.add_(1)
             unbiased = variance * (count / max(count - 1.0, 1.0))
-            self.running_mean.lerp_(mean, momentum)  # type: ignore[union-attr, arg-type]
-            self.running_var.lerp_(unbiased, momentum)  # type: ignore[union-attr, arg-type]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
         return _Normalize.apply(x, self.weight, self.bias, mean, variance, count, self.eps)
 
 

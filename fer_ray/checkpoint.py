@@ -28,7 +28,7 @@ SCORE = "validation_accuracy"
 """The metric whose highest value makes the best checkpoint."""
 
 _INDEX = "checkpoint.json"
-_MODEL = "model.safetensors"
+MODEL = "model.safetensors"
 _TRAINING = "training.safetensors"
 
 
@@ -77,7 +77,7 @@ class Checkpoint:
     def sha256(self) -> str:
         """Identifies what the checkpoint predicts: its weights and all that goes around them."""
         around = [asdict(self.model), self.labels, self.image_size, asdict(self.normalizer)]
-        text = json.dumps([self.files[_MODEL], *around, self.flip_at_test, self.bfloat16])
+        text = json.dumps([self.files[MODEL], *around, self.flip_at_test, self.bfloat16])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -99,7 +99,7 @@ class Checkpoint:
         # the weights come from the checkpoint: nothing is to be downloaded for them
         config = ModelConfig(**{**asdict(self.model), "weights": ""})
         network = models.build(config, num_classes=len(self.labels), image_size=self.image_size)
-        network.load_state_dict(self.load_tensors(_MODEL))
+        network.load_state_dict(self.load_tensors(MODEL))
         return network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
@@ -114,7 +114,7 @@ class Checkpoint:
         tensors = self.load_tensors(_TRAINING)
         own = {key: value for key, value in tensors.items() if key.startswith("model.")}
         model.load_state_dict({key.removeprefix("model."): own[key] for key in own})
-        average.load_state_dict(self.load_tensors(_MODEL))
+        average.load_state_dict(self.load_tensors(MODEL))
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key in tensors.keys() - own.keys():
             _, index, name = key.split(".", 2)
@@ -141,7 +141,7 @@ def save(
             assert isinstance(value, torch.Tensor), f"optimizer state {name!r} is not a tensor"
             training[f"optimizer.{index}.{name}"] = value
     files = {}
-    for name, tensors in ((_MODEL, average.state_dict()), (_TRAINING, training)):
+    for name, tensors in ((MODEL, average.state_dict()), (_TRAINING, training)):
         # a copy a tensor: safetensors takes neither views nor channels_last strides
         content = safetensors.torch.save(
             {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}

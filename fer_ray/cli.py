@@ -21,20 +21,25 @@ USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names defaults, but only where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", False):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class JobParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage block; exit status 2."""
 
-    def __init__(self, **settings: object) -> None:
-        super().__init__(
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            **settings,  # type: ignore[arg-type]
-        )
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR_STATUS, f"{self.prog}: {message}\n")
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(self, args=None, namespace=None):
         """Parses, and refuses unknown flags with the nearest known one."""
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
@@ -69,8 +74,8 @@ def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            value = None  # type: ignore[assignment]
-        if value is None or value < minimum or (maximum is not None and value > maximum):
+            value = minimum - 1
+        if value < minimum or (maximum is not None and value > maximum):
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {allowed}")
         return value
 
@@ -147,7 +152,7 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
-def start_ray(**settings: object) -> None:
+def start_ray(**settings: Any) -> None:
     """Connects to the cluster that submitted this job, or starts one on this machine.
 
     An environment that names a cluster (``RAY_ADDRESS``, set by ``ray job submit``) is obeyed;

@@ -15,7 +15,9 @@ from fer_ray.config import OptimizerConfig
 from fer_ray.errors import unknown
 
 
-def class_weights(counts: Sequence[int], config: OptimizerConfig) -> torch.Tensor | None:
+def class_weights(
+    counts: Sequence[int] | np.ndarray, config: OptimizerConfig
+) -> torch.Tensor | None:
     """The loss's weight of each class.
 
     Args:

@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import logging
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ _PROGRESS_S = 2.0
 _RESULT_SCHEMA = pa.schema(
     [
         ("part", pa.string()),
-        ("path", pa.string()),
+        ("path", pa.string()),  # null: the whole source failed, `reason` says why
         ("split", pa.string()),
         ("label", pa.string()),
         ("reason", pa.string()),  # null: the file became a row
@@ -161,8 +162,8 @@ def _check_output(output: str, overwrite: bool) -> None:
             raise UserError(f"--output: {output} exists: --overwrite replaces it")
     if not storage.is_uri(output):
         above = next(path for path in Path(output).parents if path.exists())
-        if not above.is_dir():
-            raise UserError(f"--output: {above} is not a folder")
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(f"--output: {above} is not a folder that can be written to")
 
 
 def _check_apart(source: str, output: str) -> None:
@@ -211,7 +212,7 @@ def _write_parts(plan: Plan, staging: str, say: Callable[[str], None]) -> list[d
     """Lets Ray Data write every part; returns one row a file, ordered by split and path."""
     import ray
 
-    _quiet_ray_data()
+    quiet_ray_data()
     tasks = list(_tasks(plan.layout, plan.image_size))
     for split in {task["split"] for task in tasks}:
         storage.make_directory(storage.join(staging, split))
@@ -227,6 +228,8 @@ def _write_parts(plan: Plan, staging: str, say: Callable[[str], None]) -> list[d
     for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
         assert isinstance(batch, pa.Table)
         rows.extend(batch.to_pylist())
+        if rows[-1]["path"] is None:
+            raise UserError(rows[-1]["reason"])
         if time.monotonic() - said >= _PROGRESS_S or len(rows) == total:
             said = time.monotonic()
             say(f"{len(rows):,} of {total:,} images, {said - start:.0f} s")
@@ -261,7 +264,7 @@ def _write_part(batch: pa.Table, *, pictures: Pictures, staging: str, size: int)
         size: height and width of the images.
 
     Returns:
-        One row a file, without the pixels.
+        One row a file, without the pixels; a single one without a path when the source failed.
     """
     cv2.setNumThreads(1)  # Ray runs one task a CPU: more threads would only compete
     (task,) = batch.to_pylist()
@@ -274,21 +277,28 @@ def _write_part(batch: pa.Table, *, pictures: Pictures, staging: str, size: int)
         except (sources.ReadError, dataset.DecodeError) as error:
             results.append(result | {"reason": str(error)})
             continue
+        except UserError as error:  # as a value: Ray buries exceptions in pages of its own
+            failure = {"part": task["part"], "reason": str(error)}
+            return pa.Table.from_pylist([failure], _RESULT_SCHEMA)
         row, measures = _row(result, grey, size)
         rows.append(row)
         results.append(result | measures)
     if rows:
-        fs, root = storage.filesystem(staging)
-        pq.write_table(
-            pa.Table.from_pylist(rows, dataset.SCHEMA),
-            storage.join(root, task["part"]),
-            filesystem=fs,
-            compression="zstd",
-            row_group_size=ROWS_PER_PART,
-            use_dictionary=["split", "label"],
-            write_statistics=["image_id", "split", "label"],
-        )
+        _write_rows(rows, storage.join(staging, task["part"]))
     return pa.Table.from_pylist(results, _RESULT_SCHEMA)
+
+
+def _write_rows(rows: list[dict[str, Any]], place: str) -> None:
+    fs, path = storage.filesystem(place)
+    pq.write_table(
+        pa.Table.from_pylist(rows, dataset.SCHEMA),
+        path,
+        filesystem=fs,
+        compression="zstd",
+        row_group_size=ROWS_PER_PART,
+        use_dictionary=["split", "label"],
+        write_statistics=["image_id", "split", "label"],
+    )
 
 
 def _row(result: dict[str, Any], grey: np.ndarray, size: int) -> tuple[dict, dict]:
@@ -361,8 +371,8 @@ def _summarize(plan: Plan, kept: list[dict[str, Any]], quarantined: int) -> dict
     }
 
 
-def _quiet_ray_data() -> None:
-    """Turns off Ray Data's bars and notes: `prepare` prints its own progress."""
+def quiet_ray_data() -> None:
+    """Turns off Ray Data's bars and notes: jobs print their own progress."""
     import ray
 
     context = ray.data.DataContext.get_current()

@@ -80,6 +80,7 @@ class Source:
 
         Raises:
             ReadError: for whatever prevents it, with the reason.
+            UserError: when the whole source is not there.
         """
         raise NotImplementedError
 
@@ -114,6 +115,10 @@ class FolderSource(Source):
                 _check_size(file.size())
                 return file.read()
         except (OSError, pa.ArrowException) as error:
+            if not storage.is_directory(self.place):
+                raise UserError(
+                    f"--source: {self.place} is gone, or not on all machines"
+                ) from error
             raise ReadError(f"cannot be read: {_first(error)}") from error
 
     def fingerprint(self) -> str:

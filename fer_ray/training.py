@@ -189,7 +189,7 @@ def _run_workers(plan: Plan) -> None:
             resources_per_worker=resources,
         ),
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=plan.run,
             storage_path=plan.storage,
             logging_config=LoggingConfig(log_level="ERROR"),

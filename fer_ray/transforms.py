@@ -83,7 +83,9 @@ class Augmenter:
         self._pipeline = _pipeline(preset, fill)
         self._seed = seed
 
-    def __call__(self, images: np.ndarray, samples: Sequence[int], epoch: int) -> np.ndarray:
+    def __call__(
+        self, images: np.ndarray, samples: Sequence[int] | np.ndarray, epoch: int
+    ) -> np.ndarray:
         """Changes each image at random.
 
         Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -267,6 +268,26 @@ def test_no_usable_train_image_is_a_user_error(failing, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["hostile", "hostile_zip"])
+def test_a_source_that_workers_do_not_see_is_a_user_error(ray_cluster, kind, request, tmp_path):
+    """Not a quarantine full of good files."""
+    source = request.getfixturevalue(kind)
+    plan = preparation.plan(source=str(source), output=str(tmp_path / "out"))
+    source.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="--source") as caught:
+        preparation.prepare(plan, say=lambda line: None)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_job_s_last_line_is_the_path(ray_cluster, hostile, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(JOB), "--source", "faces", "--output", "out"])
+    runpy.run_path(str(JOB), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["source"]["path"] == "faces"
+
+
 def test_the_table_shows_every_count(ray_cluster, hostile, tmp_path):
     lines: list[str] = []
     plan = preparation.plan(source=str(hostile), output=str(tmp_path / "out"))
@@ -345,7 +366,7 @@ def test_every_other_mistake_shows_when_the_plan_is_made(hostile, tmp_path):
         ({"source": "synthetic", "output": str(occupied)}, "not a prepared dataset"),
         ({"source": "synthetic", "output": str(occupied), "overwrite": True}, "never replaced"),
         ({"source": "synthetic", "output": str(occupied / "thesis.txt")}, "is a file"),
-        ({"source": "synthetic", "output": f"{occupied}/thesis.txt/x"}, "is not a folder"),
+        ({"source": "synthetic", "output": f"{occupied}/thesis.txt/x"}, "is not a folder that"),
         ({"source": str(hostile), "output": str(hostile / "out")}, "within the other"),
         ({"source": str(hostile / "images" / "train")}, "no train images"),
     ]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import warnings
@@ -78,16 +79,23 @@ def test_too_large_a_file_is_not_read(kind, tmp_path, monkeypatch):
         source.read("a.jpg")
 
 
-@BOTH
-def test_the_fingerprint_follows_the_content(kind, tmp_path):
-    names = faces("train/happy/a.jpg", "train/sad/b.jpg")
-    (tmp_path / "1").mkdir()
-    (tmp_path / "2").mkdir()
-    first = make(kind, tmp_path / "1", names).fingerprint()
-    second = make(kind, tmp_path / "2", {**names, "train/sad/b.jpg": b"longer than it was"})
+def test_a_folder_s_fingerprint_follows_paths_and_sizes(tmp_path):
+    files = faces("train/happy/a.jpg", "train/sad/b.jpg")
+
+    def fingerprint(name: str, content: dict[str, bytes]) -> str:
+        return sources.open_source(write_folder(tmp_path / name, content)).fingerprint()
+
+    first = fingerprint("1", files)
     assert len(first) == 64
-    assert first == make(kind, tmp_path / "1", names).fingerprint() or kind == "zip"
-    assert first != second.fingerprint()
+    assert fingerprint("2", files) == first
+    assert fingerprint("3", {**files, "train/sad/b.jpg": b"longer than it was before"}) != first
+    assert fingerprint("4", {**files, "train/sad/c.jpg": b""}) != first
+
+
+def test_a_zip_s_fingerprint_is_that_of_its_bytes(tmp_path):
+    path = write_zip(tmp_path / "faces.zip", faces("a.jpg"))
+    expected = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert sources.open_source(path).fingerprint() == expected
 
 
 @pytest.mark.parametrize("top", ["", "images/", "archive/images/"])

@@ -1,0 +1,316 @@
+"""Batch inference on Ray Data: a checkpoint and images in, predictions in Parquet out.
+
+The images are cut into parts by their names alone, and each part is cut into batches of one
+fixed size, so that neither the number of actors nor their order changes a bit of the result.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from fer_ray import checkpoint, dataset, predictions, sources, storage
+from fer_ray.checkpoint import Checkpoint
+from fer_ray.errors import UserError
+from fer_ray.labels import probability_column
+from fer_ray.preparation import quiet_ray_data
+
+BATCH_SIZE = 256
+"""Images of a forward pass."""
+
+IMAGES_PER_PART = 4096
+"""The most loose images of a part; a prepared data set keeps its own parts."""
+
+_PROGRESS_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A prediction whose input has been checked. Made by `plan`."""
+
+    checkpoint: Checkpoint
+    """What predicts."""
+    run: str
+    """Name of the run in the rows and in the output's path."""
+    split: str
+    """Name of the split in the rows and in the output's path."""
+    output: str
+    """The folder of all predictions: absolute place."""
+    source: sources.Source | None
+    """Where loose images are; None for a prepared data set."""
+    tasks: list[dict[str, Any]]
+    """One a part: its name, and either its Parquet file or its images' paths."""
+    rows: int
+    """How many images there are."""
+    described: dict[str, Any]
+    """What the manifest says about the input."""
+
+    @property
+    def folder(self) -> str:
+        """Where the predictions will lie."""
+        return storage.join(self.output, self.run, self.split)
+
+
+def plan(
+    *,
+    checkpoint_place: str,
+    data: str | None = None,
+    images: str | None = None,
+    split: str,
+    output: str,
+    run: str | None = None,
+) -> Plan:
+    """Checks the input and lists the images; needs no Ray.
+
+    Args:
+        checkpoint_place: a checkpoint's folder, or a run's: its best.
+        data: place of a prepared data set, of which `split` is predicted.
+        images: place of a folder or zip of face crops in any layout, instead of `data`.
+        split: the split, or for loose images the name to give them.
+        output: the folder of all predictions.
+        run: the name to predict under; by default that of the run that trained.
+
+    Raises:
+        UserError: for everything about them that is wrong.
+    """
+    if (data is None) == (images is None):
+        raise UserError("--data or --images: exactly one of the two is needed")
+    found = checkpoint.find(checkpoint_place)
+    found.load_tensors(checkpoint.MODEL)  # damaged weights are found here and not by workers
+    name = storage.check_name("--run", run or found.run)
+    storage.check_name("--split", split)
+    source = None
+    if data is not None:
+        tasks, rows, described = _prepared_tasks(data, split)
+    else:
+        assert images is not None
+        source = sources.open_source(images)
+        tasks, rows, described = _loose_tasks(source, images)
+    return Plan(
+        checkpoint=found,
+        run=name,
+        split=split,
+        output=storage.absolute(output),
+        source=source,
+        tasks=tasks,
+        rows=rows,
+        described=described,
+    )
+
+
+def _prepared_tasks(data: str, split: str) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
+    info = dataset.read_info(data)
+    part = info.split(split)
+    if not part.rows:
+        raise UserError(f"--split: {split} of {info.place} has no images")
+    tasks = [
+        {"part": f"part-{number:05d}.parquet", "file": storage.join(info.place, file)}
+        for number, file in enumerate(part.files)
+    ]
+    return tasks, part.rows, {"data": info.place, "data_sha256": info.data_sha256}
+
+
+def _loose_tasks(
+    source: sources.Source, given: str
+) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
+    files, rejected = sources.list_files(source)
+    if not files:
+        raise UserError(f"--images: {given} holds no files to predict")
+    paths = [entry.path for entry in files]
+    tasks = [
+        {"part": f"part-{number:05d}.parquet", "paths": paths[start : start + IMAGES_PER_PART]}
+        for number, start in enumerate(range(0, len(paths), IMAGES_PER_PART))
+    ]
+    skipped = [asdict(one) for one in rejected]
+    return tasks, len(paths), {"images": given, "skipped": skipped}
+
+
+def predict(
+    plan: Plan,
+    *,
+    num_actors: int = 0,
+    use_gpu: bool = False,
+    say: Callable[[str], None] = print,
+) -> str:
+    """Predicts every image once and writes the result, whole or not at all.
+
+    Args:
+        plan: from `plan`.
+        num_actors: processes that predict; 0: one a GPU with `use_gpu`, else one a CPU.
+        use_gpu: whether each has a GPU.
+        say: takes lines of progress.
+
+    Returns:
+        The folder of the predictions. Predictions that were there before are replaced.
+    """
+    start = time.perf_counter()
+    actors = _count_actors(plan, num_actors, use_gpu)
+    say(
+        f"predicting {plan.rows:,} images of {plan.split} with {plan.run} "
+        f"({plan.checkpoint.model.name}, epoch {plan.checkpoint.epoch}) on {actors} actor(s)"
+    )
+    if skipped := plan.described.get("skipped"):
+        say(f"{len(skipped)} files are no pictures and are listed in the manifest")
+    # the unfinished folder lies beside the output, not below it: readers of all predictions
+    # must not meet it
+    with storage.staged_directory(plan.folder, staging=storage.parent_of(plan.output)) as staging:
+        errors = _write_parts(plan, staging, actors=actors, use_gpu=use_gpu, say=say)
+        predictions.write_manifest(
+            staging,
+            rows=plan.rows,
+            files=[task["part"] for task in plan.tasks],
+            labels=plan.checkpoint.labels,
+            checkpoint=plan.checkpoint.sha256,
+            config={
+                "checkpoint": plan.checkpoint.place,
+                "epoch": plan.checkpoint.epoch,
+                "batch_size": BATCH_SIZE,
+                "flip_at_test": plan.checkpoint.flip_at_test,
+                "training": plan.checkpoint.config,
+                **plan.described,
+            },
+        )
+    seconds = time.perf_counter() - start
+    say(f"{plan.rows:,} rows, {errors:,} with an error, {seconds:.1f} s")
+    return plan.folder
+
+
+def _count_actors(plan: Plan, num_actors: int, use_gpu: bool) -> int:
+    import ray
+
+    kind = "GPU" if use_gpu else "CPU"
+    has = int(ray.cluster_resources().get(kind, 0))
+    if has < max(num_actors, 1):
+        flag = "--use-gpu" if use_gpu else "--num-actors"
+        raise UserError(f"{flag}: {max(num_actors, 1)} {kind}s wanted, the cluster has {has}")
+    return num_actors or min(has, len(plan.tasks))
+
+
+def _write_parts(
+    plan: Plan, staging: str, *, actors: int, use_gpu: bool, say: Callable[[str], None]
+) -> int:
+    """Lets Ray Data write every part; returns how many rows have an error."""
+    import ray
+
+    quiet_ray_data()
+    moment = datetime.datetime.now(datetime.UTC)
+    results = ray.data.from_items(plan.tasks, override_num_blocks=len(plan.tasks)).map_batches(
+        _Predictor,
+        fn_constructor_kwargs={
+            "place": plan.checkpoint.place,
+            "row": {"run": plan.run, "split": plan.split, "predicted_at": moment},
+            "source": plan.source,
+            "staging": staging,
+        },
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=0 if use_gpu else 1,
+        num_gpus=1 if use_gpu else None,
+    )
+    done = errors = 0
+    said = time.monotonic()
+    for row in results.iter_rows():
+        done, errors = done + row["rows"], errors + row["errors"]
+        if time.monotonic() - said >= _PROGRESS_S:
+            said = time.monotonic()
+            say(f"{done:,} of {plan.rows:,} images")
+    return errors
+
+
+class _Predictor:
+    """An actor that holds the network and writes parts."""
+
+    def __init__(
+        self, *, place: str, row: dict[str, Any], source: sources.Source | None, staging: str
+    ) -> None:
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.set_num_threads(1)  # one actor a CPU: more threads would only compete
+        self._checkpoint = checkpoint.read(place)
+        self._model = self._checkpoint.load_model(self._device)
+        self._forward = self._checkpoint.forward
+        self._source, self._staging = source, staging
+        self._row = {
+            **row,
+            "model": self._checkpoint.model.name,
+            "checkpoint": self._checkpoint.sha256,
+        }
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Predicts the part that one task of `Plan.tasks` names, and writes it."""
+        (task,) = batch.to_pylist()
+        if self._source is None:
+            rows, images = _read_prepared(task["file"], self._checkpoint.image_size)
+        else:
+            rows, images = _read_loose(self._source, task["paths"], self._checkpoint.image_size)
+        table = self._table(rows, self._probabilities(images))
+        fs, path = storage.filesystem(storage.join(self._staging, task["part"]))
+        pq.write_table(table, path, filesystem=fs, compression="zstd")
+        errors = sum(row["error"] is not None for row in rows)
+        return pa.table({"rows": [len(rows)], "errors": [errors]})
+
+    def _probabilities(self, images: np.ndarray) -> np.ndarray:
+        """(N, classes) float32 of (N, S, S) uint8."""
+        found = [np.zeros((0, len(self._checkpoint.labels)), dtype=np.float32)]
+        for start in range(0, len(images), BATCH_SIZE):
+            batch = torch.from_numpy(images[start : start + BATCH_SIZE]).to(self._device)
+            found.append(self._forward.probabilities(self._model, batch).cpu().numpy())
+        return np.concatenate(found)
+
+    def _table(self, rows: list[dict[str, Any]], probabilities: np.ndarray) -> pa.Table:
+        """The part's rows as the contract has them; `probabilities` skip rows with an error."""
+        labels = self._checkpoint.labels
+        values = iter(probabilities)
+        filled = []
+        for row in rows:
+            full = {**row, **self._row}
+            if row["error"] is None:
+                scores = next(values)
+                best = int(scores.argmax())
+                full |= {probability_column(name): s for name, s in zip(labels, scores)}
+                full |= {"predicted": labels[best], "confidence": scores[best]}
+                if row["label"] is not None:
+                    full["correct"] = row["label"] == labels[best]
+            filled.append(full)
+        return pa.Table.from_pylist(filled, predictions.schema(labels))
+
+
+def _read_prepared(file: str, size: int) -> tuple[list[dict[str, Any]], np.ndarray]:
+    fs, path = storage.filesystem(file)
+    with fs.open_input_file(path) as stream:
+        table = pq.ParquetFile(stream).read()
+    columns = table.select(["image_id", "pixel_sha256", "label"])
+    rows = [{**row, "error": None} for row in columns.to_pylist()]
+    fit = functools.partial(dataset.fit, size=size)
+    shapes = zip(
+        table["image"].to_pylist(), table["height"].to_pylist(), table["width"].to_pylist()
+    )
+    images = [fit(np.frombuffer(pixels, np.uint8).reshape(h, w)) for pixels, h, w in shapes]
+    return rows, np.stack(images)
+
+
+def _read_loose(
+    source: sources.Source, paths: list[str], size: int
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Decodes images; one that cannot be is a row with the reason and no image."""
+    rows: list[dict[str, Any]] = []
+    images = []
+    for path in paths:
+        row: dict[str, Any] = {"image_id": path, "label": None, "error": None}
+        try:
+            grey = dataset.decode(source.read(path))
+            row["pixel_sha256"] = dataset.pixel_sha256(grey)
+            images.append(dataset.fit(grey, size))
+        except (sources.ReadError, dataset.DecodeError) as error:
+            row["error"] = str(error)
+        rows.append(row)
+    return rows, np.stack(images) if images else np.zeros((0, size, size), np.uint8)
