@@ -1,0 +1,119 @@
+import json
+
+import pytest
+import small
+import torch
+
+from fer_ray import checkpoint, loop
+from fer_ray.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run's folder with the checkpoints of three epochs, and the trainer that wrote them."""
+    folder = tmp_path_factory.mktemp("run")
+    splits = {"train": small.split(48), "validation": small.split(20, seed=1)}
+    trainer = loop.Trainer(
+        small.config(schedule={"epochs": 3}, optimizer={"optimizer": "adamw"}),
+        small.info(48),
+        splits,
+        group=loop.Group(),
+        labels={"run": "tried", "provenance": {}},
+        resume=None,
+    )
+
+    def report(history, save):
+        place = folder / f"checkpoint_{len(history)}"
+        place.mkdir()
+        save(place)
+
+    trainer.fit(report)
+    return folder, trainer
+
+
+def test_no_file_is_a_pickle(saved):
+    folder, _ = saved
+    files = {file.name for file in (folder / "checkpoint_1").iterdir()}
+    assert files == {"checkpoint.json", "model.safetensors", "training.safetensors"}
+
+
+def test_a_loaded_model_predicts_what_the_trained_one_did_bit_for_bit(saved):
+    folder, trainer = saved
+    images = torch.from_numpy(small.split(9, seed=5).images)
+    expected = trainer.forward.probabilities(trainer.average.model, images)
+    read = checkpoint.read(str(folder / "checkpoint_3"))
+    model = read.load_model(torch.device("cpu"))
+    assert read.forward == trainer.forward
+    assert torch.equal(read.forward.probabilities(model, images), expected)
+
+
+def test_the_normalization_travels_exactly(saved):
+    folder, trainer = saved
+    normalizer = checkpoint.read(str(folder / "checkpoint_2")).normalizer
+    assert normalizer == trainer.forward.normalizer
+    images = torch.randint(0, 256, (4, 12, 12), dtype=torch.uint8)
+    assert torch.equal(normalizer(images), trainer.forward.normalizer(images))
+
+
+def test_a_run_stands_for_its_best_checkpoint_and_of_equals_the_first(saved, tmp_path):
+    folder, _ = saved
+    found = checkpoint.find(str(folder))
+    kept = checkpoint.in_run(str(folder))
+    assert sorted(one.epoch for one in kept) == [1, 2, 3]
+    best = max(one.score for one in kept)
+    assert found.score == best
+    assert found.epoch == min(one.epoch for one in kept if one.score == best)
+
+
+def test_restoring_gives_the_optimizer_back(saved):
+    folder, trainer = saved
+    other = loop.Trainer(
+        trainer.config,
+        trainer.info,
+        {"train": trainer.train_split, "validation": trainer.validation_split},
+        group=loop.Group(),
+        labels={"run": "tried", "provenance": {}},
+        resume=checkpoint.read(str(folder / "checkpoint_3")),
+    )
+    ours, theirs = trainer.optimizer.state_dict()["state"], other.optimizer.state_dict()["state"]
+    assert ours.keys() == theirs.keys() and len(ours) > 0
+    for index, state in ours.items():
+        for name, value in state.items():
+            assert torch.equal(value, theirs[index][name])
+
+
+def test_the_hash_tells_what_predicts_and_not_how_it_was_trained(saved):
+    folder, _ = saved
+    hashes = {checkpoint.read(str(folder / f"checkpoint_{n}")).sha256 for n in (1, 2, 3)}
+    assert len(hashes) == 3
+    place = folder / "checkpoint_1" / "checkpoint.json"
+    before, text = checkpoint.read(str(place.parent)).sha256, place.read_text()
+    value = json.loads(text)
+    try:
+        place.write_text(json.dumps({**value, "provenance": {"other": 1}}))
+        assert checkpoint.read(str(place.parent)).sha256 == before
+        value["normalizer"]["mean"] += 0.01
+        place.write_text(json.dumps(value))
+        assert checkpoint.read(str(place.parent)).sha256 != before
+    finally:
+        place.write_text(text)
+
+
+def test_what_is_not_whole_is_refused_and_passed_over(saved, tmp_path):
+    folder, _ = saved
+    copy = tmp_path / "checkpoint_1"
+    copy.mkdir()
+    for file in (folder / "checkpoint_1").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "model.safetensors").write_bytes(b"x" + (copy / "model.safetensors").read_bytes()[1:])
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.read(str(copy)).load_model(torch.device("cpu"))
+    (copy / "training.safetensors").unlink()
+    with pytest.raises(UserError, match=r"training\.safetensors is missing"):
+        checkpoint.read(str(copy))
+    assert checkpoint.in_run(str(tmp_path)) == []
+    with pytest.raises(UserError, match="no checkpoint here"):
+        checkpoint.find(str(tmp_path))
+    (copy / "checkpoint.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.read(str(copy))

@@ -1,0 +1,196 @@
+import contextlib
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fer_ray import checkpoint, loop
+from fer_ray.config import TrainConfig
+from fer_ray.labels import UNKNOWN_LABEL
+
+
+def trainer(config: TrainConfig, *, train=48, validation=21, group=None, resume=None):
+    return loop.Trainer(
+        config,
+        small.info(train),
+        {"train": small.split(train), "validation": small.split(validation, seed=1)},
+        group=group or loop.Group(),
+        labels={"run": "tried", "provenance": {}},
+        resume=resume,
+    )
+
+
+def fit(built: loop.Trainer, folder: Path | None = None, stop_after: int | None = None):
+    """Runs a trainer; returns its last state dict. `stop_after` breaks off like a crash."""
+
+    class Crash(Exception):
+        pass
+
+    def report(history, save):
+        if folder:
+            place = folder / f"checkpoint_{len(history)}"
+            place.mkdir(parents=True, exist_ok=True)
+            save(place)
+        if stop_after == len(history):
+            raise Crash
+
+    with contextlib.suppress(Crash):
+        built.fit(report)
+    return {
+        **built.model.state_dict(),
+        **{"average." + k: v for k, v in built.average.model.state_dict().items()},
+    }
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_it_learns():
+    built = trainer(small.config(schedule={"epochs": 8}), train=96)
+    fit(built)
+    assert built.history[-1]["validation_accuracy"] > 0.9
+    assert built.history[-1]["train_loss"] < built.history[0]["train_loss"]
+
+
+def test_it_overfits_one_batch():
+    config = small.config(
+        schedule={"epochs": 60, "global_batch_size": 9},
+        transforms={"augmentation": "none"},
+        optimizer={"label_smoothing": 0.0, "weight_decay": 0.0},
+    )
+    built = trainer(config, train=9)
+    fit(built)
+    assert built.history[-1]["train_loss"] < 0.05
+
+
+@pytest.mark.parametrize("model", [{"width": 4}, {"name": "sequential_cnn"}])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, model, optimizer):
+    config = small.config(model=model, schedule={"epochs": 4}, optimizer={"optimizer": optimizer})
+    whole = trainer(config)
+    expected = fit(whole)
+    fit(trainer(config), tmp_path, stop_after=2)
+    resumed = trainer(config, resume=checkpoint.read(str(tmp_path / "checkpoint_2")))
+    assert equal(fit(resumed), expected)
+    timed = {"seconds", "images_per_s"}
+    for one, other in zip(whole.history, resumed.history):
+        assert {k: v for k, v in one.items() if k not in timed} == {
+            k: v for k, v in other.items() if k not in timed
+        }
+
+
+def test_the_seed_decides_and_nothing_else():
+    first, again = fit(trainer(small.config())), fit(trainer(small.config()))
+    assert equal(first, again)
+    assert not equal(first, fit(trainer(small.config(schedule={"seed": 1}))))
+
+
+def test_every_epoch_has_another_order_that_covers_the_split():
+    built = trainer(small.config(transforms={"augmentation": "none"}))
+    # class after class, as folders are read: in that order every batch would be of one class
+    built.train_split.labels.sort()
+    epochs = []
+    for epoch in (0, 1):
+        batches = list(built._batches(epoch))
+        assert [len(targets) for _, targets in batches] == [8] * 6
+        epochs.append(np.concatenate([images.numpy() for images, _ in batches]))
+    assert not np.array_equal(*epochs)
+    seen = {image.tobytes() for image in epochs[0]}
+    assert seen == {image.tobytes() for image in built.train_split.images}
+    assert all(len(set(targets.tolist())) > 1 for _, targets in batches)
+
+
+def test_parts_are_contiguous_and_cover_everything():
+    for size in (1, 2, 3, 7):
+        parts = [np.arange(20)[loop.Group(rank=r, size=size).part(20)] for r in range(size)]
+        assert np.concatenate(parts).tolist() == list(range(20))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def worker(rank: int, port: int, size: int, folder: str, config: dict) -> None:
+    torch.set_num_threads(1)
+    if size > 1:
+        place = f"tcp://127.0.0.1:{port}"
+        dist.init_process_group("gloo", init_method=place, rank=rank, world_size=size)
+    built = trainer(TrainConfig.from_dict(config), group=loop.Group(rank=rank, size=size))
+    state = fit(built)
+    torch.save({"state": state, "history": built.history}, Path(folder) / f"{size}-{rank}.pt")
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def test_one_and_two_workers_agree_on_uneven_shards(tmp_path):
+    """A batch of 9 is 4 and 5, the 21 validation images are 10 and 11."""
+    config = small.config(
+        schedule={"epochs": 3, "global_batch_size": 9},
+        optimizer={"class_weights": "balanced", "learning_rate": 0.02},
+    ).to_dict()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    for size in (1, 2):
+        mp.spawn(worker, (port, size, str(tmp_path), config), nprocs=size)
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert equal(first["state"], second["state"])
+    for one, other, same in zip(alone["history"], first["history"], second["history"]):
+        assert other == same
+        for name, value in one.items():
+            if name not in ("seconds", "images_per_s"):
+                assert other[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
+
+
+def test_it_stops_at_the_step_that_is_not_finite():
+    config = small.config(optimizer={"learning_rate": 1.0})
+    built = trainer(config)
+    forward, calls = built.forward.logits, []
+
+    def poisoned(model, images):
+        calls.append(1)
+        return forward(model, images) * (float("nan") if len(calls) == 9 else 1.0)
+
+    object.__setattr__(built.forward, "logits", poisoned)
+    with pytest.raises(loop.NotFinite, match=r"step 9 \(epoch 2\)"):
+        fit(built)
+    assert len(built.history) == 1
+
+
+def test_early_stopping_counts_from_the_best_epoch(monkeypatch):
+    scores = iter([0.5, 0.6, 0.6, 0.55, 0.9])
+    built = trainer(small.config(schedule={"epochs": 9, "patience": 2}))
+    monkeypatch.setattr(
+        built, "evaluate", lambda split: {"loss": 1.0, "accuracy": next(scores), "macro_f1": 0.1}
+    )
+    fit(built)
+    assert len(built.history) == 4  # the best is the second, and two did not beat it
+
+
+def test_the_time_limit_ends_the_run_after_the_epoch_that_passes_it():
+    built = trainer(small.config(schedule={"epochs": 50, "time_limit_s": 1e-6}))
+    fit(built)
+    assert len(built.history) == 1
+
+
+def test_images_without_a_label_are_left_out():
+    part = small.split(12)
+    part.labels[[1, 5]] = UNKNOWN_LABEL
+    kept = loop.known(part)
+    assert len(kept.labels) == len(kept.images) == len(kept.image_ids) == 10
+    assert part.image_ids[1] not in kept.image_ids
+    assert loop.known(kept) is kept
+
+
+def test_metrics_are_those_of_all_validation_images():
+    built = trainer(small.config(), validation=700)  # more than one batch of evaluation
+    found = built.evaluate(built.validation_split)
+    images = torch.from_numpy(built.validation_split.images)
+    probabilities = built.forward.probabilities(built.average.model, images).numpy()
+    labels = built.validation_split.labels
+    assert found["accuracy"] == pytest.approx((probabilities.argmax(1) == labels).mean())
+    expected = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
+    assert found["loss"] == pytest.approx(expected, rel=1e-4)

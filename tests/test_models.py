@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from fer_ray import models
+from fer_ray.config import MODELS, ModelConfig
+from fer_ray.errors import UserError
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("size", "classes"), [(48, 7), (32, 3)])
+def test_every_model_takes_grey_images_and_gives_a_logit_a_class(name, size, classes):
+    model = models.build(ModelConfig(name=name), num_classes=classes, image_size=size).eval()
+    assert model(torch.rand(2, 1, size, size)).shape == (2, classes)
+
+
+def test_costs_by_hand():
+    """Multiply-adds of sequential_cnn at 8 pixels, convolution by convolution."""
+    model = models.build(ModelConfig(name="sequential_cnn"), num_classes=7, image_size=8)
+    convolutions = 8 * 8 * 9 * 32 + 4 * 4 * 9 * 32 * 64 + 2 * 2 * 9 * 64 * 128
+    cost = models.cost(model, 8)
+    assert cost.multiply_adds == convolutions + 128 * 128 + 128 * 7
+    weights = 9 * 32 + 32 + 9 * 32 * 64 + 64 + 9 * 64 * 128 + 128
+    assert cost.parameters == weights + 128 * 128 + 128 + 128 * 7 + 7
+
+
+def test_the_table_has_every_model_and_setting_and_full_costs_more_than_small():
+    table = {(name, size): cost for name, size, cost in models.variants()}
+    for name in MODELS:
+        assert any(title.startswith(name) for title, _ in table)
+    small, full = table["custom_cnn (small)", 48], table["custom_cnn (full)", 48]
+    assert small.parameters < full.parameters and small.multiply_adds < full.multiply_adds
+
+
+def test_width_and_depth_override_the_setting():
+    def count(**settings):
+        model = models.build(ModelConfig(**settings), num_classes=7, image_size=48)
+        return models.cost(model, 48).parameters
+
+    assert count(width=32, depth=1) == count(setting="small")
+    assert count(width=16) < count() < count(depth=2)
+
+
+def test_a_residual_block_starts_as_its_shortcut():
+    block = models.ResidualBlock(8, 8, stride=1).eval()
+    x = torch.rand(1, 8, 6, 6)
+    torch.testing.assert_close(block(x), x)
+
+
+def test_the_hidden_head_adds_a_layer():
+    plain = models.build(ModelConfig(name="efficientnet_b2"), num_classes=7, image_size=48)
+    hidden = models.build(
+        ModelConfig(name="efficientnet_b2", head="hidden"), num_classes=7, image_size=48
+    )
+    linear = [m for m in hidden.classifier if isinstance(m, torch.nn.Linear)]
+    assert [layer.out_features for layer in linear] == [256, 7]
+    assert len([m for m in plain.classifier if isinstance(m, torch.nn.Linear)]) == 1
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_published_weights_give_what_they_give_for_three_equal_channels(tmp_path, suffix):
+    from safetensors.torch import save_file
+    from torchvision.models import efficientnet_b2
+
+    published = efficientnet_b2().eval()
+    place = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save(published.state_dict(), place)
+    else:
+        save_file(published.state_dict(), place)
+    config = ModelConfig(name="efficientnet_b2", weights=str(place))
+    model = models.build(config, num_classes=7, image_size=64).eval()
+    x = torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        expected = published.features(x.expand(2, 3, 64, 64))
+        torch.testing.assert_close(model.features(x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    place = tmp_path / "weights.pth"
+    torch.save({"other": torch.zeros(1)}, place)
+    for weights in (str(place), str(tmp_path / "absent.pth")):
+        with pytest.raises(UserError, match="--weights"):
+            config = ModelConfig(name="efficientnet_b2", weights=weights)
+            models.build(config, num_classes=7, image_size=48)
+    with pytest.raises(UserError, match="no published weights"):
+        models.build(ModelConfig(weights="imagenet"), num_classes=7, image_size=48)
+
+
+def test_too_small_an_input_is_refused():
+    with pytest.raises(UserError, match="--input-size: 4"):
+        models.build(ModelConfig(name="sequential_cnn", input_size=4), num_classes=7, image_size=48)

@@ -1,0 +1,105 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fer_ray import optimization
+from fer_ray.config import OptimizerConfig
+
+
+def rates(config: OptimizerConfig, *, epochs: int = 10, steps: int = 20) -> list[float]:
+    return [
+        optimization.learning_rate(step, steps_per_epoch=steps, epochs=epochs, config=config)
+        for step in range(epochs * steps)
+    ]
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_zero():
+    found = rates(OptimizerConfig(learning_rate=0.4, warmup_epochs=2))
+    assert found[:40] == sorted(found[:40]) and found[40:] == sorted(found[40:], reverse=True)
+    assert found[40] == pytest.approx(0.4) and max(found) == found[40]
+    assert 0 < found[0] < 0.02 and found[-1] < 0.001
+    assert found[120] == pytest.approx(0.4 * (1 + math.cos(math.pi / 2)) / 2)  # half-way
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
+    assert rates(OptimizerConfig(learning_rate=0.4, warmup_epochs=0))[0] == 0.4
+
+
+@given(st.lists(st.integers(0, 500), min_size=2, max_size=9).filter(any))
+def test_class_weights_have_mean_one_over_the_images(counts):
+    for kind in ("balanced", "capped"):
+        weights = optimization.class_weights(counts, OptimizerConfig(class_weights=kind)).numpy()
+        assert (weights * counts).sum() / sum(counts) == pytest.approx(1, rel=1e-4)
+        assert np.isfinite(weights).all() and (weights[np.array(counts) == 0] == 0).all()
+
+
+def test_class_weights_by_hand():
+    balanced = optimization.class_weights([30, 10], OptimizerConfig(class_weights="balanced"))
+    torch.testing.assert_close(balanced, torch.tensor([2 / 3, 2.0]))
+    rare = OptimizerConfig(class_weights="capped", class_weight_cap=2.0)
+    uncapped = optimization.class_weights([1000, 10], OptimizerConfig(class_weights="balanced"))
+    capped = optimization.class_weights([1000, 10], rare)
+    assert uncapped[1] / uncapped[0] == pytest.approx(100)
+    assert capped[1] / capped[0] < 5
+    assert optimization.class_weights([1, 2], OptimizerConfig()) is None
+
+
+def test_the_loss_adds_up_over_the_images():
+    logits, targets = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    whole = optimization.summed_loss(logits, targets, label_smoothing=0.1, weights=None)
+    parts = sum(
+        optimization.summed_loss(
+            logits[i : i + 2], targets[i : i + 2], label_smoothing=0.1, weights=None
+        )
+        for i in (0, 2, 4)
+    )
+    torch.testing.assert_close(whole, parts)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay_leaves_biases_and_norms_alone(optimizer):
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
+    config = OptimizerConfig(optimizer=optimizer, weight_decay=0.5, learning_rate=0.1)
+    built = optimization.build_optimizer(model, config)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    built.step()
+    changed = {n for n, value in model.named_parameters() if not torch.equal(value, before[n])}
+    assert changed == {"0.weight"}
+
+
+def test_the_average_follows_by_hand_and_takes_batch_statistics_along():
+    model = torch.nn.BatchNorm2d(1)
+    average = optimization.WeightAverage(model, decay=0.9)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+        model.running_mean.fill_(10.0)
+        model.num_batches_tracked.fill_(4)
+    average.update(model, step=10_000)  # long after the warm-up
+    assert average.model.weight.item() == pytest.approx(0.9 * 1 + 0.1 * 3)
+    assert average.model.running_mean.item() == pytest.approx(1.0)
+    assert average.model.num_batches_tracked.item() == 4
+
+
+def test_early_averages_forget_the_first_weights_soon():
+    model = torch.nn.Linear(1, 1)
+    average = optimization.WeightAverage(model, decay=0.999)
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+    for step in range(20):
+        average.update(model, step)
+    assert average.model.weight.item() == pytest.approx(5.0, abs=0.01)
+
+
+def test_decay_zero_follows_the_model():
+    model = torch.nn.Linear(1, 1)
+    average = optimization.WeightAverage(model, decay=0.0)
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+    average.update(model, 0)
+    assert average.model.weight.item() == 5.0
