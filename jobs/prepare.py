@@ -1,4 +1,4 @@
-""".venv/bin/python jobs/prepare.py --source faces.zip --output data/faces
+"""python jobs/prepare.py --source faces.zip --output data/faces
 
 Turns a folder or zip of labelled faces, or drawn ones (--source synthetic), into a prepared
 dataset: Parquet parts for each split, dataset.json and quarantine.parquet.

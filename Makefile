@@ -1,0 +1,57 @@
+# Each target does all of the set-up itself. `make demo` and `make test` are where to begin.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := results/demo
+DEMO_TRAIN := $(BIN)/python jobs/train.py --data $(DEMO)/data --storage $(DEMO)/runs
+
+# without cached bytecode every Ray process would compile all packages anew
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help setup demo test slow lint models reference lock clean
+
+help:
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/ready ## .venv with the exact versions of requirements.lock
+
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	@echo "setting up .venv: about 3 GB to download, 6 GB on the disk"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$$(sed -n 's/^uv==\([^ ]*\).*/\1/p' requirements.lock)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: .venv/ready ## the whole path on drawn faces: prepare, train two models, predict, compare
+	rm -rf $(DEMO)
+	$(BIN)/python jobs/prepare.py --source synthetic --output $(DEMO)/data
+	$(DEMO_TRAIN) --model custom_cnn --width 16 --epochs 6
+	$(DEMO_TRAIN) --model efficientnet_b2 --epochs 3 --optimizer adamw --learning-rate 0.003
+	$(BIN)/python jobs/predict.py --checkpoint $(DEMO)/runs/custom_cnn --data $(DEMO)/data --split validation test --output $(DEMO)/predictions
+	$(BIN)/python jobs/predict.py --checkpoint $(DEMO)/runs/efficientnet_b2 --data $(DEMO)/data --split validation test --output $(DEMO)/predictions
+	$(BIN)/python jobs/evaluate.py --predictions $(DEMO)/predictions --runs $(DEMO)/runs --data $(DEMO)/data --output $(DEMO)/evaluation
+
+test: .venv/ready ## the fast tests
+	$(BIN)/pytest -m "not slow"
+
+slow: .venv/ready ## real trainings, killed processes, submitted jobs, a browser
+	$(BIN)/pytest -m slow
+
+lint: .venv/ready ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+models: .venv/ready ## parameters and multiply-adds of every model and setting
+	$(BIN)/python jobs/train.py --list-models
+
+reference: .venv/ready ## keep the results of results/ in results/reference, and the README's table
+	$(BIN)/python -m fer_ray.reference collect
+
+lock: ## resolve the newest versions into requirements.lock
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
+		--generate-hashes --no-header --upgrade --output-file requirements.lock
+
+clean: ## remove .venv and the demo's results
+	rm -rf .venv $(DEMO)

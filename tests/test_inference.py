@@ -1,0 +1,189 @@
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import small
+import torch
+from PIL import Image
+
+from fer_ray import checkpoint, inference, loop, predictions, preparation
+from fer_ray.config import TrainConfig
+from fer_ray.dataset import load_split, read_info
+from fer_ray.errors import UserError
+from fer_ray.labels import probability_column
+
+
+@pytest.fixture(scope="module")
+def data(ray_cluster, tmp_path_factory):
+    """A prepared data set of 90 drawn faces."""
+    place = str(tmp_path_factory.mktemp("data") / "faces")
+    plan = preparation.plan(source="synthetic", output=place, num_images=90)
+    preparation.prepare(plan, say=lambda line: None)
+    return read_info(place)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """The folder of a run with one checkpoint, trained for an epoch."""
+    folder = tmp_path_factory.mktemp("runs") / "tried"
+    values = small.config(schedule={"epochs": 1}).to_dict()
+    splits = {name: load_split(data, name) for name in ("train", "validation")}
+    trainer = loop.Trainer(
+        TrainConfig.from_dict(values),
+        data,
+        splits,
+        group=loop.Group(),
+        labels={"run": "tried", "provenance": {}},
+        resume=None,
+    )
+
+    def report(history, save):
+        place = folder / "checkpoint_1"
+        place.mkdir(parents=True)
+        save(place)
+
+    trainer.fit(report)
+    return folder
+
+
+def predict(folder: Path, output: Path, *, actors: int = 1, **given) -> predictions.Predictions:
+    plan = inference.plan(
+        checkpoint_place=str(folder), output=str(output), **{"split": "validation", **given}
+    )
+    return predictions.read(inference.predict(plan, num_actors=actors, say=lambda line: None))
+
+
+def direct(run: Path, images: np.ndarray) -> np.ndarray:
+    found = checkpoint.find(str(run))
+    model = found.load_model(torch.device("cpu"))
+    return found.forward.probabilities(model, torch.from_numpy(images)).numpy()
+
+
+def probabilities(found: predictions.Predictions) -> np.ndarray:
+    columns = [found.table[probability_column(label)].to_numpy() for label in found.labels]
+    return np.stack(columns, axis=1)
+
+
+def test_predictions_are_those_of_direct_calls_by_id(data, run, tmp_path):
+    found = predict(run, tmp_path / "out", data=data.place)
+    split = load_split(data, "validation")
+    rows = {name: index for index, name in enumerate(found.table["image_id"].to_pylist())}
+    order = [rows[name] for name in split.image_ids]
+    assert sorted(order) == list(range(len(split.labels)))
+    expected = direct(run, split.images)
+    np.testing.assert_allclose(probabilities(found)[order], expected, rtol=1e-5, atol=1e-6)
+    table = found.table.take(pa.array(order))
+    assert table["predicted"].to_pylist() == [data.labels[i] for i in expected.argmax(1)]
+    assert table["label"].to_pylist() == [data.labels[i] for i in split.labels]
+    assert table["correct"].to_pylist() == (expected.argmax(1) == split.labels).tolist()
+    assert table["confidence"].to_pylist() == pytest.approx(expected.max(1).tolist(), rel=1e-5)
+    assert table["pixel_sha256"].to_pylist() == split.pixel_sha256
+    assert found.checkpoint == checkpoint.find(str(run)).sha256
+
+
+def picture(seed: int, size: int = 48) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def loose(tmp_path_factory):
+    """A folder and a zip of the same 11 files, two of which are no pictures, and junk."""
+    folder = tmp_path_factory.mktemp("loose") / "faces"
+    files = {f"deep/{name}/{name}.png": picture(name) for name in range(9)}
+    files |= {"broken.png": picture(1)[:40], "text.jpg": b"hello", ".DS_Store": b"x"}
+    archive = folder.parent / "faces.zip"
+    with zipfile.ZipFile(archive, "w") as target:
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+            target.writestr(name, content)
+    return folder, archive
+
+
+def test_unreadable_images_are_rows_with_an_error(run, loose, tmp_path):
+    tables = []
+    for place in loose:
+        found = predict(run, tmp_path / place.name, images=str(place), split="images")
+        assert found.table.num_rows == 11
+        rows = {row["image_id"]: row for row in found.table.to_pylist()}
+        for name in ("broken.png", "text.jpg"):
+            row = rows[name]
+            assert row["error"] and row["predicted"] is None and row["confidence"] is None
+            assert all(row[probability_column(label)] is None for label in found.labels)
+        assert rows["deep/3/3.png"]["error"] is None
+        assert [one["path"] for one in found.manifest["config"]["skipped"]] == [".DS_Store"]
+        tables.append(found.table.drop_columns(["predicted_at"]))
+    assert tables[0].equals(tables[1])
+
+
+def test_neither_actors_nor_parts_change_a_bit(run, loose, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "IMAGES_PER_PART", 4)
+    tables = [
+        predict(run, tmp_path / str(n), images=str(loose[0]), split="x", actors=n).table
+        for n in (1, 2)
+    ]
+    drop = ["predicted_at"]
+    assert tables[0].drop_columns(drop).equals(tables[1].drop_columns(drop))
+    assert len(list((tmp_path / "1" / "tried" / "x").glob("part-*.parquet"))) == 3
+
+
+def test_a_second_run_doubles_nothing_and_leaves_nothing_unfinished(data, run, tmp_path):
+    output = tmp_path / "deep" / "predictions"
+    first = predict(run, output, data=data.place)
+    again = predict(run, output, data=data.place)
+    assert first.table.num_rows == again.table.num_rows == data.split("validation").rows
+    assert pq.read_table(output).num_rows == again.table.num_rows
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    folder = "deep/predictions/tried/validation"
+    assert left == [f"{folder}/_manifest.json", f"{folder}/part-00000.parquet"]
+
+
+def test_a_failure_leaves_the_older_predictions_alone(data, run, tmp_path, monkeypatch):
+    output = tmp_path / "predictions"
+    before = predict(run, output, data=data.place)
+
+    def fails(*arguments, **settings):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(predictions, "write_manifest", fails)
+    with pytest.raises(RuntimeError, match="disk full"):
+        predict(run, output, data=data.place)
+    assert predictions.read(str(output / "tried" / "validation")).table.equals(before.table)
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions"]
+
+
+def test_the_manifest_says_what_predicted_what(data, run, tmp_path):
+    found = predict(run, tmp_path, data=data.place, run="renamed")
+    assert found.run == "renamed"
+    config = json.loads((tmp_path / "renamed" / "validation" / "_manifest.json").read_text())
+    assert config["config"]["data_sha256"] == data.data_sha256
+    assert config["config"]["training"]["model"]["width"] == 4
+    assert config["rows"] == data.split("validation").rows
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"split": "holdout"}, "'holdout' is not one of train, validation, test"),
+        ({"images": "absent", "data": None}, "does not exist"),
+        ({"data": None}, "exactly one of the two"),
+        ({"run": "a/b"}, "not a plain name"),
+    ],
+)
+def test_wrong_input_is_refused_before_any_work(data, run, tmp_path, given, message):
+    settings = {"data": data.place, "split": "validation", **given}
+    with pytest.raises(UserError, match=message):
+        inference.plan(checkpoint_place=str(run), output=str(tmp_path), **settings)
+
+
+def test_more_actors_than_cpus_are_refused(data, run, tmp_path):
+    with pytest.raises(UserError, match="--num-actors: 99 CPUs wanted, the cluster has 2"):
+        predict(run, tmp_path, data=data.place, actors=99)

@@ -1,0 +1,230 @@
+"""Training on Ray: the fast tests plan, the slow ones fit, kill and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import small
+
+from fer_ray import checkpoint, history, preparation, training
+from fer_ray.config import TrainConfig
+from fer_ray.dataset import read_info
+from fer_ray.errors import JobFailed, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def data(ray_cluster, tmp_path_factory):
+    """A prepared data set of 400 drawn faces."""
+    place = str(tmp_path_factory.mktemp("data") / "faces")
+    plan = preparation.plan(source="synthetic", output=place, num_images=400)
+    preparation.prepare(plan, say=lambda line: None)
+    return place
+
+
+def config(data: str, **sections) -> TrainConfig:
+    values = small.config(**sections).to_dict()
+    values["schedule"].setdefault("global_batch_size", 32)
+    return TrainConfig.from_dict({**values, "data": data})
+
+
+def plan(config: TrainConfig, folder: Path, run: str = "tried") -> training.Plan:
+    return training.plan(config, storage_place=str(folder), run=run)
+
+
+def test_a_plan_checks_the_data_set(data, tmp_path):
+    with pytest.raises(UserError, match="500 is more than the 320 images of the train split"):
+        plan(config(data, schedule={"global_batch_size": 500}), tmp_path)
+    with pytest.raises(UserError, match="is not a prepared dataset"):
+        plan(config(str(tmp_path / "absent")), tmp_path)
+    with pytest.raises(UserError, match="no file at"):
+        model = {"name": "efficientnet_b2", "weights": str(tmp_path / "absent.pth")}
+        plan(config(data, model=model), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_settings_under_the_same_name_are_refused_and_shown(data, tmp_path):
+    first = plan(config(data), tmp_path)
+    assert not first.resumes
+    (tmp_path / "tried").mkdir()
+    saved = {"config": first.config.to_dict(), "data_sha256": first.info.data_sha256}
+    (tmp_path / "tried" / "config.json").write_text(json.dumps(saved))
+    assert plan(config(data), tmp_path).resumes
+    assert plan(config(data, scaling={"num_workers": 2}), tmp_path).resumes
+    with pytest.raises(UserError, match=r"schedule\.epochs: 2 -> 3"):
+        plan(config(data, schedule={"epochs": 3}), tmp_path)
+    saved["data_sha256"] = "other"
+    (tmp_path / "tried" / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="other images"):
+        plan(config(data), tmp_path)
+
+
+def test_what_can_never_be_scheduled_is_refused(data, tmp_path):
+    for scaling, message in (
+        ({"num_workers": 50}, "50 CPUs wanted, the cluster has 2"),
+        ({"use_gpu": True}, "1 GPUs wanted, the cluster has 0"),
+    ):
+        wanted = plan(config(data, scaling=scaling, schedule={"global_batch_size": 64}), tmp_path)
+        with pytest.raises(UserError, match=message):
+            training.fit(wanted, say=lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_history_is_written_whole_with_its_schema(tmp_path):
+    rows = [
+        {name: number if name == "epoch" else 0.5 for name in history.SCHEMA.names}
+        for number in (1, 2)
+    ]
+    place = str(tmp_path / "run" / "history.parquet")
+    history.write_history(place, rows)
+    history.write_history(place, rows)
+    table = pq.read_table(place)
+    assert table.schema.equals(history.SCHEMA) and table["epoch"].to_pylist() == [1, 2]
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    """The tensor files of the last checkpoint of a run."""
+    last = max(checkpoint.in_run(str(folder)), key=lambda one: one.epoch)
+    return dict(last.files)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """A run of four epochs on two workers that nothing befell: the folder and its result."""
+    folder = tmp_path_factory.mktemp("runs")
+    result = training.fit(plan(long_config(data), folder), say=lambda line: None)
+    return folder / "tried", result
+
+
+def long_config(data: str) -> TrainConfig:
+    return config(data, schedule={"epochs": 4}, scaling={"num_workers": 2})
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_contract_says(data, undisturbed):
+    folder, result = undisturbed
+    saved = json.loads((folder / "run.json").read_text())
+    assert saved == json.loads(json.dumps(result))
+    assert saved["epochs"] == 4 and saved["last"]["epoch"] == 4
+    assert saved["data_sha256"] == read_info(data).data_sha256
+    assert saved["hardware"]["threads_per_worker"] == 1 and saved["versions"]["ray"]
+    table = pq.read_table(folder / "history.parquet")
+    assert table.schema.equals(history.SCHEMA)
+    assert table["epoch"].to_pylist() == [1, 2, 3, 4]
+    scores = table["validation_accuracy"].to_pylist()
+    assert saved["best"]["validation_accuracy"] == max(scores)
+    kept = {one.epoch for one in checkpoint.in_run(str(folder))}
+    assert kept == {4, saved["best"]["epoch"]}
+    assert json.loads((folder / "config.json").read_text())["config"]["schedule"]["epochs"] == 4
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_trained_again(data, undisturbed):
+    folder, result = undisturbed
+    before = sorted(path.name for path in folder.iterdir())
+    start = time.monotonic()
+    again = training.fit(plan(long_config(data), folder.parent), say=lambda line: None)
+    assert time.monotonic() - start < 2
+    assert again == json.loads(json.dumps(result))
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def train_workers() -> list[int]:
+    """Process ids of this user's Ray Train workers that this process's cluster runs."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (process / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if name.startswith("ray::RayTrainWorker") and descends(int(process.name), os.getpid()):
+            found.append(int(process.name))
+    return found
+
+
+def descends(process: int, ancestor: int) -> bool:
+    while process > 1:
+        if process == ancestor:
+            return True
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+        except OSError:
+            return False
+        process = int(status.split("PPid:")[1].split()[0])
+    return False
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(data, undisturbed, tmp_path):
+    killed: list[int] = []
+
+    def kill_after_first_epoch() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (tmp_path / "tried/history.parquet").exists():
+            time.sleep(0.02)
+        for process in train_workers()[:1]:
+            os.kill(process, signal.SIGKILL)
+            killed.append(process)
+
+    killer = threading.Thread(target=kill_after_first_epoch)
+    killer.start()
+    result = training.fit(plan(long_config(data), tmp_path), say=lambda line: None)
+    killer.join()
+    assert killed, "no worker was there to be killed"
+    assert result["epochs"] == 4
+    table = pq.read_table(tmp_path / "tried" / "history.parquet")
+    assert table["epoch"].to_pylist() == [1, 2, 3, 4]
+    assert tensors(tmp_path / "tried") == tensors(undisturbed[0])
+
+
+@pytest.mark.slow
+def test_a_broken_off_job_goes_on_by_the_same_command(data, undisturbed, tmp_path):
+    """The driver and its whole cluster are killed; the same command then finishes the run."""
+    flags = ["--width", "4", "--epochs", "4", "--global-batch-size", "8", "--precision", "float32"]
+    flags += ["--warmup-epochs", "0.5", "--learning-rate", "0.05", "--num-workers", "2"]
+    command = [sys.executable, str(ROOT / "jobs/train.py"), "--data", data, *flags]
+    command += ["--run", "tried", "--storage", str(tmp_path)]
+    first = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not (tmp_path / "tried/history.parquet").exists():
+        assert first.poll() is None, "the job ended before its first epoch"
+        time.sleep(0.02)
+    below = [int(p.name) for p in Path("/proc").glob("[0-9]*") if descends(int(p.name), first.pid)]
+    for process in sorted(below):
+        try:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    first.wait()
+    assert not (tmp_path / "tried" / "run.json").exists(), "killed too late to show anything"
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout and "going on after epoch" in done.stdout
+    assert done.stdout.strip().splitlines()[-1] == str(tmp_path / "tried")
+    assert tensors(tmp_path / "tried") == tensors(undisturbed[0])
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_job_with_its_step(data, tmp_path):
+    hopeless = config(
+        data,
+        model={"name": "sequential_cnn"},
+        optimizer={"learning_rate": 100.0, "clip_grad_norm": 0.0, "warmup_epochs": 0},
+    )
+    start = time.monotonic()
+    with pytest.raises(JobFailed, match=r"not finite at step \d+ \(epoch 1\)"):
+        training.fit(plan(hopeless, tmp_path), say=lambda line: None)
+    assert time.monotonic() - start < 100, "it was tried again"
+    assert not (tmp_path / "tried" / "run.json").exists()
