@@ -231,9 +231,11 @@ def _section_from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     for key in values:
         if key not in names:
             raise unknown(f"{cls.__name__}", key, names)
+    # only the root's keys are sections: `OptimizerConfig` has a field `optimizer` too
     built = {
-        key: _section_from_dict(SECTIONS[key], value) if key in SECTIONS else value
+        key: _section_from_dict(SECTIONS[key], value)
+        if cls is TrainConfig and key in SECTIONS
+        else value
         for key, value in values.items()
-        if not (key in SECTIONS and cls is not TrainConfig)
     }
     return cls(**built)

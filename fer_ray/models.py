@@ -110,7 +110,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.first = ConvNorm(inputs, outputs, stride=stride)
         self.second = ConvNorm(outputs, outputs)
-        shortcut: list[nn.Module] = [nn.AvgPool2d(stride)] if stride > 1 else []
+        shortcut: list[nn.Module] = []
+        if stride > 1:
+            # rounds up as the convolution does, and is the plain mean for even sizes
+            shortcut.append(nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False))
         if stride > 1 or inputs != outputs:
             shortcut.append(ConvNorm(inputs, outputs, size=1))
         self.shortcut = nn.Sequential(*shortcut)

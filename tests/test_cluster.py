@@ -1,0 +1,339 @@
+"""On a cluster: what is uploaded, and jobs submitted to two nodes on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+import pytest
+
+from fer_ray import predictions
+from fer_ray.errors import UserError
+from fer_ray.labels import FER2013_LABELS, probability_column
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "cluster" / "local.py"
+MIB = 2**20
+IMAGES = 600
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("local_cluster", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+local = load_script()
+
+
+# ------------------------------------------------------------------ what is uploaded
+
+
+def package(root: Path, folder: Path) -> Path:
+    """The file that `ray job submit --working-dir <root>` uploads, made by Ray's own functions."""
+    from ray._private.runtime_env.packaging import create_package
+    from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
+
+    made = folder / "package.zip"
+    made.unlink(missing_ok=True)
+
+    def upload(working_dir: str, excludes: list[str], is_file: bool = False) -> None:
+        create_package(working_dir, made, include_gitignore=True, excludes=excludes)
+
+    upload_working_dir_if_needed(
+        {"working_dir": str(root)}, include_gitignore=True, upload_fn=upload
+    )
+    return made
+
+
+def test_the_working_directory_is_uploaded_without_data_results_and_caches(tmp_path):
+    made = package(ROOT, tmp_path)
+    names = zipfile.ZipFile(made).namelist()
+    assert {"fer_ray/cli.py", "fer_ray/report.html.j2", "jobs/train.py"} <= set(names)
+    assert {name.split("/")[0] for name in names if "/" in name} == {"fer_ray", "jobs"}
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
+    assert made.stat().st_size < MIB
+
+
+def test_large_files_that_appear_later_are_not_uploaded(tmp_path):
+    root = tmp_path / "root"
+    for name in ("fer_ray", "jobs"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for place in ("results/reference/runs", "data", "a new folder", ".venv/lib", ".git", "tests"):
+        (root / place).mkdir(parents=True)
+        (root / place / "large.bin").write_bytes(bytes(2 * MIB))
+    (root / "large.safetensors").write_bytes(bytes(2 * MIB))
+    (root / "my-sweep.yaml").write_text("mine: 1\n")
+    assert package(root, tmp_path).stat().st_size > MIB, "the bound would notice"
+    shutil.copy(ROOT / ".rayignore", root)
+    shutil.copy(ROOT / ".gitignore", root)
+    made = package(root, tmp_path)
+    names = zipfile.ZipFile(made).namelist()
+    assert made.stat().st_size < MIB
+    assert "my-sweep.yaml" in names and "fer_ray/cli.py" in names
+    assert not [name for name in names if "large" in name]
+
+
+# ------------------------------------------------------------------ wrong use
+
+
+def run_script(*arguments: str, **settings) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **settings)
+
+
+@pytest.fixture
+def short_folder():
+    """A folder whose path is short enough for sockets, which pytest's are not."""
+    with tempfile.TemporaryDirectory(prefix="fer", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["begin"], "'begin'"),
+        (["start", "--port", "80"], "--port: '80' is not a whole number between 1024 and 65535"),
+        (["start", "--prot", "7000"], "'--prot' is not one of"),
+        (["start", "--port", "7000", "--client-port", "7000"], "--port: 7000 is given to two"),
+        (["start", "--dir", "/tmp/" + "long" * 20], "--dir: "),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(arguments, says):
+    done = run_script(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_port_in_use_and_a_folder_of_other_files_are_refused(short_folder):
+    flags = argparse.Namespace(port=0, dashboard_port=1, client_port=2)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flags.port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port: {flags.port} is in use"):
+            local._check_ports(flags)
+    (short_folder / "head").mkdir()
+    (short_folder / "head" / "mine.txt").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        local._make_private(short_folder)
+    assert (short_folder / "head" / "mine.txt").exists()
+
+
+def test_the_token_is_private_and_new_each_time(short_folder):
+    first, second = local._new_token(short_folder), local._new_token(short_folder)
+    file = short_folder / local.TOKEN
+    assert first != second == file.read_text() and len(second) == 64
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_without_a_cluster_status_fails_and_stop_has_nothing_to_do(short_folder):
+    done = run_script("status", "--dir", str(short_folder))
+    assert (done.returncode, done.stderr) == (1, f"local.py: no cluster runs in {short_folder}\n")
+    done = run_script("stop", "--dir", str(short_folder))
+    assert (done.returncode, done.stdout) == (0, f"no cluster runs in {short_folder}\n")
+
+
+# ------------------------------------------------------------------ jobs on two nodes
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster of two nodes that the script started."""
+
+    folder: Path
+    jobs: str
+
+    @property
+    def token(self) -> str:
+        return (self.folder / local.TOKEN).read_text()
+
+    def submit(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
+        """`ray job submit` of this project, as a user would, followed to its end."""
+        ray = Path(sys.executable).parent / "ray"
+        return subprocess.run(
+            [str(ray), "job", "submit", "--working-dir", ".", "--", *command],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                **local.access(self.folder),
+                "RAY_API_SERVER_ADDRESS": self.jobs,
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=240,
+        )
+
+    def succeed(self, *command: str) -> str:
+        done = self.submit(*command)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def state_of(self, what: str) -> list[dict]:
+        request = urllib.request.Request(
+            f"{self.jobs}/api/v0/{what}", headers={"Authorization": f"Bearer {self.token}"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)["data"]["result"]["result"]
+
+    def listening(self) -> set[str]:
+        """The addresses on which the cluster's processes accept connections."""
+        found = set()
+        for process in local.processes(self.folder):
+            for connection in process.net_connections(kind="tcp"):
+                if connection.status == "LISTEN":
+                    found.add(connection.laddr.ip.removeprefix("::ffff:"))
+        return found
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    port, dashboard_port, client_port = free_ports(3)
+    folder = Path(tempfile.mkdtemp(prefix="fer", dir="/tmp")) / "c"
+    place = ["--dir", str(folder)]
+    ports = [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--client-port={client_port}"]
+    try:
+        done = run_script("start", *place, *ports)
+        assert done.returncode == 0, done.stderr
+        jobs = f"http://127.0.0.1:{dashboard_port}"
+        assert f"2 nodes alive, 4 CPUs; dashboard {jobs}\n" in done.stdout
+        assert f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={folder}/token" in done.stdout
+        yield Cluster(folder, jobs)
+    finally:
+        stopped = run_script("stop", *place)
+        left = [process.pid for process in local.processes(folder)]
+        has_token = (folder / local.TOKEN).exists()
+        shutil.rmtree(folder.parent, ignore_errors=True)
+    assert stopped.returncode == 0, stopped.stderr
+    assert not left and not has_token
+
+
+@pytest.mark.slow
+def test_prepare_train_predict_and_evaluate_on_two_nodes(cluster, tmp_path):
+    data, runs, results = (str(tmp_path / name) for name in ("faces", "runs", "predictions"))
+    prepare = ["--source", "synthetic", "--num-images", str(IMAGES), "--output", data]
+    cluster.succeed("python", "jobs/prepare.py", *prepare)
+    train = ["--data", data, "--storage", runs, "--run", "both", "--model", "custom_cnn"]
+    train += ["--width", "8", "--epochs", "1", "--global-batch-size", "64"]
+    # more than half of a node's two CPUs: one worker on each node
+    train += ["--num-workers", "2", "--cpus-per-worker", "1.5"]
+    log = cluster.succeed("python", "jobs/train.py", *train)
+    assert "epoch 1/1: train loss" in log and "Traceback" not in log
+    predict = ["--checkpoint", f"{runs}/both", "--data", data, "--split", "validation", "test"]
+    cluster.succeed("python", "jobs/predict.py", *predict, "--output", results)
+    evaluate = ["--predictions", results, "--runs", runs, "--data", data]
+    log = cluster.succeed(
+        "python", "jobs/evaluate.py", *evaluate, "--output", str(tmp_path / "evaluation")
+    )
+    assert f"{tmp_path}/evaluation/report.html" in log
+
+    workers = [a for a in cluster.state_of("actors") if a["class_name"] == "RayTrainWorker"]
+    assert len(workers) == 2 and len({worker["node_id"] for worker in workers}) == 2
+    assert cluster.listening() == {"127.0.0.1"}, "after a training too"
+    check_results(tmp_path)
+
+
+def check_results(place: Path) -> None:
+    counts = json.loads((place / "faces" / "dataset.json").read_text())["splits"]
+    assert sum(split["rows"] for split in counts.values()) == IMAGES
+    for split in ("validation", "test"):
+        frame = predictions.read(f"{place}/predictions/both/{split}").table.to_pandas()
+        prepared = pd.read_parquet(place / "faces" / split)
+        assert sorted(frame["image_id"]) == sorted(prepared["image_id"])
+        assert frame["image_id"].is_unique and len(frame) == counts[split]["rows"]
+        assert frame["error"].isna().all()
+        columns = [probability_column(label) for label in FER2013_LABELS]
+        assert frame[columns].sum(axis=1).sub(1).abs().max() < 1e-5
+    metrics = pd.read_parquet(place / "evaluation" / "metrics.parquet")
+    assert sorted(zip(metrics["run"], metrics["split"])) == [
+        ("both", "test"),
+        ("both", "validation"),
+    ]
+    assert json.loads((place / "runs" / "both" / "run.json").read_text())["num_workers"] == 2
+
+
+@pytest.mark.slow
+def test_a_wrong_flag_fails_the_job_with_one_line(cluster):
+    done = cluster.submit("python", "jobs/train.py", "--data", "/nowhere", "--epochs", "-3")
+    assert done.returncode != 0
+    assert "train.py: --epochs: -3 is not from 1 to 100000\n" in done.stdout
+    assert "exit code 2" in done.stdout and "Traceback" not in done.stdout
+
+
+PROBE = """
+import ray, sys, fer_ray, fer_ray.cli
+fer_ray.cli.start_ray()
+@ray.remote(num_cpus=1.5)
+def there():
+    import fer_ray, time
+    time.sleep(1)  # long enough for the second to need the other node
+    return ray.get_runtime_context().get_node_id(), fer_ray.__file__
+print("driver", sys.executable, fer_ray.__file__)
+for node, file in ray.get([there.remote(), there.remote()]):
+    print("worker", node, file)
+"""
+
+
+@pytest.mark.slow
+def test_driver_and_workers_import_the_uploaded_copy(cluster):
+    lines = cluster.succeed("python", "-c", PROBE).splitlines()
+    (driver,) = [line.split()[1:] for line in lines if line.startswith("driver ")]
+    workers = [line.split()[1:] for line in lines if line.startswith("worker ")]
+    assert driver[0] == sys.executable
+    assert len({node for node, _ in workers}) == 2
+    for file in (driver[1], *(file for _, file in workers)):
+        assert file.startswith(str(cluster.folder)) and "/_ray_pkg_" in file
+
+
+@pytest.mark.slow
+def test_requests_without_the_token_are_refused(cluster):
+    for headers, status in (({}, 401), ({"Authorization": f"Bearer {'0' * 64}"}, 403)):
+        for path in ("/api/version", "/api/jobs/", "/api/v0/nodes"):
+            request = urllib.request.Request(f"{cluster.jobs}{path}", headers=headers)
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=30)
+            assert refused.value.code == status, path
+    before = len(cluster.state_of("jobs"))
+    wrong = {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": "0" * 64}
+    done = cluster.submit("python", "-c", "print('ran')", **wrong)
+    assert done.returncode != 0 and "Invalid authentication token" in done.stdout
+    assert len(cluster.state_of("jobs")) == before
+
+
+@pytest.mark.slow
+def test_everything_listens_on_the_loopback_only(cluster):
+    assert cluster.listening() == {"127.0.0.1"}
+    assert stat.S_IMODE(cluster.folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.slow
+def test_a_second_start_is_refused_and_status_tells_how_to_use_the_first(cluster):
+    done = run_script("start", "--dir", str(cluster.folder))
+    assert done.returncode == 2 and "a cluster runs in" in done.stderr
+    done = run_script("status", "--dir", str(cluster.folder))
+    assert done.returncode == 0 and f"RAY_API_SERVER_ADDRESS={cluster.jobs}" in done.stdout
