@@ -6,6 +6,7 @@ train and the optimizer's tensors, ``checkpoint.json`` the rest and the hashes o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -171,23 +172,33 @@ def read(place: str) -> Checkpoint:
         return Checkpoint(place=place, **value)
     except FileNotFoundError as error:
         raise UserError(f"{place}: not a checkpoint: {_INDEX} is missing") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not UTF-8
         raise UserError(f"{place}: {_INDEX} is damaged: {error}") from error
 
 
 def find(place: str) -> Checkpoint:
     """The checkpoint at a place: the folder itself, or the best one of a run's folder.
 
+    Of equally good ones it is the latest, as Ray Train keeps it. One whose weights are damaged
+    (a crash may leave half a copy, written again under another name by the resumed run) is
+    passed over.
+
     Raises:
         UserError: where there is none.
     """
     place = storage.absolute(place)
+    if not storage.is_directory(place):
+        raise UserError(f"{place}: no checkpoint here: no such folder")
     if storage.exists(storage.join(place, _INDEX)):
         return read(place)
     found = in_run(place)
-    if not found:
-        raise UserError(f"{place}: no checkpoint here: give a checkpoint's or a run's folder")
-    return max(found, key=lambda checkpoint: (checkpoint.score, -checkpoint.epoch))
+    for candidate in sorted(found, key=lambda one: (one.score, one.epoch, one.place), reverse=True):
+        with contextlib.suppress(UserError):
+            candidate.load_tensors(MODEL)
+            return candidate
+    raise UserError(f"{place}: no checkpoint here: give a checkpoint's or a run's folder")
 
 
 def in_run(place: str) -> list[Checkpoint]:

@@ -11,8 +11,10 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
+from fer_ray import storage
 from fer_ray.config import SECTIONS, Section, TrainConfig, flag_of
 from fer_ray.errors import JobFailed, UserError, unknown
 
@@ -142,6 +144,10 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)  # noqa: PTH119
         sys.exit(FAILED_STATUS)
+    except OSError as error:  # the disk, the network, the storage: not this project's defects
+        sys.stdout.flush()
+        print(f"{os.path.basename(sys.argv[0])}: {error}".splitlines()[0], file=sys.stderr)  # noqa: PTH119
+        sys.exit(FAILED_STATUS)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED_STATUS)
@@ -150,6 +156,23 @@ def run(main: Callable[[], None]) -> None:
 def say(message: str) -> None:
     """Prints one line of progress at once, also where standard output is a pipe."""
     print(message, flush=True)
+
+
+def lasting(flag: str, place: str) -> str:
+    """Returns an output's place, unless it would lie in the copy that Ray made for a job.
+
+    ``ray job submit --working-dir`` runs a job in a copy of the folder, which Ray may delete.
+
+    Raises:
+        UserError: for a relative path in such a job.
+    """
+    relative = not storage.is_uri(place) and not Path(place).expanduser().is_absolute()
+    if relative and "_ray_pkg_" in str(Path.cwd()):
+        raise UserError(
+            f"{flag}: {place} would lie in Ray's temporary copy of the working directory; "
+            "give submitted jobs an absolute path or a URI"
+        )
+    return place
 
 
 def start_ray(**settings: Any) -> None:

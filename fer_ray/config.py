@@ -137,7 +137,7 @@ class ScheduleConfig(Section):
     """Images a step over all workers together."""
     patience: int = _number(0, 0, 100_000)
     """Stop after so many epochs without a better validation accuracy; 0: never."""
-    time_limit_s: float = _number(0.0, 0)
+    time_limit_s: float = _number(0.0, 0, 1e9)
     """Stop after the epoch that passes so many seconds of this run's work; 0: no limit."""
     seed: int = _number(0, 0, 2**31 - 1)
     """Decides the initial weights, the order of the images and their augmentation."""

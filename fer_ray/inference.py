@@ -11,6 +11,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def plan(
     storage.check_name("--split", split)
     source = None
     if data is not None:
-        tasks, rows, described = _prepared_tasks(data, split)
+        tasks, rows, described = _prepared_tasks(data, split, found.labels)
     else:
         assert images is not None
         source = sources.open_source(images)
@@ -107,8 +108,15 @@ def plan(
     )
 
 
-def _prepared_tasks(data: str, split: str) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
+def _prepared_tasks(
+    data: str, split: str, labels: tuple[str, ...]
+) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
     info = dataset.read_info(data)
+    if strange := set(info.labels) - set(labels):
+        raise UserError(
+            f"--data: {info.place} has labels that the checkpoint does not know: "
+            f"{', '.join(sorted(strange))} (it knows {', '.join(labels)})"
+        )
     part = info.split(split)
     if not part.rows:
         raise UserError(f"--split: {split} of {info.place} has no images")
@@ -162,7 +170,7 @@ def predict(
         say(f"{len(skipped)} files are no pictures and are listed in the manifest")
     # the unfinished folder lies beside the output, not below it: readers of all predictions
     # must not meet it
-    with storage.staged_directory(plan.folder, staging=storage.parent_of(plan.output)) as staging:
+    with storage.staged_directory(plan.folder, staging=_staging(plan.output)) as staging:
         errors = _write_parts(plan, staging, actors=actors, use_gpu=use_gpu, say=say)
         predictions.write_manifest(
             staging,
@@ -182,6 +190,13 @@ def predict(
     seconds = time.perf_counter() - start
     say(f"{plan.rows:,} rows, {errors:,} with an error, {seconds:.1f} s")
     return plan.folder
+
+
+def _staging(output: str) -> str:
+    """Where unfinished predictions lie: beside the output, unless that is another disk."""
+    if not storage.is_uri(output) and Path(output).is_mount():
+        return output  # the folder's name begins with a dot, which readers pass over
+    return storage.parent_of(output)
 
 
 def _count_actors(plan: Plan, num_actors: int, use_gpu: bool) -> int:
@@ -210,6 +225,8 @@ def _write_parts(
             "row": {"run": plan.run, "split": plan.split, "predicted_at": moment},
             "source": plan.source,
             "staging": staging,
+            # by what was asked for: Ray hides no GPU from actors that did not ask for one
+            "device": "cuda" if use_gpu else "cpu",
         },
         batch_size=1,
         batch_format="pyarrow",
@@ -231,9 +248,15 @@ class _Predictor:
     """An actor that holds the network and writes parts."""
 
     def __init__(
-        self, *, place: str, row: dict[str, Any], source: sources.Source | None, staging: str
+        self,
+        *,
+        place: str,
+        row: dict[str, Any],
+        source: sources.Source | None,
+        staging: str,
+        device: str,
     ) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device(device)
         torch.set_num_threads(1)  # one actor a CPU: more threads would only compete
         self._checkpoint = checkpoint.read(place)
         self._model = self._checkpoint.load_model(self._device)

@@ -110,7 +110,7 @@ class Trainer:
                 std=info.pixel_std,
             ),
             input_size=config.model.input_size or info.image_size,
-            bfloat16=_bfloat16(config, group.device),
+            bfloat16=self._agree_on_bfloat16(resume),
             flip_at_test=config.schedule.flip_at_test,
         )
         self.augmenter = Augmenter(
@@ -124,6 +124,11 @@ class Trainer:
         self.class_weights = None if weights is None else weights.to(group.device)
         self._last_said = time.monotonic()
         self._build_model(resume)
+
+    def _agree_on_bfloat16(self, resume: Checkpoint | None) -> bool:
+        """A resumed run keeps its precision; workers of different kinds take what all have."""
+        own = resume.bfloat16 if resume else _bfloat16(self.config, self.group.device)
+        return int(self.group.total(np.array([int(own)]))[0]) == self.group.size
 
     def _build_model(self, resume: Checkpoint | None) -> None:
         torch.manual_seed(self.config.schedule.seed)
@@ -154,6 +159,8 @@ class Trainer:
             trained = self._train_epoch(epoch)
             train_s = time.perf_counter() - start
             validated = self.evaluate(self.validation_split)
+            if not math.isfinite(validated["loss"]):  # all-reduced: the same on every worker
+                raise NotFinite(epoch=epoch + 1, step=(epoch + 1) * self.steps_per_epoch)
             # the slowest worker's clock, so that all agree on when the time is up
             seconds = self._slowest(time.perf_counter() - start)
             seen = self.steps_per_epoch * self.config.schedule.global_batch_size
@@ -193,9 +200,8 @@ class Trainer:
         for step, (images, targets) in enumerate(self._batches(epoch)):
             loss, logits, finite = self._step(images, targets, epoch, step)
             loss_sum += loss
-            confusion += torch.bincount(
-                targets * classes + logits.argmax(1), minlength=classes * classes
-            )
+            cells = targets * classes + logits.argmax(1)
+            confusion.scatter_add_(0, cells, torch.ones_like(cells))  # `bincount` makes a GPU wait
             bad_step = torch.where((bad_step < 0) & ~finite, step, bad_step)
             self._progress(epoch, step)
             if (step + 1) % check_every == 0 or step + 1 == self.steps_per_epoch:
@@ -237,7 +243,9 @@ class Trainer:
         def make(step: int) -> tuple[torch.Tensor, torch.Tensor]:
             samples = order[step * size : (step + 1) * size][self.group.part(size)]
             images = self.augmenter(self.train_split.images[samples], samples, epoch)
-            return torch.from_numpy(images), torch.from_numpy(self.train_split.labels[samples])
+            pair = torch.from_numpy(images), torch.from_numpy(self.train_split.labels[samples])
+            # pinned memory is copied to a GPU while it computes
+            return pair if device.type == "cpu" else (pair[0].pin_memory(), pair[1].pin_memory())
 
         device = self.group.device
         with ThreadPoolExecutor(1) as pool:
@@ -246,7 +254,10 @@ class Trainer:
                 images, targets = ahead.result()
                 if step + 1 < self.steps_per_epoch:
                     ahead = pool.submit(make, step + 1)
-                yield images.to(device), targets.to(device)
+                yield (
+                    images.to(device, non_blocking=True),
+                    targets.to(device, non_blocking=True),
+                )
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Loss, accuracy and macro-F1 of the averaged weights over all workers' parts.

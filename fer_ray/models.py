@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,24 @@ def build(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Modul
     return _BUILDERS[config.name](config, num_classes, config.input_size or image_size)
 
 
+def check(config: ModelConfig, *, num_classes: int, image_size: int) -> None:
+    """Finds out, without arithmetic, whether a network can be built and takes its input.
+
+    Raises:
+        UserError: for weights that are missing or do not fit, or an input size that does not.
+    """
+    if config.weights:  # downloads or reads the file once, here and not in every worker
+        build(config, num_classes=num_classes, image_size=image_size)
+    size = config.input_size or image_size
+    with torch.device("meta"), torch.no_grad():
+        plain = dataclasses.replace(config, weights="")
+        model = build(plain, num_classes=num_classes, image_size=image_size).eval()
+        try:
+            model(torch.empty(1, 1, size, size))
+        except RuntimeError as error:
+            raise UserError(f"--input-size: {size} px do not suit {config.name}") from error
+
+
 def cost(model: nn.Module, input_size: int) -> Cost:
     """Counts a network's parameters and multiply-adds for one (1, S, S) image."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -85,7 +104,7 @@ def prefers_bfloat16(config: ModelConfig, device: torch.device) -> bool:
     whose bfloat16 backward passes are several times slower than float32's (torch 2.15).
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported() and config.name != "efficientnet_b2"
 
 

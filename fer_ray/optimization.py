@@ -22,8 +22,8 @@ def class_weights(
 
     Args:
         counts: images of each class in the train split.
-        config: which weighting; ``capped`` limits the inverse frequency to
-            ``class_weight_cap`` times its mean over the images.
+        config: which weighting; ``capped`` is the inverse frequency with no weight above
+            ``class_weight_cap``.
 
     Returns:
         (classes,) float32 whose mean over the train images is 1, 0 for a class without images;
@@ -35,9 +35,24 @@ def class_weights(
     weights = np.divide(1.0, frequency, out=np.zeros_like(frequency), where=frequency > 0)
     weights *= frequency.sum() / (weights * frequency).sum()
     if config.class_weights == "capped":
-        weights = np.minimum(weights, config.class_weight_cap)
-        weights *= frequency.sum() / (weights * frequency).sum()
+        weights = _cap(weights, frequency, config.class_weight_cap)
     return torch.tensor(weights, dtype=torch.float32)
+
+
+def _cap(weights: np.ndarray, frequency: np.ndarray, cap: float) -> np.ndarray:
+    """Weights of at most `cap` with the same mean over the images.
+
+    What a capped class loses goes to the others in proportion, which may lift one of them over
+    the cap in turn: at most as many rounds as there are classes.
+    """
+    for _ in range(len(weights)):
+        over = weights >= cap
+        rest = (weights * frequency)[~over].sum()
+        if not rest:
+            break
+        left = frequency.sum() - cap * frequency[over].sum()
+        weights = np.where(over, cap, weights * left / rest)
+    return weights
 
 
 def summed_loss(

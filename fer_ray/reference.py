@@ -7,6 +7,7 @@ fer_ray.reference table`` writes the table between the README's markers.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -83,16 +84,18 @@ def table(reference: Path) -> str:
     ]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     runs = [json.loads(path.read_text()) for path in reference.glob("runs/*/run.json")]
+    runs = [run for run in runs if run["run"] in scores]
     runs.sort(key=lambda run: -scores[run["run"]]["accuracy"])
     lines += ["| " + " | ".join(_cells(run, scores[run["run"]])) + " |" for run in runs]
-    lines += ["", *_hardware(runs), "", *(_passed(reference, run["run"]) for run in runs)]
-    return "\n".join(line for line in lines if line is not None)
+    passed = [line for run in runs if (line := _passed(reference, run["run"]))]
+    return "\n".join([*lines, "", *_hardware(runs), "", *passed])
 
 
 def _cells(run: dict[str, Any], score: dict[str, Any]) -> list[str]:
     model = ModelConfig(**run["model"])
     size = model.input_size or 48
-    cost = models.cost(models.build(model, num_classes=7, image_size=48), size)
+    plain = dataclasses.replace(model, weights="")
+    cost = models.cost(models.build(plain, num_classes=7, image_size=48), size)
     name = f"`{model.name}`" + (f" ({model.setting})" if model.name == "custom_cnn" else "")
     notebook = _NOTEBOOK.get(run["run"])
     return [
@@ -130,7 +133,7 @@ def _interval(score: dict[str, Any], name: str) -> str:
 
 def _hardware(runs: list[dict[str, Any]]) -> list[str]:
     """What the runs ran on and with, each combination once."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for run in runs:
         hardware, versions = run["hardware"], run["versions"]
         device = hardware.get("gpu") or f"{hardware['processor']}, {hardware['cores']} cores"

@@ -32,23 +32,30 @@ def is_uri(place: str) -> bool:
 def absolute(place: str) -> str:
     """A local path made absolute (``~`` expanded); a URI as it is, without a closing slash."""
     if is_uri(place):
-        return place.rstrip("/")
+        return join(place)
     return str(Path(place).expanduser().absolute())
 
 
 def join(place: str, *parts: str) -> str:
-    """A place below another."""
-    return "/".join([place.rstrip("/"), *parts])
+    """A place below another; a URI's query (``?endpoint_override=…``) stays at its end."""
+    base, query = _without_query(place)
+    return "/".join([base.rstrip("/"), *parts]) + query
 
 
 def name_of(place: str) -> str:
     """The last component of a place."""
-    return place.rstrip("/").rsplit("/", 1)[-1]
+    return _without_query(place)[0].rstrip("/").rsplit("/", 1)[-1]
 
 
 def parent_of(place: str) -> str:
     """The place that holds another."""
-    return place.rstrip("/").rsplit("/", 1)[0]
+    base, query = _without_query(place)
+    return base.rstrip("/").rsplit("/", 1)[0] + query
+
+
+def _without_query(place: str) -> tuple[str, str]:
+    base, mark, query = place.partition("?") if is_uri(place) else (place, "", "")
+    return base, mark + query
 
 
 def check_name(what: str, name: str) -> str:

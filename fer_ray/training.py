@@ -8,6 +8,8 @@ The same name with the same settings goes on from the last checkpoint.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import os
 import tempfile
 import time
@@ -16,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fer_ray import provenance, storage
+from fer_ray import models, provenance, storage
 from fer_ray.config import TrainConfig, differences
 from fer_ray.dataset import DatasetInfo, load_split, read_info
 from fer_ray.errors import JobFailed, UserError
@@ -62,7 +64,7 @@ def plan(config: TrainConfig, *, storage_place: str, run: str) -> Plan:
             name exists with other settings.
     """
     storage.check_name("--run", run)
-    config = TrainConfig.from_dict({**config.to_dict(), "data": storage.absolute(config.data)})
+    config = _with_absolute_places(config)
     info = read_info(config.data)
     for split in ("train", "validation"):
         labelled = info.split(split).rows - info.split(split).unlabelled
@@ -74,12 +76,18 @@ def plan(config: TrainConfig, *, storage_place: str, run: str) -> Plan:
         raise UserError(
             f"--global-batch-size: {batch} is more than the {rows} images of the train split"
         )
-    weights = config.model.weights
-    if weights and weights != "imagenet" and not Path(weights).is_file():
-        raise UserError(f"--weights: no file at {weights}; 'imagenet' or a file is allowed")
+    models.check(config.model, num_classes=len(info.labels), image_size=info.image_size)
     place = storage.absolute(storage_place)
     resumes = _check_same(config, info, storage.join(place, run))
     return Plan(config=config, info=info, storage=place, run=run, resumes=resumes)
+
+
+def _with_absolute_places(config: TrainConfig) -> TrainConfig:
+    """Workers run in another directory."""
+    model, weights = config.model, config.model.weights
+    if weights and weights != "imagenet":
+        model = dataclasses.replace(model, weights=storage.absolute(weights))
+    return dataclasses.replace(config, data=storage.absolute(config.data), model=model)
 
 
 def _check_same(config: TrainConfig, info: DatasetInfo, folder: str) -> bool:
@@ -106,7 +114,8 @@ def fit(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
         say: takes lines of progress.
 
     Returns:
-        The content of ``run.json``.
+        The content of ``run.json``; its ``train_s`` are the seconds of all epochs, its ``wall_s``
+        those of the last sitting, start-up included.
 
     Raises:
         JobFailed: where the loss is no longer finite, or workers were lost too often.
@@ -120,6 +129,7 @@ def fit(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
         {"config": plan.config.to_dict(), "data_sha256": plan.info.data_sha256},
     )
     storage.remove(storage.join(plan.folder, _FAILURE))
+    _remove_damaged_snapshot(plan.folder)
     start = time.perf_counter()
     say(_announcement(plan))
     _run_workers(plan)
@@ -129,6 +139,17 @@ def fit(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
     result = _result(plan, wall_s=time.perf_counter() - start)
     storage.write_json(storage.join(plan.folder, RESULT), result)
     return result
+
+
+def _remove_damaged_snapshot(folder: str) -> None:
+    """Ray Train overwrites its list of checkpoints in place: a kill meanwhile leaves half of it,
+    which it then refuses. Without the list, `_work` goes on from the last whole checkpoint."""
+    snapshot = storage.join(folder, "checkpoint_manager_snapshot.json")
+    if storage.exists(snapshot):
+        try:
+            storage.read_json(snapshot)
+        except ValueError:
+            storage.remove(snapshot)
 
 
 def _announcement(plan: Plan) -> str:
@@ -169,6 +190,7 @@ def _run_workers(plan: Plan) -> None:
         LoggingConfig,
         RunConfig,
         ScalingConfig,
+        TrainingFailedError,
     )
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -176,7 +198,7 @@ def _run_workers(plan: Plan) -> None:
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.use_gpu:
         resources["GPU"] = 1.0
-    TorchTrainer(
+    trainer = TorchTrainer(
         _work,
         train_loop_config={
             "config": plan.config.to_dict(),
@@ -201,7 +223,16 @@ def _run_workers(plan: Plan) -> None:
                 checkpoint_score_order="max",
             ),
         ),
-    ).fit()
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise JobFailed(
+            f"run {plan.run} failed (the same command resumes it): {lines[-1]}"
+        ) from error
+    except SystemExit as error:  # what Ray Train makes of an interrupt
+        raise KeyboardInterrupt from error
 
 
 def _work(settings: dict[str, Any]) -> None:
@@ -212,6 +243,7 @@ def _work(settings: dict[str, Any]) -> None:
 
     from fer_ray import checkpoint, loop
 
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
     config = TrainConfig.from_dict(settings["config"])
     scaling = config.scaling
     torch.set_num_threads(scaling.threads_per_worker or max(int(scaling.cpus_per_worker), 1))
@@ -226,6 +258,9 @@ def _work(settings: dict[str, Any]) -> None:
         resume = None
         if saved := ray.train.get_checkpoint():
             resume = checkpoint.read(stack.enter_context(saved.as_directory()))
+        elif kept := checkpoint.in_run(settings["folder"]):
+            resume = max(kept, key=lambda one: (one.epoch, one.place))
+        if resume:
             _say(rank, f"going on after epoch {resume.epoch}")
         try:
             loop.train(

@@ -24,7 +24,7 @@ def main() -> None:
 
     from fer_ray import evaluation, evaluation_tables, report, storage
 
-    output = storage.absolute(flags.output)
+    output = storage.absolute(cli.lasting("--output", flags.output))
     report.check_places(output, flags.runs, flags.data)
     result = evaluation.evaluate(
         flags.predictions, baseline=flags.baseline, resamples=flags.bootstrap, seed=flags.seed

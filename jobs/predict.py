@@ -25,6 +25,7 @@ def main() -> None:
 
     from fer_ray import inference
 
+    cli.lasting("--output", flags.output)
     plans = [
         inference.plan(
             checkpoint_place=flags.checkpoint,

@@ -23,6 +23,7 @@ def main() -> None:
 
     from fer_ray import preparation
 
+    cli.lasting("--output", settings["output"])
     plan = preparation.plan(**settings)
     cli.start_ray()
     preparation.prepare(plan, say=cli.say)

@@ -20,6 +20,7 @@ def main() -> None:
 
     from fer_ray import training
 
+    cli.lasting("--storage", arguments.storage)
     run = arguments.run or config.model.name
     plan = training.plan(config, storage_place=arguments.storage, run=run)
     if not plan.is_finished:

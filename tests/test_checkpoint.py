@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import small
@@ -55,14 +56,28 @@ def test_the_normalization_travels_exactly(saved):
     assert torch.equal(normalizer(images), trainer.forward.normalizer(images))
 
 
-def test_a_run_stands_for_its_best_checkpoint_and_of_equals_the_first(saved, tmp_path):
+def test_a_run_stands_for_its_best_checkpoint_and_of_equals_the_latest(saved, tmp_path):
     folder, _ = saved
     found = checkpoint.find(str(folder))
     kept = checkpoint.in_run(str(folder))
     assert sorted(one.epoch for one in kept) == [1, 2, 3]
     best = max(one.score for one in kept)
     assert found.score == best
-    assert found.epoch == min(one.epoch for one in kept if one.score == best)
+    assert found.epoch == max(one.epoch for one in kept if one.score == best)
+
+
+def test_a_half_copied_best_checkpoint_is_passed_over(saved, tmp_path):
+    """A crash may cut an upload short; the resumed run writes the same epoch again."""
+    folder, _ = saved
+    best = checkpoint.find(str(folder))
+    for name in ("checkpoint_a", "checkpoint_b"):
+        shutil.copytree(best.place, tmp_path / name)
+    weights = tmp_path / "checkpoint_b" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert checkpoint.find(str(tmp_path)).place.endswith("checkpoint_a")
+    shutil.rmtree(tmp_path / "checkpoint_a")
+    with pytest.raises(UserError, match="no checkpoint here"):
+        checkpoint.find(str(tmp_path))
 
 
 def test_restoring_gives_the_optimizer_back(saved):
@@ -75,6 +90,7 @@ def test_restoring_gives_the_optimizer_back(saved):
         labels={"run": "tried", "provenance": {}},
         resume=checkpoint.read(str(folder / "checkpoint_3")),
     )
+    assert isinstance(other.optimizer, torch.optim.AdamW)
     ours, theirs = trainer.optimizer.state_dict()["state"], other.optimizer.state_dict()["state"]
     assert ours.keys() == theirs.keys() and len(ours) > 0
     for index, state in ours.items():
@@ -114,6 +130,9 @@ def test_what_is_not_whole_is_refused_and_passed_over(saved, tmp_path):
     assert checkpoint.in_run(str(tmp_path)) == []
     with pytest.raises(UserError, match="no checkpoint here"):
         checkpoint.find(str(tmp_path))
-    (copy / "checkpoint.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        checkpoint.read(str(copy))
+    for content in (b"{", b"\xff\xfe", b"[]"):
+        (copy / "checkpoint.json").write_bytes(content)
+        with pytest.raises(UserError, match="damaged"):
+            checkpoint.read(str(copy))
+    with pytest.raises(UserError, match="no such folder"):
+        checkpoint.find(str(copy / "checkpoint.json"))

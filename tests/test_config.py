@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fer_ray import cli
-from fer_ray.config import SECTIONS, ModelConfig, OptimizerConfig, TrainConfig, differences
+from fer_ray.config import SECTIONS, ModelConfig, OptimizerConfig, TrainConfig, differences, flag_of
 from fer_ray.errors import UserError
 
 
@@ -48,7 +48,35 @@ def test_a_configuration_survives_the_way_to_a_worker(epochs, optimizer, rate):
             "optimizer": {"optimizer": optimizer, "learning_rate": rate},
         }
     )
-    assert TrainConfig.from_dict(config.to_dict()) == config
+    again = TrainConfig.from_dict(config.to_dict())
+    assert again == config
+    assert again.optimizer.optimizer == optimizer
+    assert again.schedule.epochs == epochs
+
+
+def other_than_default(spec: dataclasses.Field) -> object:
+    if "allowed" in spec.metadata:
+        return spec.metadata["allowed"][-1 if spec.default == spec.metadata["allowed"][0] else 0]
+    if isinstance(spec.default, bool):
+        return not spec.default
+    if isinstance(spec.default, str):
+        return "file.pth"
+    low, high = spec.metadata["low"], spec.metadata["high"] or 50
+    return (type(spec.default) if spec.default is not None else float)(max(low, high / 4) or 1)
+
+
+def test_every_flag_reaches_its_field():
+    """--optimizer once did not: its section has the same name."""
+    for title, section in SECTIONS.items():
+        for spec in dataclasses.fields(section):
+            value, flag = other_than_default(spec), flag_of(spec)
+            given = [flag, str(value)]
+            if isinstance(value, bool):
+                given = [flag if value else flag.replace("--", "--no-", 1)]
+            extra = ["--epochs", "60000"] if spec.name == "warmup_epochs" else []
+            extra += ["--global-batch-size", "60000"] if spec.name == "num_workers" else []
+            found = getattr(getattr(flags(*given, *extra), title), spec.name)
+            assert found == value and found != spec.default, flag
 
 
 def test_the_learning_rate_follows_the_optimizer_unless_given():
@@ -65,6 +93,8 @@ def test_the_learning_rate_follows_the_optimizer_unless_given():
         (["--normalization", "minimax"], "none, minmax, dataset"),
         (["--dropout", "1.5"], "--dropout: 1.5 is not from 0 to 0.95"),
         (["--learning-rate", "nan"], "--learning-rate: nan is not"),
+        (["--time-limit-s", "inf"], "--time-limit-s: inf is not"),
+        (["--optimizer", "adam"], "did you mean 'adamw'?"),
         (["--global-batch-size", "1", "--num-workers", "2"], "cannot be shared by 2 workers"),
         (["--epochs", "2", "--warmup-epochs", "3"], "--warmup-epochs: 3 is more than --epochs 2"),
     ],

@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def test_unreadable_images_are_rows_with_an_error(run, loose, tmp_path):
     assert tables[0].equals(tables[1])
 
 
-def test_neither_actors_nor_parts_change_a_bit(run, loose, tmp_path, monkeypatch):
+def test_the_number_of_actors_does_not_change_a_bit(run, loose, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "IMAGES_PER_PART", 4)
     tables = [
         predict(run, tmp_path / str(n), images=str(loose[0]), split="x", actors=n).table
@@ -133,6 +134,18 @@ def test_neither_actors_nor_parts_change_a_bit(run, loose, tmp_path, monkeypatch
     drop = ["predicted_at"]
     assert tables[0].drop_columns(drop).equals(tables[1].drop_columns(drop))
     assert len(list((tmp_path / "1" / "tried" / "x").glob("part-*.parquet"))) == 3
+
+
+def test_labels_that_the_checkpoint_does_not_know_are_refused(data, run, tmp_path):
+    place = tmp_path / "data"
+    shutil.copytree(data.place, place)
+    info = json.loads((place / "dataset.json").read_text())
+    info["labels"].append("wondering")
+    (place / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="does not know: wondering"):
+        inference.plan(
+            checkpoint_place=str(run), data=str(place), split="train", output=str(tmp_path)
+        )
 
 
 def test_a_second_run_doubles_nothing_and_leaves_nothing_unfinished(data, run, tmp_path):

@@ -57,3 +57,13 @@ def test_mistakes_end_in_one_line_and_status_2(case, tmp_path):
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith(f"{name}: ") and message in lines[0]
     assert not list(tmp_path.iterdir()), "a refused job leaves nothing behind"
+
+
+def test_a_submitted_job_refuses_outputs_that_ray_would_delete(tmp_path):
+    copy = tmp_path / "_ray_pkg_0123"
+    copy.mkdir()
+    for name, flag in (("train.py", "--storage"), ("predict.py", "--output")):
+        given = {"train.py": ["--data", "x"], "predict.py": ["--checkpoint", "x"]}[name]
+        done = job(name, *given, flag, "results", cwd=copy)
+        assert done.returncode == 2
+        assert f"{flag}: results would lie in Ray's temporary copy" in done.stderr

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import socket
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def test_it_overfits_one_batch():
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, model, optimizer):
     config = small.config(model=model, schedule={"epochs": 4}, optimizer={"optimizer": optimizer})
     whole = trainer(config)
+    assert type(whole.optimizer).__name__.lower() == optimizer
     expected = fit(whole)
     fit(trainer(config), tmp_path, stop_after=2)
     resumed = trainer(config, resume=checkpoint.read(str(tmp_path / "checkpoint_2")))
@@ -158,6 +160,65 @@ def test_it_stops_at_the_step_that_is_not_finite():
     with pytest.raises(loop.NotFinite, match=r"step 9 \(epoch 2\)"):
         fit(built)
     assert len(built.history) == 1
+
+
+def test_it_stops_where_only_the_validation_shows_that_it_diverged():
+    """Batch norm keeps training finite while the averaged weights no longer are."""
+    built = trainer(small.config(optimizer={"learning_rate": 50.0, "clip_grad_norm": 0.0}))
+    with torch.no_grad():
+        built.average.model.classifier.weight.fill_(float("nan"))
+    with pytest.raises(loop.NotFinite, match=r"step 6 \(epoch 1\)"):
+        fit(built)
+    assert not built.history
+
+
+def poisoned(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    built = trainer(small.config(), group=loop.Group(rank=rank, size=2))
+    forward, calls = built.forward.logits, []
+
+    def logits(model, images):
+        calls.append(1)
+        bad = rank == 1 and len(calls) == 3
+        return forward(model, images) * (float("nan") if bad else 1.0)
+
+    object.__setattr__(built.forward, "logits", logits)
+    try:
+        fit(built)
+    except loop.NotFinite as error:
+        (Path(folder) / f"{rank}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def test_all_workers_stop_at_the_step_where_one_is_not_finite(tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    mp.spawn(poisoned, (port, str(tmp_path)), nprocs=2)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert said[0] == said[1] and "at step 3 (epoch 1)" in said[0]
+
+
+def test_fewer_validation_images_than_workers():
+    config = small.config()
+    alone = trainer(config, validation=3)
+    groups = [loop.Group(rank=rank, size=5) for rank in range(5)]
+    parts = [len(range(3)[group.part(3)]) for group in groups]
+    assert sum(parts) == 3 and 0 in parts
+    alone.group = groups[parts.index(0)]
+    object.__setattr__(alone.group, "size", 5)
+    alone._summarize = lambda loss, confusion: {"loss": loss, "seen": int(confusion.sum())}
+    assert alone.evaluate(alone.validation_split) == {"loss": 0.0, "seen": 0}
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path):
+    config = small.config(schedule={"epochs": 2, "precision": "auto"})
+    fit(trainer(config), tmp_path, stop_after=1)
+    saved = checkpoint.read(str(tmp_path / "checkpoint_1"))
+    for bfloat16 in (True, False):
+        resumed = trainer(config, resume=dataclasses.replace(saved, bfloat16=bfloat16))
+        assert resumed.forward.bfloat16 is bfloat16
 
 
 def test_early_stopping_counts_from_the_best_epoch(monkeypatch):

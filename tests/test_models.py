@@ -86,6 +86,30 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         models.build(ModelConfig(weights="imagenet"), num_classes=7, image_size=48)
 
 
+@pytest.mark.parametrize("size", [12, 20, 47, 50, 60])
+def test_custom_cnn_takes_any_input_size(size):
+    """Halving rounds up in both branches of a block: with 12 px one once was 1x1, one 2x2."""
+    model = models.build(ModelConfig(width=4), num_classes=3, image_size=size).eval()
+    shapes = []
+    for block in model.stages:
+        block.first.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape))
+        block.shortcut.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape))
+    assert model(torch.rand(2, 1, size, size)).shape == (2, 3)
+    assert shapes[::2] == shapes[1::2]
+
+
+def test_check_finds_what_would_fail_in_a_worker():
+    for wrong in (
+        ModelConfig(name="sequential_cnn", input_size=4),
+        ModelConfig(weights="imagenet"),
+        ModelConfig(name="efficientnet_b2", weights="/absent.pth"),
+    ):
+        with pytest.raises(UserError):
+            models.check(wrong, num_classes=7, image_size=48)
+    for name in MODELS:
+        models.check(ModelConfig(name=name), num_classes=7, image_size=48)
+
+
 def test_too_small_an_input_is_refused():
     with pytest.raises(UserError, match="--input-size: 4"):
         models.build(ModelConfig(name="sequential_cnn", input_size=4), num_classes=7, image_size=48)

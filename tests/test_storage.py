@@ -1,0 +1,62 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fer_ray import storage
+from fer_ray.errors import UserError
+
+names = st.text("abcXYZ019_-.", min_size=1, max_size=8).filter(lambda name: set(name) - {"."})
+
+
+@given(names, names, names)
+def test_joining_naming_and_the_parent_undo_each_other(top, middle, leaf):
+    for root in (f"/{top}", f"s3://{top}", f"s3://{top}?scheme=http&endpoint_override=host:9"):
+        place = storage.join(root, middle, leaf)
+        assert storage.name_of(place) == leaf
+        assert storage.parent_of(place) == storage.join(root, middle)
+        assert storage.absolute(place) == place
+
+
+def test_a_query_stays_at_the_end():
+    place = storage.join("s3://bucket/runs?scheme=http", "tried", "run.json")
+    assert place == "s3://bucket/runs/tried/run.json?scheme=http"
+
+
+def test_unknown_schemes_are_refused():
+    with pytest.raises(UserError):
+        storage.filesystem("nonsense://bucket/x")
+
+
+@pytest.mark.parametrize("name", ["a/b", "", ".hidden", "a b", "../x", "-x"])
+def test_names_are_plain(name):
+    with pytest.raises(UserError, match=r"--run: .* is not a plain name"):
+        storage.check_name("--run", name)
+
+
+def test_files_and_folders_through_a_uri(tmp_path):
+    place = f"file://{tmp_path}/deep/values.json"
+    storage.write_json(place, {"a": [1]})
+    assert json.loads((tmp_path / "deep/values.json").read_text()) == {"a": [1]}
+    assert storage.read_json(place) == {"a": [1]}
+    assert storage.list_names(f"file://{tmp_path}/deep") == ["values.json"]
+    storage.remove(place)
+    assert not storage.exists(place)
+    with pytest.raises(ValueError):
+        storage.write_json(place, float("nan"))
+
+
+def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out"
+    with storage.staged_directory(str(target)) as staging:
+        storage.write_json(storage.join(staging, "a.json"), 1)
+        assert not target.exists()
+    with pytest.raises(RuntimeError), storage.staged_directory(str(target)) as staging:
+        storage.write_json(storage.join(staging, "b.json"), 2)
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in target.iterdir()] == ["a.json"]
+    with storage.staged_directory(str(target)) as staging:
+        storage.write_json(storage.join(staging, "c.json"), 3)
+    assert [path.name for path in target.iterdir()] == ["c.json"]
