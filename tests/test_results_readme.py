@@ -34,6 +34,8 @@ def results(tmp_path_factory) -> Path:
         for split, failed in (("validation", [7]), ("test", [])):
             rows = samples.random_table(seed, 300, skill=skill, run=run, split=split, failed=failed)
             samples.save(place, rows)
+        seen = samples.random_table(9, 40, skill=2.0, run=run, split="train")
+        samples.save(place, seen)
         samples.save_history(root / "results" / "runs", run)
     result = evaluation.evaluate([str(place)], resamples=200)
     report.publish(result, str(root / "results" / "evaluation"))
@@ -85,6 +87,18 @@ def test_images_that_every_run_gets_wrong(results: Path, monkeypatch):
     both = pd.concat(frames, axis=1).dropna()
     expected = both.index[~both.astype(bool).any(axis=1)]
     assert query(block)["image_id"].tolist() == sorted(expected)
+
+
+def test_the_query_without_twins_leaves_exactly_the_twins_out(results: Path, monkeypatch):
+    monkeypatch.chdir(results)
+    block = next(block for block in SQL if "ANTI JOIN" in block)
+    found = query(block).set_index("run")["scored"]
+    train = pd.read_parquet("results/predictions/custom_cnn/train")["pixel_sha256"]
+    for run in ("custom_cnn", "sequential_cnn"):
+        judged = pd.read_parquet(f"results/predictions/{run}/validation")
+        twins = judged["pixel_sha256"].isin(train)
+        assert found[run] == judged["correct"][~twins].notna().sum()
+        assert found[run] > 0 and twins.any()
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
