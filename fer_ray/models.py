@@ -136,9 +136,6 @@ class ResidualBlock(nn.Module):
         if stride > 1 or inputs != outputs:
             shortcut.append(ConvNorm(inputs, outputs, size=1))
         self.shortcut = nn.Sequential(*shortcut)
-        norm = self.second[1]
-        assert isinstance(norm, nn.BatchNorm2d)
-        nn.init.zeros_(norm.weight)  # each block starts as its shortcut alone
         self.activation = nn.ReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -40,12 +40,6 @@ def test_width_and_depth_override_the_setting():
     assert count(width=16) < count() < count(depth=2)
 
 
-def test_a_residual_block_starts_as_its_shortcut():
-    block = models.ResidualBlock(8, 8, stride=1).eval()
-    x = torch.rand(1, 8, 6, 6)
-    torch.testing.assert_close(block(x), x)
-
-
 def test_the_hidden_head_adds_a_layer():
     plain = models.build(ModelConfig(name="efficientnet_b2"), num_classes=7, image_size=48)
     hidden = models.build(
