@@ -109,7 +109,7 @@ def _cells(run: dict[str, Any], score: dict[str, Any]) -> list[str]:
         f"{run['epochs']} ({run['best']['epoch']})",
         f"{run['train_s'] / 60:.1f} min",
         f"{run['images_per_s']:,.0f}",
-        f"{notebook:.1%}" if notebook else "",
+        f"{notebook:.1%}".replace("%", " %") if notebook else "",
     ]
 
 
