@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from fer_ray import cli, models
+from fer_ray import cli, models, storage
 from fer_ray.config import ModelConfig
 from fer_ray.errors import UserError
 
@@ -38,7 +38,7 @@ def collect(results: Path, reference: Path, root: Path) -> None:
     Args:
         results: the folder with ``runs``, ``predictions`` and ``evaluation``.
         reference: the folder to replace.
-        root: paths below it become relative to it in every JSON file.
+        root: paths below it become relative to it in every JSON file, others are cut short.
 
     Raises:
         UserError: where one of the three is missing.
@@ -61,10 +61,21 @@ def collect(results: Path, reference: Path, root: Path) -> None:
 def _copy(file: Path, target: Path, root: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".json":
-        text = file.read_text().replace(f"{root}/", "")
-        target.write_text(text)
+        storage.write_json(str(target), _without_machine(json.loads(file.read_text()), root))
     else:
         shutil.copyfile(file, target)
+
+
+def _without_machine(value: Any, root: Path) -> Any:
+    """JSON with every absolute path made relative to `root`, or cut to its last two parts."""
+    if isinstance(value, dict):
+        return {key: _without_machine(item, root) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_machine(item, root) for item in value]
+    if isinstance(value, str) and value.startswith("/"):
+        path = Path(value)
+        return str(path.relative_to(root) if path.is_relative_to(root) else Path(*path.parts[-2:]))
+    return value
 
 
 def table(reference: Path) -> str:

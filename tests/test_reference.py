@@ -33,7 +33,7 @@ def test_collecting_makes_paths_relative(tmp_path):
     run = results / "runs" / "tried"
     run.mkdir(parents=True)
     for name in ("config.json", "run.json", "history.parquet"):
-        (run / name).write_text(json.dumps({"data": f"{tmp_path}/data/faces"}))
+        (run / name).write_text(json.dumps({"data": [f"{tmp_path}/data/faces", "/a/b/c"]}))
     unfinished = results / "runs" / "broken_off"
     unfinished.mkdir()
     (unfinished / "config.json").write_text("{}")
@@ -46,7 +46,7 @@ def test_collecting_makes_paths_relative(tmp_path):
     (results / "evaluation").mkdir()
     reference.collect(results, kept, tmp_path)
     saved = json.loads((kept / "runs" / "tried" / "config.json").read_text())
-    assert saved == {"data": "data/faces"}
+    assert saved == {"data": ["data/faces", "b/c"]}
     found = sorted(str(p.relative_to(kept)) for p in kept.rglob("*.json"))
     assert found == [
         "predictions/tried/validation/_manifest.json",
