@@ -27,7 +27,7 @@ demo: .venv/ready ## the whole path on drawn faces: prepare, train two models, p
 	rm -rf $(DEMO)
 	$(BIN)/python jobs/prepare.py --source synthetic --output $(DEMO)/data
 	$(DEMO_TRAIN) --model custom_cnn --width 16 --epochs 8 --optimizer adamw --learning-rate 0.004 --global-batch-size 64
-	$(DEMO_TRAIN) --model efficientnet_b2 --epochs 3 --optimizer adamw --learning-rate 0.002 --global-batch-size 64
+	$(DEMO_TRAIN) --model efficientnet_b2 --epochs 2 --optimizer adamw --learning-rate 0.0004 --global-batch-size 64
 	$(BIN)/python jobs/predict.py --checkpoint $(DEMO)/runs/custom_cnn --data $(DEMO)/data --split validation test --output $(DEMO)/predictions
 	$(BIN)/python jobs/predict.py --checkpoint $(DEMO)/runs/efficientnet_b2 --data $(DEMO)/data --split validation test --output $(DEMO)/predictions
 	$(BIN)/python jobs/evaluate.py --predictions $(DEMO)/predictions --runs $(DEMO)/runs --data $(DEMO)/data --output $(DEMO)/evaluation
