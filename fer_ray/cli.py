@@ -133,24 +133,28 @@ def _field_docs(section: type[Section]) -> dict[str, str]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a job: a `UserError` becomes one line and status 2, an interrupt status 130."""
+    """Runs a job; what is not a defect of this project ends in one line and an exit status.
+
+    A `UserError` is status 2; a `JobFailed`, or an `OSError` of the disk, the network or the
+    storage, status 1; an interrupt status 130.
+    """
     try:
         main()
     except UserError as error:
-        sys.stdout.flush()
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)  # noqa: PTH119
-        sys.exit(USER_ERROR_STATUS)
-    except JobFailed as error:
-        sys.stdout.flush()
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)  # noqa: PTH119
-        sys.exit(FAILED_STATUS)
-    except OSError as error:  # the disk, the network, the storage: not this project's defects
-        sys.stdout.flush()
-        print(f"{os.path.basename(sys.argv[0])}: {error}".splitlines()[0], file=sys.stderr)  # noqa: PTH119
-        sys.exit(FAILED_STATUS)
+        _end(error, USER_ERROR_STATUS)
+    except (JobFailed, OSError) as error:
+        _end(error, FAILED_STATUS)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED_STATUS)
+        _end("interrupted", INTERRUPTED_STATUS)
+
+
+def _end(reason: object, status: int) -> NoReturn:
+    sys.stdout.flush()
+    print(
+        f"{Path(sys.argv[0]).name}: {(str(reason) or repr(reason)).splitlines()[0]}",
+        file=sys.stderr,
+    )
+    sys.exit(status)
 
 
 def say(message: str) -> None:
