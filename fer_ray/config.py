@@ -78,6 +78,8 @@ class ModelConfig(Section):
     """custom_cnn: residual blocks a stage; 0: the setting's."""
     dropout: float | None = _number(None, 0, 0.95)
     """Dropout before the classifier, a probability; by default the model's own."""
+    stochastic_depth: float | None = _number(None, 0, 0.95)
+    """efficientnet_b2: how often its last block is left out in training, 0.2 by default."""
     head: str = _choice("linear", HEADS)
     """efficientnet_b2: `linear` as published, or `hidden`: a layer of 256 before it."""
     input_size: int = _number(0, 0, 1024)

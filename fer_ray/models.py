@@ -18,6 +18,7 @@ CUSTOM_CNN_SETTINGS = {"small": (32, 1), "full": (64, 2)}
 """Width and depth of each setting of custom_cnn."""
 
 _HIDDEN_UNITS = 256
+_STOCHASTIC_DEPTH = 0.2  # as published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +180,20 @@ def _initialize_convolutions(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
+def _initialize_depthwise(model: nn.Module) -> None:
+    """Gives depthwise kernels the variance that their few connections ask for.
+
+    torchvision counts every channel as an output of each, which makes these kernels up to
+    sqrt(channels) times too small: batch norm hides that from the forward pass, but their
+    gradients grow by the same factor, and a step that suits the other layers tears them apart.
+    The published code counts one output a channel (tensorflow/tpu, `conv_kernel_initializer`).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+            fan_out = module.kernel_size[0] * module.kernel_size[1]
+            nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+
+
 def _custom_cnn(config: ModelConfig, num_classes: int, input_size: int) -> nn.Module:
     width, depth = CUSTOM_CNN_SETTINGS[config.setting]
     return CustomCNN(
@@ -213,9 +228,12 @@ def _efficientnet_b2(config: ModelConfig, num_classes: int, input_size: int) -> 
     from torchvision.models import efficientnet_b2
 
     dropout = 0.3 if config.dropout is None else config.dropout
-    model = efficientnet_b2()
+    drop_paths = _STOCHASTIC_DEPTH if config.stochastic_depth is None else config.stochastic_depth
+    model = efficientnet_b2(stochastic_depth_prob=drop_paths)
     if config.weights:
         _load_published(model, config.weights)
+    else:
+        _initialize_depthwise(model)
     stem = model.features[0][0]
     grey = nn.Conv2d(1, stem.out_channels, 3, stride=2, padding=1, bias=False)
     with torch.no_grad():
