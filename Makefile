@@ -7,7 +7,7 @@ DEMO_TRAIN := $(BIN)/python jobs/train.py --data $(DEMO)/data --storage $(DEMO)/
 # without cached bytecode every Ray process would compile all packages anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test slow lint models reference lock clean
+.PHONY: help setup demo test slow lint models benchmark reference lock clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,12 @@ lint: .venv/ready ## style, format and types
 
 models: .venv/ready ## parameters and multiply-adds of every model and setting
 	$(BIN)/python jobs/train.py --list-models
+
+benchmark: .venv/ready ## what this machine achieves beside plain loops; about 10 minutes a model
+	mkdir -p results/benchmarks
+	for model in custom_cnn efficientnet_b2; do \
+		$(BIN)/python jobs/benchmark.py --model $$model --output results/benchmarks/$$model.json || exit $$?; \
+	done
 
 reference: .venv/ready ## keep the results of results/ in results/reference, and the README's table
 	$(BIN)/python -m fer_ray.reference collect

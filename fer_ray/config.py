@@ -17,12 +17,45 @@ from fer_ray.errors import UserError, unknown
 MODELS = ("custom_cnn", "efficientnet_b2", "sequential_cnn")
 SETTINGS = ("small", "full")
 HEADS = ("linear", "hidden")
-NORMALIZATIONS = ("none", "minmax", "dataset")
-AUGMENTATIONS = ("none", "notebook", "standard")
+NORMALIZATIONS = (
+    *("none", "minmax", "standardize", "dataset"),
+    *("equalize", "clahe", "equalize+dataset", "clahe+dataset"),
+)
+ENGINES = ("auto", "albumentations", "device")
+LOADINGS = ("auto", "memory", "stream")
 OPTIMIZERS = ("sgd", "adamw")
 CLASS_WEIGHTS = ("none", "balanced", "capped")
 PRECISIONS = ("auto", "float32", "bfloat16")
 DEFAULT_LEARNING_RATE = {"sgd": 0.1, "adamw": 0.001}
+
+PRESETS: dict[str, dict[str, float]] = {
+    "none": {},
+    # what the original notebook had
+    "notebook": {"flip": 0.5, "rotation": 36.0, "translation": 0.1, "contrast": 0.1},
+    "standard": {
+        "flip": 0.5,
+        "rotation": 10.0,
+        "translation": 0.12,
+        "zoom": 0.12,
+        "erasing": 0.5,
+    },
+    "strong": {
+        "flip": 0.5,
+        "rotation": 15.0,
+        "translation": 0.12,
+        "crop": 0.35,
+        "brightness": 0.2,
+        "contrast": 0.3,
+        "blur": 1.0,
+        "noise": 0.05,
+        "erasing": 0.5,
+        "mixup": 0.2,
+        "cutmix": 1.0,
+    },
+}
+"""Named augmentations: the strengths that are not 0."""
+
+AUGMENTATIONS = tuple(PRESETS)
 
 
 def _choice(default: str, allowed: tuple[str, ...], flag: str | None = None) -> Any:
@@ -90,12 +123,54 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformConfig(Section):
-    """What happens to the pixels."""
+    """What happens to the pixels. Strengths that are not given are the preset's."""
 
     normalization: str = _choice("dataset", NORMALIZATIONS)
-    """`none` divides by 255; `minmax` spreads each image over 0 to 1; `dataset` standardizes."""
+    """`none` divides by 255; `minmax` spreads each image over 0 to 1; `standardize` gives each
+    mean 0 and deviation 1, `dataset` the train split as a whole; `equalize` and `clahe` flatten
+    each image's histogram, as a whole or in tiles."""
     augmentation: str = _choice("standard", AUGMENTATIONS)
-    """Preset of random changes to training images."""
+    """Preset of random changes to training images, in this order."""
+    engine: str = _choice("auto", ENGINES)
+    """What augments: `albumentations`, image by image on CPUs, or `device`, whole batches where
+    the model trains; `auto` is `device`."""
+    flip: float | None = _number(None, 0, 1)
+    """How often an image is mirrored, a probability."""
+    rotation: float | None = _number(None, 0, 180)
+    """Rotation by up to so many degrees, either way."""
+    translation: float | None = _number(None, 0, 0.5)
+    """Shift by up to this share of the side, either way, along and across."""
+    zoom: float | None = _number(None, 0, 0.5)
+    """Scale about the centre by up to this share, either way."""
+    crop: float | None = _number(None, 0, 0.9)
+    """Random resized crop: up to this share of the area is cut away."""
+    brightness: float | None = _number(None, 0, 1)
+    """Light added or taken away, up to this share of the range."""
+    contrast: float | None = _number(None, 0, 1)
+    """Contrast about the image's mean, scaled by up to this share, either way."""
+    blur: float | None = _number(None, 0, 4)
+    """Largest deviation of a Gaussian blur in pixels; half of the images."""
+    noise: float | None = _number(None, 0, 0.5)
+    """Largest deviation of Gaussian noise as a share of the range; half of the images."""
+    erasing: float | None = _number(None, 0, 1)
+    """How often a rectangle of a tenth to four tenths of each side turns grey, a probability."""
+    mixup: float | None = _number(None, 0, 10)
+    """Blend with another image of the batch: both parameters of the share's beta distribution."""
+    cutmix: float | None = _number(None, 0, 10)
+    """A rectangle from another image of the batch: as `mixup`; with both, half of each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        preset = PRESETS[self.augmentation]
+        for name in STRENGTHS:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, preset.get(name, 0.0))
+
+
+STRENGTHS = tuple(
+    spec.name for spec in dataclasses.fields(TransformConfig) if "float" in str(spec.type)
+)
+"""The fields of `TransformConfig` that presets set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +222,11 @@ class ScheduleConfig(Section):
     """Of forward and backward; `auto`: bfloat16 where the device is faster with it."""
     flip_at_test: bool = True
     """Average the probabilities of each image and its mirror image."""
+    loading: str = _choice("auto", LOADINGS)
+    """`memory`: workers hold the whole split; `stream`: Ray Data reads it anew in each epoch;
+    `auto`: memory where three tenths of each node's object store hold the images."""
+    shuffle_buffer: int = _number(16_384, 1, 100_000_000)
+    """stream: images that wait at each worker to be drawn at random."""
 
 
 @dataclass(frozen=True, kw_only=True)

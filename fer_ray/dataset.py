@@ -191,14 +191,14 @@ def load_split(info: DatasetInfo, name: str) -> Split:
             f"{split.rows}: run jobs/prepare.py again"
         )
     return Split(
-        images=_stack(table["image"], info.image_size),
-        labels=_label_indices(table["label"], info.labels),
+        images=stack(table["image"], info.image_size),
+        labels=label_indices(table["label"], info.labels),
         image_ids=table["image_id"].to_pylist(),
         pixel_sha256=table["pixel_sha256"].to_pylist(),
     )
 
 
-def _stack(column: pa.ChunkedArray, size: int) -> np.ndarray:
+def stack(column: pa.ChunkedArray, size: int) -> np.ndarray:
     """The images of a binary column as one writable array, copied once, buffer by buffer."""
     images = np.empty((len(column), size, size), np.uint8)
     row = 0
@@ -216,7 +216,7 @@ def _stack(column: pa.ChunkedArray, size: int) -> np.ndarray:
     return images
 
 
-def _label_indices(column: pa.ChunkedArray, labels: tuple[str, ...]) -> np.ndarray:
+def label_indices(column: pa.ChunkedArray, labels: tuple[str, ...]) -> np.ndarray:
     indices = pc.index_in(column, value_set=pa.array(labels, pa.string()))
     if indices.null_count != column.null_count:
         raise UserError(f"a label is not one of {', '.join(labels)}: run jobs/prepare.py again")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fer_ray.transforms import Normalizer, resize
+from fer_ray.transforms import Mix, Normalizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,16 @@ class Forward:
     flip_at_test: bool
     """Whether `probabilities` averages each image and its mirror image."""
 
-    def logits(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """Logits (N, classes) float32 of images (N, H, W) uint8 on the model's device."""
+    def logits(
+        self, model: nn.Module, images: torch.Tensor, mix: Mix | None = None
+    ) -> torch.Tensor:
+        """Logits (N, classes) float32 of images (N, H, W) uint8 on the model's device.
+
+        With `mix`, there may be more images than are mixed and go through the network.
+        """
         batch = resize(self.normalizer(images), self.input_size)
+        if mix is not None:
+            batch = mix.apply(batch)
         return self._run(model, batch)
 
     @torch.inference_mode()
@@ -47,6 +54,18 @@ class Forward:
         batch = batch.contiguous(memory_format=torch.channels_last)
         with _autocast(batch.device, self.bfloat16):
             return model(batch).float()
+
+
+def resize(batch: torch.Tensor, size: int) -> torch.Tensor:
+    """Scales a batch (N, C, H, W) to `size` pixels a side, bilinear, antialiased when shrinking.
+
+    A batch of that size already, and `size` 0, come back as they are.
+    """
+    if size in (0, batch.shape[-1]) and batch.shape[-1] == batch.shape[-2]:
+        return batch
+    return torch.nn.functional.interpolate(
+        batch, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
 
 
 def _autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager:

@@ -6,27 +6,24 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fer_ray import batchnorm, checkpoint, models, optimization
 from fer_ray.checkpoint import Checkpoint
 from fer_ray.config import TrainConfig
-from fer_ray.dataset import DatasetInfo, Split
+from fer_ray.dataset import DatasetInfo
 from fer_ray.forward import Forward
-from fer_ray.labels import UNKNOWN_LABEL
+from fer_ray.group import Group
+from fer_ray.loading import Batch, Feed
 from fer_ray.metrics import accuracy, macro_f1
-from fer_ray.transforms import Augmenter, Normalizer
+from fer_ray.transforms import Normalizer, histogram, moments, needs_statistics
 
-EVALUATION_BATCH_SIZE = 256
 PROGRESS_EVERY_S = 15.0
 """Seconds between lines of progress within an epoch."""
 
@@ -34,34 +31,10 @@ Report = Callable[[list[dict[str, Any]], Callable[[Path], None]], None]
 """Takes the history so far and a function that writes a checkpoint into a folder."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """The workers that train together, seen from one of them."""
-
-    rank: int = 0
-    """This worker, from 0."""
-    size: int = 1
-    """How many there are; above 1, `torch.distributed` is initialized."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where this worker computes."""
-
-    def part(self, count: int) -> slice:
-        """This worker's contiguous part of `count` things; sizes differ by at most one."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
-
-    def total(self, values: np.ndarray) -> np.ndarray:
-        """Adds up float64 or int64 values over all workers; the same result on each."""
-        if self.size == 1:
-            return values
-        tensor = torch.from_numpy(np.array(values)).to(self.device)
-        dist.all_reduce(tensor)
-        return tensor.cpu().numpy()
-
-
 def train(
     config: TrainConfig,
     info: DatasetInfo,
-    splits: dict[str, Split],
+    feed: Feed,
     *,
     group: Group,
     run: str,
@@ -74,7 +47,7 @@ def train(
     Args:
         config: everything that decides the result.
         info: the prepared data set.
-        splits: ``train`` and ``validation``, each whole, on every worker.
+        feed: where the batches come from.
         group: the workers.
         run: the run's name, kept in its checkpoints.
         provenance: hardware and versions, kept in its checkpoints.
@@ -82,7 +55,7 @@ def train(
         resume: a checkpoint of the same run to go on from.
     """
     labels = {"run": run, "provenance": provenance or {}}
-    Trainer(config, info, splits, group=group, labels=labels, resume=resume).fit(report)
+    Trainer(config, info, feed, group=group, labels=labels, resume=resume).fit(report)
 
 
 class Trainer:
@@ -92,38 +65,35 @@ class Trainer:
         self,
         config: TrainConfig,
         info: DatasetInfo,
-        splits: dict[str, Split],
+        feed: Feed,
         *,
         group: Group,
         labels: dict[str, Any],
         resume: Checkpoint | None,
     ) -> None:
         self.config, self.info, self.group, self.labels = config, info, group, labels
-        self.train_split = known(splits["train"])
-        self.validation_split = known(splits["validation"])
+        self.feed, self.steps_per_epoch = feed, feed.steps_per_epoch
         self.history = list(resume.history) if resume else []
-        self.steps_per_epoch = len(self.train_split.labels) // config.schedule.global_batch_size
         self.forward = Forward(
-            normalizer=Normalizer(
-                normalization=config.transforms.normalization,
-                mean=info.pixel_mean,
-                std=info.pixel_std,
-            ),
+            normalizer=resume.forward.normalizer if resume else self._normalizer(),
             input_size=config.model.input_size or info.image_size,
             bfloat16=self._agree_on_bfloat16(resume),
             flip_at_test=config.schedule.flip_at_test,
         )
-        self.augmenter = Augmenter(
-            config.transforms.augmentation,
-            seed=config.schedule.seed,
-            fill=round(info.pixel_mean * 255),
-        )
-        weights = optimization.class_weights(
-            np.bincount(self.train_split.labels, minlength=len(info.labels)), config.optimizer
-        )
+        weights = optimization.class_weights(feed.class_counts, config.optimizer)
         self.class_weights = None if weights is None else weights.to(group.device)
         self._last_said = time.monotonic()
         self._build_model(resume)
+
+    def _normalizer(self) -> Normalizer:
+        """With statistics of the train split, taken after what comes before them."""
+        name = self.config.transforms.normalization
+        plain = Normalizer(normalization=name, mean=self.info.pixel_mean, std=self.info.pixel_std)
+        if not needs_statistics(name):
+            return plain
+        counts = self.feed.histogram(lambda images: histogram(plain.pixel_stage(images)))
+        mean, std = moments(torch.from_numpy(self.group.total(counts)))
+        return Normalizer(normalization=name, mean=mean, std=std)
 
     def _agree_on_bfloat16(self, resume: Checkpoint | None) -> bool:
         """A resumed run keeps its precision; workers of different kinds take what all have."""
@@ -158,11 +128,11 @@ class Trainer:
             epoch, start = len(self.history), time.perf_counter()
             trained = self._train_epoch(epoch)
             train_s = time.perf_counter() - start
-            validated = self.evaluate(self.validation_split)
+            validated = self.evaluate()
             if not math.isfinite(validated["loss"]):  # all-reduced: the same on every worker
                 raise NotFinite(epoch=epoch + 1, step=(epoch + 1) * self.steps_per_epoch)
             # the slowest worker's clock, so that all agree on when the time is up
-            seconds = self._slowest(time.perf_counter() - start)
+            seconds = self.group.slowest(time.perf_counter() - start)
             seen = self.steps_per_epoch * self.config.schedule.global_batch_size
             self.history.append(
                 {
@@ -170,7 +140,7 @@ class Trainer:
                     **{f"train_{name}": value for name, value in trained.items()},
                     **{f"validation_{name}": value for name, value in validated.items()},
                     "learning_rate": self._learning_rate(len(self.history), 0),
-                    "images_per_s": seen / self._slowest(train_s),
+                    "images_per_s": seen / self.group.slowest(train_s),
                     "seconds": seconds,
                 }
             )
@@ -197,10 +167,10 @@ class Trainer:
         confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
         bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         check_every = 1 if device.type == "cpu" else 50  # reading it makes a GPU wait
-        for step, (images, targets) in enumerate(self._batches(epoch)):
-            loss, logits, finite = self._step(images, targets, epoch, step)
+        for step, batch in enumerate(self.feed.train(epoch)):
+            loss, logits, finite = self._step(batch, epoch, step)
             loss_sum += loss
-            cells = targets * classes + logits.argmax(1)
+            cells = batch.targets[: len(logits)] * classes + logits.argmax(1)
             confusion.scatter_add_(0, cells, torch.ones_like(cells))  # `bincount` makes a GPU wait
             bad_step = torch.where((bad_step < 0) & ~finite, step, bad_step)
             self._progress(epoch, step)
@@ -209,18 +179,19 @@ class Trainer:
         return self._summarize(loss_sum.item(), confusion.cpu().numpy())
 
     def _step(
-        self, images: torch.Tensor, targets: torch.Tensor, epoch: int, step: int
+        self, batch: Batch, epoch: int, step: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One step; returns this worker's summed loss, its logits, and whether all is finite."""
         optimizer, settings = self.optimizer, self.config.optimizer
         for parameters in optimizer.param_groups:
             parameters["lr"] = self._learning_rate(epoch, step)
-        logits = self.forward.logits(self.parallel, images)
+        logits = self.forward.logits(self.parallel, batch.images, batch.mix)
         loss = optimization.summed_loss(
             logits,
-            targets,
+            batch.targets,
             label_smoothing=settings.label_smoothing,
             weights=self.class_weights,
+            mix=batch.mix,
         )
         optimizer.zero_grad(set_to_none=True)
         # DistributedDataParallel averages over the workers: undo that, divide by the images
@@ -233,46 +204,15 @@ class Trainer:
         self.average.update(self.model, epoch * self.steps_per_epoch + step)
         return loss.detach(), logits.detach(), torch.isfinite(norm)
 
-    def _batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This worker's part of every global batch, the next one made while one trains."""
-        order = np.random.default_rng((self.config.schedule.seed, epoch)).permutation(
-            len(self.train_split.labels)
-        )
-        size = self.config.schedule.global_batch_size
-
-        def make(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-            samples = order[step * size : (step + 1) * size][self.group.part(size)]
-            images = self.augmenter(self.train_split.images[samples], samples, epoch)
-            pair = torch.from_numpy(images), torch.from_numpy(self.train_split.labels[samples])
-            # pinned memory is copied to a GPU while it computes
-            return pair if device.type == "cpu" else (pair[0].pin_memory(), pair[1].pin_memory())
-
-        device = self.group.device
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(make, 0)
-            for step in range(self.steps_per_epoch):
-                images, targets = ahead.result()
-                if step + 1 < self.steps_per_epoch:
-                    ahead = pool.submit(make, step + 1)
-                yield (
-                    images.to(device, non_blocking=True),
-                    targets.to(device, non_blocking=True),
-                )
-
-    def evaluate(self, split: Split) -> dict[str, float]:
-        """Loss, accuracy and macro-F1 of the averaged weights over all workers' parts.
+    def evaluate(self) -> dict[str, float]:
+        """Loss, accuracy and macro-F1 of the averaged weights on the whole validation split.
 
         The loss is the mean negative log-likelihood in nats, without smoothing or weights.
         """
-        device, classes = self.group.device, len(self.info.labels)
-        part = self.group.part(len(split.labels))
-        images, labels = split.images[part], split.labels[part]
+        classes = len(self.info.labels)
         loss_sum, confusion = 0.0, np.zeros(classes * classes, dtype=np.int64)
-        for start in range(0, len(labels), EVALUATION_BATCH_SIZE):
-            window = slice(start, start + EVALUATION_BATCH_SIZE)
-            targets = torch.from_numpy(labels[window]).to(device)
-            batch = torch.from_numpy(images[window]).to(device)
-            probabilities = self.forward.probabilities(self.average.model, batch)
+        for images, targets in self.feed.validation():
+            probabilities = self.forward.probabilities(self.average.model, images)
             chosen = probabilities.gather(1, targets[:, None]).clamp_min(1e-12)
             loss_sum -= float(chosen.double().log().sum())
             cells = targets * classes + probabilities.argmax(1)
@@ -328,11 +268,6 @@ class Trainer:
             flush=True,
         )
 
-    def _slowest(self, seconds: float) -> float:
-        everyone = np.zeros(self.group.size)
-        everyone[self.group.rank] = seconds
-        return float(self.group.total(everyone).max())
-
     def _check_finite(self, epoch: int, bad_step: int) -> None:
         if bad_step >= 0:
             raise NotFinite(epoch=epoch + 1, step=epoch * self.steps_per_epoch + bad_step + 1)
@@ -347,19 +282,6 @@ class NotFinite(ArithmeticError):
             f"the loss or its gradient is not finite at step {step} (epoch {epoch}): a lower "
             "--learning-rate, a longer --warmup-epochs or --clip-grad-norm may help"
         )
-
-
-def known(split: Split) -> Split:
-    """A split without the images whose label is not known."""
-    keep = np.flatnonzero(split.labels != UNKNOWN_LABEL)
-    if len(keep) == len(split.labels):
-        return split
-    return Split(
-        images=split.images[keep],
-        labels=split.labels[keep],
-        image_ids=[split.image_ids[i] for i in keep],
-        pixel_sha256=[split.pixel_sha256[i] for i in keep],
-    )
 
 
 def _bfloat16(config: TrainConfig, device: torch.device) -> bool:

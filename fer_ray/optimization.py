@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fer_ray.config import OptimizerConfig
 from fer_ray.errors import unknown
+from fer_ray.transforms import Mix
 
 
 def class_weights(
@@ -61,15 +62,30 @@ def summed_loss(
     *,
     label_smoothing: float,
     weights: torch.Tensor | None,
+    mix: Mix | None = None,
 ) -> torch.Tensor:
     """The cross-entropy of a batch, added up over its images.
 
     Added up and not averaged: workers divide by the size of the global batch, so that uneven
     parts weigh what they should.
+
+    Args:
+        logits: (N, classes).
+        targets: (M,) classes of the batch's images; M is N where nothing is mixed.
+        label_smoothing: share of the target spread evenly over all classes.
+        weights: (classes,) or None.
+        mix: how the images were mixed, and so the targets.
     """
-    return F.cross_entropy(
-        logits, targets, weight=weights, label_smoothing=label_smoothing, reduction="sum"
-    )
+
+    def summed(targets: torch.Tensor, reduction: str) -> torch.Tensor:
+        return F.cross_entropy(
+            logits, targets, weight=weights, label_smoothing=label_smoothing, reduction=reduction
+        )
+
+    if mix is None:
+        return summed(targets, "sum")
+    own, other = summed(targets[: len(logits)], "none"), summed(targets[mix.partner], "none")
+    return torch.lerp(other, own, mix.own_share).sum()
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -33,7 +33,10 @@ from fer_ray.labels import SPLITS
 from fer_ray.sources import Layout, Rejected
 
 ROWS_PER_PART = 2048
-"""The most rows of a part, which is one row group: parts of equal size keep all CPUs busy."""
+"""The most rows of a part: parts of equal size keep all CPUs busy."""
+
+ROWS_PER_GROUP = 256
+"""The most rows of a row group, the unit in which a stream shuffles."""
 
 BYTES_PER_PART = 64 * 2**20
 """The most pixel bytes of a part: bounds a worker's memory where images are large."""
@@ -295,7 +298,7 @@ def _write_rows(rows: list[dict[str, Any]], place: str) -> None:
         path,
         filesystem=fs,
         compression="zstd",
-        row_group_size=ROWS_PER_PART,
+        row_group_size=ROWS_PER_GROUP,
         use_dictionary=["split", "label"],
         write_statistics=["image_id", "split", "label"],
     )

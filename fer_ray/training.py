@@ -7,27 +7,24 @@ The same name with the same settings goes on from the last checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from fer_ray import models, provenance, storage
+from fer_ray import models, provenance, storage, worker
 from fer_ray.config import TrainConfig, differences
 from fer_ray.dataset import DatasetInfo, load_split, read_info
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.history import write_history
+from fer_ray.worker import HISTORY, SPLITS
 
 CONFIG = "config.json"
-HISTORY = "history.parquet"
 RESULT = "run.json"
-_FAILURE = "failure.json"
+_MEMORY_SHARE = 0.3
+"""The most of a node's object store that `--loading auto` fills with images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +63,7 @@ def plan(config: TrainConfig, *, storage_place: str, run: str) -> Plan:
     storage.check_name("--run", run)
     config = _with_absolute_places(config)
     info = read_info(config.data)
-    for split in ("train", "validation"):
+    for split in SPLITS:
         labelled = info.split(split).rows - info.split(split).unlabelled
         if not labelled:
             raise UserError(f"--data: {info.place} has no labelled images in its {split} split")
@@ -95,7 +92,9 @@ def _check_same(config: TrainConfig, info: DatasetInfo, folder: str) -> bool:
     if not storage.exists(storage.join(folder, CONFIG)):
         return False
     saved = storage.read_json(storage.join(folder, CONFIG))
-    found = differences(saved["config"], config.to_dict())
+    # settings that did not exist then have their defaults
+    before = TrainConfig.from_dict(saved["config"]).to_dict()
+    found = differences(before, config.to_dict())
     if saved["data_sha256"] != info.data_sha256:
         found.append(f"data: {saved['config']['data']} -> {config.data} (other images)")
     if found:
@@ -124,16 +123,21 @@ def fit(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
         say(f"run {plan.run} is finished already")
         return storage.read_json(storage.join(plan.folder, RESULT))
     _check_resources(plan.config, say)
+    streams = decide_loading(plan)
     storage.write_json(
         storage.join(plan.folder, CONFIG),
-        {"config": plan.config.to_dict(), "data_sha256": plan.info.data_sha256},
+        {
+            "config": plan.config.to_dict(),
+            "data_sha256": plan.info.data_sha256,
+            "loading": "stream" if streams else "memory",
+        },
     )
-    storage.remove(storage.join(plan.folder, _FAILURE))
+    storage.remove(storage.join(plan.folder, worker.FAILURE))
     _remove_damaged_snapshot(plan.folder)
     start = time.perf_counter()
-    say(_announcement(plan))
-    _run_workers(plan)
-    failure = storage.join(plan.folder, _FAILURE)
+    say(_announcement(plan, streams))
+    _run_workers(plan, streams)
+    failure = storage.join(plan.folder, worker.FAILURE)
     if storage.exists(failure):
         raise JobFailed(storage.read_json(failure)["reason"])
     result = _result(plan, wall_s=time.perf_counter() - start)
@@ -143,7 +147,7 @@ def fit(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
 
 def _remove_damaged_snapshot(folder: str) -> None:
     """Ray Train overwrites its list of checkpoints in place: a kill meanwhile leaves half of it,
-    which it then refuses. Without the list, `_work` goes on from the last whole checkpoint."""
+    which it then refuses. Without the list, a worker goes on from the last whole checkpoint."""
     snapshot = storage.join(folder, "checkpoint_manager_snapshot.json")
     if storage.exists(snapshot):
         try:
@@ -152,7 +156,7 @@ def _remove_damaged_snapshot(folder: str) -> None:
             storage.remove(snapshot)
 
 
-def _announcement(plan: Plan) -> str:
+def _announcement(plan: Plan, streams: bool) -> str:
     config, model = plan.config, plan.config.model
     setting = f" ({model.setting})" if model.name == "custom_cnn" else ""
     size = model.input_size or plan.info.image_size
@@ -162,7 +166,8 @@ def _announcement(plan: Plan) -> str:
         f"{plan.info.split('train').rows:,} images, {config.schedule.epochs} epochs, "
         f"batch {config.schedule.global_batch_size} over {config.scaling.num_workers} worker(s), "
         f"normalization {config.transforms.normalization}, "
-        f"augmentation {config.transforms.augmentation}"
+        f"augmentation {config.transforms.augmentation}, loading "
+        f"{'from a stream' if streams else 'into memory'} ({config.schedule.loading})"
     )
 
 
@@ -183,7 +188,58 @@ def _check_resources(config: TrainConfig, say: Callable[[str], None]) -> None:
             say(f"{message}: waiting for it to grow")
 
 
-def _run_workers(plan: Plan) -> None:
+def decide_loading(plan: Plan) -> bool:
+    """Whether to stream; a resumed run does as it did before.
+
+    Raises:
+        UserError: where streaming was asked for and cannot be.
+    """
+    import ray
+
+    chosen = plan.config.schedule.loading
+    saved = storage.join(plan.folder, CONFIG)
+    if plan.resumes and "loading" in (before := storage.read_json(saved)):
+        chosen = before["loading"]
+    if chosen == "auto":
+        size = sum(plan.info.split(name).rows for name in SPLITS) * plan.info.image_size**2
+        stores = [
+            node["Resources"].get("object_store_memory", 0.0)
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        chosen = "memory" if size <= _MEMORY_SHARE * min(stores) else "stream"
+    if chosen == "stream":
+        _spare_cpus(plan.config)
+        for name in SPLITS:
+            if unknown := plan.info.split(name).unlabelled:
+                raise UserError(
+                    f"--loading stream: {unknown} images of the {name} split have no label; "
+                    "leave them out when preparing, or use --loading memory"
+                )
+    return chosen == "stream"
+
+
+def _spare_cpus(config: TrainConfig) -> float:
+    """CPUs that each worker's reading may reserve beside the workers themselves."""
+    import ray
+
+    scaling = config.scaling
+    free = ray.cluster_resources().get("CPU", 0.0) - scaling.num_workers * scaling.cpus_per_worker
+    if free <= 0.0:
+        raise UserError(
+            "--loading stream: the workers reserve every CPU of the cluster and leave none to "
+            f"read with; --cpus-per-worker {0.9 * scaling.cpus_per_worker:g} would"
+        )
+    return free / scaling.num_workers
+
+
+def _load_images(info: DatasetInfo, name: str) -> tuple[Any, Any]:
+    split = load_split(info, name)
+    return split.images, split.labels
+
+
+def _run_workers(plan: Plan, streams: bool) -> None:
+    import ray
     from ray.train import (
         CheckpointConfig,
         FailureConfig,
@@ -198,13 +254,19 @@ def _run_workers(plan: Plan) -> None:
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.use_gpu:
         resources["GPU"] = 1.0
+    settings: dict[str, Any] = {
+        "config": plan.config.to_dict(),
+        "run": plan.run,
+        "folder": plan.folder,
+    }
+    if streams:
+        settings["cpus"] = _spare_cpus(plan.config)
+    else:  # read once for all workers; each node keeps one copy in shared memory
+        load = ray.remote(num_cpus=0)(_load_images)
+        settings["images"] = {name: load.remote(plan.info, name) for name in SPLITS}
     trainer = TorchTrainer(
-        _work,
-        train_loop_config={
-            "config": plan.config.to_dict(),
-            "run": plan.run,
-            "folder": plan.folder,
-        },
+        worker.work,
+        train_loop_config=settings,
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=scaling.use_gpu,
@@ -233,82 +295,6 @@ def _run_workers(plan: Plan) -> None:
         ) from error
     except SystemExit as error:  # what Ray Train makes of an interrupt
         raise KeyboardInterrupt from error
-
-
-def _work(settings: dict[str, Any]) -> None:
-    """One worker; runs in a process of its own, perhaps on another machine."""
-    import ray.train
-    import ray.train.torch
-    import torch
-
-    from fer_ray import checkpoint, loop
-
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    config = TrainConfig.from_dict(settings["config"])
-    scaling = config.scaling
-    torch.set_num_threads(scaling.threads_per_worker or max(int(scaling.cpus_per_worker), 1))
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    group = loop.Group(
-        rank=rank, size=context.get_world_size(), device=ray.train.torch.get_device()
-    )
-    info = read_info(config.data)
-    splits = {name: load_split(info, name) for name in ("train", "validation")}
-    with contextlib.ExitStack() as stack:
-        resume = None
-        if saved := ray.train.get_checkpoint():
-            resume = checkpoint.read(stack.enter_context(saved.as_directory()))
-        elif kept := checkpoint.in_run(settings["folder"]):
-            resume = max(kept, key=lambda one: (one.epoch, one.place))
-        if resume:
-            _say(rank, f"going on after epoch {resume.epoch}")
-        try:
-            loop.train(
-                config,
-                info,
-                splits,
-                group=group,
-                run=settings["run"],
-                report=_reporter(rank, settings["folder"], config.schedule.epochs),
-                provenance=provenance.describe(group.device),
-                resume=resume,
-            )
-        except loop.NotFinite as error:
-            # raised by all workers alike: a retry would end the same way, so there is none
-            if rank == 0:
-                storage.write_json(
-                    storage.join(settings["folder"], _FAILURE), {"reason": str(error)}
-                )
-
-
-def _reporter(rank: int, folder: str, epochs: int) -> Callable[..., None]:
-    """What a worker does after each epoch: the first one hands its checkpoint to Ray Train."""
-    import ray.train
-
-    def report(history: list[dict[str, Any]], save: Callable[[Path], None]) -> None:
-        row = history[-1]
-        with tempfile.TemporaryDirectory() as temporary:
-            kept = None
-            if rank == 0:
-                save(Path(temporary))
-                kept = ray.train.Checkpoint.from_directory(temporary)
-            ray.train.report(row, checkpoint=kept)
-        if rank == 0:
-            write_history(storage.join(folder, HISTORY), history)
-        _say(
-            rank,
-            f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, accuracy "
-            f"{row['train_accuracy']:.2%}; validation loss {row['validation_loss']:.4f}, accuracy "
-            f"{row['validation_accuracy']:.2%}, macro-F1 {row['validation_macro_f1']:.4f}; "
-            f"{row['images_per_s']:,.0f} images/s, {row['seconds']:.1f} s",
-        )
-
-    return report
-
-
-def _say(rank: int, message: str) -> None:
-    if rank == 0:
-        print(message, flush=True)
 
 
 def _result(plan: Plan, *, wall_s: float) -> dict[str, Any]:

@@ -13,6 +13,8 @@ REAL_IMAGES = ROOT.parent / "shared" / "fer2013" / "facial-emotion-expressions.z
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # Ray processes would compile everything anew
 os.environ.pop("RAY_ADDRESS", None)
+# the tests' networks are so small that a second thread only makes the first wait for it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from fer_ray.config import TrainConfig
 from fer_ray.dataset import DatasetInfo, Split, SplitInfo
+from fer_ray.group import Group
+from fer_ray.loading import Images, MemoryFeed
 
 LABELS = ("angry", "happy", "sad")
 
@@ -35,6 +37,19 @@ def info(train: int, *, size: int = 12) -> DatasetInfo:
         pixel_std=0.25,
         data_sha256="0" * 64,
     )
+
+
+def feed(
+    settings: TrainConfig,
+    train: Split,
+    validation: Split,
+    *,
+    described: DatasetInfo,
+    group: Group | None = None,
+) -> MemoryFeed:
+    """Both splits in memory."""
+    parts = [Images.known(part.images, part.labels) for part in (train, validation)]
+    return MemoryFeed(settings, described, *parts, group=group or Group())
 
 
 def config(**sections: dict[str, Any]) -> TrainConfig:

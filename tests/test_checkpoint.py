@@ -7,18 +7,20 @@ import torch
 
 from fer_ray import checkpoint, loop
 from fer_ray.errors import UserError
+from fer_ray.group import Group
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A run's folder with the checkpoints of three epochs, and the trainer that wrote them."""
     folder = tmp_path_factory.mktemp("run")
-    splits = {"train": small.split(48), "validation": small.split(20, seed=1)}
+    config = small.config(schedule={"epochs": 3}, optimizer={"optimizer": "adamw"})
+    described = small.info(48)
     trainer = loop.Trainer(
-        small.config(schedule={"epochs": 3}, optimizer={"optimizer": "adamw"}),
-        small.info(48),
-        splits,
-        group=loop.Group(),
+        config,
+        described,
+        small.feed(config, small.split(48), small.split(20, seed=1), described=described),
+        group=Group(),
         labels={"run": "tried", "provenance": {}},
         resume=None,
     )
@@ -85,8 +87,8 @@ def test_restoring_gives_the_optimizer_back(saved):
     other = loop.Trainer(
         trainer.config,
         trainer.info,
-        {"train": trainer.train_split, "validation": trainer.validation_split},
-        group=loop.Group(),
+        trainer.feed,
+        group=Group(),
         labels={"run": "tried", "provenance": {}},
         resume=checkpoint.read(str(folder / "checkpoint_3")),
     )

@@ -90,7 +90,7 @@ def test_the_learning_rate_follows_the_optimizer_unless_given():
     [
         (["--epochs", "0"], "--epochs: 0 is not from 1"),
         (["--model", "efficientnet"], "did you mean 'efficientnet_b2'?"),
-        (["--normalization", "minimax"], "none, minmax, dataset"),
+        (["--normalization", "minimax"], "none, minmax, standardize, dataset"),
         (["--dropout", "1.5"], "--dropout: 1.5 is not from 0 to 0.95"),
         (["--learning-rate", "nan"], "--learning-rate: nan is not"),
         (["--time-limit-s", "inf"], "--time-limit-s: inf is not"),

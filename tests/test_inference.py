@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from fer_ray import checkpoint, inference, loop, predictions, preparation
-from fer_ray.config import TrainConfig
 from fer_ray.dataset import load_split, read_info
 from fer_ray.errors import UserError
+from fer_ray.group import Group
 from fer_ray.labels import probability_column
 
 
@@ -32,13 +32,13 @@ def data(ray_cluster, tmp_path_factory):
 def run(data, tmp_path_factory):
     """The folder of a run with one checkpoint, trained for an epoch."""
     folder = tmp_path_factory.mktemp("runs") / "tried"
-    values = small.config(schedule={"epochs": 1}).to_dict()
-    splits = {name: load_split(data, name) for name in ("train", "validation")}
+    config = small.config(schedule={"epochs": 1})
+    parts = [load_split(data, name) for name in ("train", "validation")]
     trainer = loop.Trainer(
-        TrainConfig.from_dict(values),
+        config,
         data,
-        splits,
-        group=loop.Group(),
+        small.feed(config, *parts, described=data),
+        group=Group(),
         labels={"run": "tried", "provenance": {}},
         resume=None,
     )

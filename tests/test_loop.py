@@ -12,15 +12,17 @@ import torch.multiprocessing as mp
 
 from fer_ray import checkpoint, loop
 from fer_ray.config import TrainConfig
-from fer_ray.labels import UNKNOWN_LABEL
+from fer_ray.group import Group
 
 
 def trainer(config: TrainConfig, *, train=48, validation=21, group=None, resume=None):
+    described, group = small.info(train), group or Group()
+    parts = small.split(train), small.split(validation, seed=1)
     return loop.Trainer(
         config,
-        small.info(train),
-        {"train": small.split(train), "validation": small.split(validation, seed=1)},
-        group=group or loop.Group(),
+        described,
+        small.feed(config, *parts, described=described, group=group),
+        group=group,
         labels={"run": "tried", "provenance": {}},
         resume=resume,
     )
@@ -93,24 +95,9 @@ def test_the_seed_decides_and_nothing_else():
     assert not equal(first, fit(trainer(small.config(schedule={"seed": 1}))))
 
 
-def test_every_epoch_has_another_order_that_covers_the_split():
-    built = trainer(small.config(transforms={"augmentation": "none"}))
-    # class after class, as folders are read: in that order every batch would be of one class
-    built.train_split.labels.sort()
-    epochs = []
-    for epoch in (0, 1):
-        batches = list(built._batches(epoch))
-        assert [len(targets) for _, targets in batches] == [8] * 6
-        epochs.append(np.concatenate([images.numpy() for images, _ in batches]))
-    assert not np.array_equal(*epochs)
-    seen = {image.tobytes() for image in epochs[0]}
-    assert seen == {image.tobytes() for image in built.train_split.images}
-    assert all(len(set(targets.tolist())) > 1 for _, targets in batches)
-
-
 def test_parts_are_contiguous_and_cover_everything():
     for size in (1, 2, 3, 7):
-        parts = [np.arange(20)[loop.Group(rank=r, size=size).part(20)] for r in range(size)]
+        parts = [np.arange(20)[Group(rank=r, size=size).part(20)] for r in range(size)]
         assert np.concatenate(parts).tolist() == list(range(20))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -120,7 +107,7 @@ def worker(rank: int, port: int, size: int, folder: str, config: dict) -> None:
     if size > 1:
         place = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", init_method=place, rank=rank, world_size=size)
-    built = trainer(TrainConfig.from_dict(config), group=loop.Group(rank=rank, size=size))
+    built = trainer(TrainConfig.from_dict(config), group=Group(rank=rank, size=size))
     state = fit(built)
     torch.save({"state": state, "history": built.history}, Path(folder) / f"{size}-{rank}.pt")
     if size > 1:
@@ -152,9 +139,9 @@ def test_it_stops_at_the_step_that_is_not_finite():
     built = trainer(config)
     forward, calls = built.forward.logits, []
 
-    def poisoned(model, images):
+    def poisoned(model, images, mix):
         calls.append(1)
-        return forward(model, images) * (float("nan") if len(calls) == 9 else 1.0)
+        return forward(model, images, mix) * (float("nan") if len(calls) == 9 else 1.0)
 
     object.__setattr__(built.forward, "logits", poisoned)
     with pytest.raises(loop.NotFinite, match=r"step 9 \(epoch 2\)"):
@@ -175,13 +162,13 @@ def test_it_stops_where_only_the_validation_shows_that_it_diverged():
 def poisoned(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    built = trainer(small.config(), group=loop.Group(rank=rank, size=2))
+    built = trainer(small.config(), group=Group(rank=rank, size=2))
     forward, calls = built.forward.logits, []
 
-    def logits(model, images):
+    def logits(model, images, mix):
         calls.append(1)
         bad = rank == 1 and len(calls) == 3
-        return forward(model, images) * (float("nan") if bad else 1.0)
+        return forward(model, images, mix) * (float("nan") if bad else 1.0)
 
     object.__setattr__(built.forward, "logits", logits)
     try:
@@ -203,13 +190,12 @@ def test_all_workers_stop_at_the_step_where_one_is_not_finite(tmp_path):
 def test_fewer_validation_images_than_workers():
     config = small.config()
     alone = trainer(config, validation=3)
-    groups = [loop.Group(rank=rank, size=5) for rank in range(5)]
+    groups = [Group(rank=rank, size=5) for rank in range(5)]
     parts = [len(range(3)[group.part(3)]) for group in groups]
     assert sum(parts) == 3 and 0 in parts
-    alone.group = groups[parts.index(0)]
-    object.__setattr__(alone.group, "size", 5)
+    alone.feed._group = groups[parts.index(0)]
     alone._summarize = lambda loss, confusion: {"loss": loss, "seen": int(confusion.sum())}
-    assert alone.evaluate(alone.validation_split) == {"loss": 0.0, "seen": 0}
+    assert alone.evaluate() == {"loss": 0.0, "seen": 0}
 
 
 def test_a_resumed_run_keeps_its_precision(tmp_path):
@@ -225,7 +211,7 @@ def test_early_stopping_counts_from_the_best_epoch(monkeypatch):
     scores = iter([0.5, 0.6, 0.6, 0.55, 0.9])
     built = trainer(small.config(schedule={"epochs": 9, "patience": 2}))
     monkeypatch.setattr(
-        built, "evaluate", lambda split: {"loss": 1.0, "accuracy": next(scores), "macro_f1": 0.1}
+        built, "evaluate", lambda: {"loss": 1.0, "accuracy": next(scores), "macro_f1": 0.1}
     )
     fit(built)
     assert len(built.history) == 4  # the best is the second, and two did not beat it
@@ -237,21 +223,13 @@ def test_the_time_limit_ends_the_run_after_the_epoch_that_passes_it():
     assert len(built.history) == 1
 
 
-def test_images_without_a_label_are_left_out():
-    part = small.split(12)
-    part.labels[[1, 5]] = UNKNOWN_LABEL
-    kept = loop.known(part)
-    assert len(kept.labels) == len(kept.images) == len(kept.image_ids) == 10
-    assert part.image_ids[1] not in kept.image_ids
-    assert loop.known(kept) is kept
-
-
 def test_metrics_are_those_of_all_validation_images():
     built = trainer(small.config(), validation=700)  # more than one batch of evaluation
-    found = built.evaluate(built.validation_split)
-    images = torch.from_numpy(built.validation_split.images)
+    found = built.evaluate()
+    split = small.split(700, seed=1)
+    images = torch.from_numpy(split.images)
     probabilities = built.forward.probabilities(built.average.model, images).numpy()
-    labels = built.validation_split.labels
+    labels = split.labels
     assert found["accuracy"] == pytest.approx((probabilities.argmax(1) == labels).mean())
     expected = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
     assert found["loss"] == pytest.approx(expected, rel=1e-4)

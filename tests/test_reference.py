@@ -10,10 +10,13 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "results" / "reference"
 
 
-def test_the_readme_shows_what_the_records_say():
+@pytest.mark.parametrize(
+    ("section", "made"), zip(reference.SECTIONS, (reference.table, reference.benchmarks))
+)
+def test_the_readme_shows_what_the_records_say(section, made):
     text = (ROOT / "README.md").read_text()
-    shown = text.split(reference.BEGIN)[1].split(reference.END)[0].strip()
-    assert shown == reference.table(KEPT).strip(), "run `make reference`"
+    shown = text.split(reference.BEGIN.format(section))[1].split(reference.END.format(section))[0]
+    assert shown.strip() == made(KEPT).strip(), "run `make reference`"
 
 
 def test_the_records_hold_no_path_of_a_machine_and_no_picture():
@@ -59,8 +62,9 @@ def test_the_markers_are_needed(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("nothing")
     with pytest.raises(UserError, match="are missing"):
-        reference.update(readme, "x")
-    readme.write_text(f"a\n{reference.BEGIN}\nold\n{reference.END}\nb\n")
-    assert reference.update(readme, "new")
-    assert readme.read_text() == f"a\n{reference.BEGIN}\nnew\n{reference.END}\nb\n"
-    assert not reference.update(readme, "new")
+        reference.update(readme, "runs", "x")
+    begin, end = reference.BEGIN.format("runs"), reference.END.format("runs")
+    readme.write_text(f"a\n{begin}\nold\n{end}\nb\n")
+    assert reference.update(readme, "runs", "new")
+    assert readme.read_text() == f"a\n{begin}\nnew\n{end}\nb\n"
+    assert not reference.update(readme, "runs", "new")

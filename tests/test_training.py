@@ -80,6 +80,22 @@ def test_what_can_never_be_scheduled_is_refused(data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_stream_needs_cpus_beside_the_workers(data, tmp_path):
+    streamed = plan(
+        config(data, schedule={"loading": "stream"}, scaling={"num_workers": 2}), tmp_path
+    )
+    with pytest.raises(UserError, match=r"--loading stream: .* --cpus-per-worker 0.9 would"):
+        training.fit(streamed, say=lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_loads_into_memory_what_fits_there(data, tmp_path, monkeypatch):
+    assert not training.decide_loading(plan(config(data), tmp_path))
+    monkeypatch.setattr(training, "_MEMORY_SHARE", 1e-9)
+    tight = config(data, scaling={"num_workers": 2, "cpus_per_worker": 0.5})
+    assert training.decide_loading(plan(tight, tmp_path))
+
+
 def test_history_is_written_whole_with_its_schema(tmp_path):
     rows = [
         {name: number if name == "epoch" else 0.5 for name in history.SCHEMA.names}
@@ -228,3 +244,41 @@ def test_a_loss_that_is_not_finite_ends_the_job_with_its_step(data, tmp_path):
         training.fit(plan(hopeless, tmp_path), say=lambda line: None)
     assert time.monotonic() - start < 100, "it was tried again"
     assert not (tmp_path / "tried" / "run.json").exists()
+
+
+@pytest.mark.slow
+def test_two_workers_stream_on_two_cpus_and_resume(data, tmp_path):
+    """Ray Data hangs where workers hold every CPU; resumed, it streams as before."""
+    said: list[str] = []
+    settings = config(
+        data,
+        schedule={"epochs": 2, "loading": "stream", "shuffle_buffer": 64, "global_batch_size": 30},
+        scaling={"num_workers": 2, "cpus_per_worker": 0.8},
+        transforms={"augmentation": "strong", "engine": "albumentations"},
+    )
+    result = training.fit(plan(settings, tmp_path), say=said.append)
+    assert result["epochs"] == 2 and result["best"]["validation_loss"] > 0
+    assert any("loading from a stream" in line for line in said)
+    assert json.loads((tmp_path / "tried" / "config.json").read_text())["loading"] == "stream"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalization", ["clahe+dataset", "equalize"])
+def test_inference_normalizes_as_training_did(data, tmp_path, normalization):
+    """The statistics after the pixel stage travel in the checkpoint."""
+    import torch
+
+    from fer_ray.dataset import load_split
+    from fer_ray.transforms import Normalizer
+
+    settings = config(data, schedule={"epochs": 1}, transforms={"normalization": normalization})
+    training.fit(plan(settings, tmp_path), say=lambda line: None)
+    kept = checkpoint.find(str(tmp_path / "tried")).forward.normalizer
+    images = torch.from_numpy(load_split(read_info(data), "train").images)
+    plain = Normalizer(normalization=normalization, mean=0.5, std=0.25)
+    flat = plain.pixel_stage(images).double() / 255
+    if normalization == "clahe+dataset":
+        assert kept.mean == pytest.approx(flat.mean().item(), rel=1e-9)
+        assert kept.std == pytest.approx(flat.std(correction=0).item(), rel=1e-9)
+        assert abs(kept(images).mean().item()) < 1e-4
+    assert torch.equal(kept(images[:5]), kept(images)[:5])

@@ -1,122 +1,569 @@
+"""Both engines mean the same by one configuration, and each is keyed by (seed, epoch, sample)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from scipy import ndimage, stats
 
-from fer_ray.config import AUGMENTATIONS, NORMALIZATIONS
-from fer_ray.errors import UserError
-from fer_ray.transforms import Augmenter, Normalizer, resize
+from fer_ray.config import AUGMENTATIONS, PRESETS, STRENGTHS, TransformConfig
+from fer_ray.forward import resize
+from fer_ray.loading import as_tensor
+from fer_ray.transforms import DeviceAugmenter, LibraryAugmenter, parameters, randomness
 
-images = hnp.arrays(np.uint8, st.tuples(st.integers(1, 4), st.just(6), st.just(6)))
+ENGINES = ("albumentations", "device")
+COUNT, SIDE, FILL = 1200, 48, 255
+UNMIXED = {"mixup": 0.0, "cutmix": 0.0}
+CENTRE = (SIDE - 1) / 2
+RAMP = np.tile(np.arange(SIDE, dtype=np.uint8) * 5, (SIDE, 1))
 
-
-def normalizer(name: str) -> Normalizer:
-    return Normalizer(normalization=name, mean=0.5, std=0.25)
-
-
-@given(images, st.sampled_from(NORMALIZATIONS))
-def test_normalization_is_finite_and_keeps_to_its_range(batch, name):
-    result = normalizer(name)(torch.from_numpy(batch))
-    assert result.shape == (len(batch), 1, 6, 6) and result.dtype == torch.float32
-    assert torch.isfinite(result).all()
-    low, high = (-2.0, 2.0) if name == "dataset" else (0.0, 1.0)
-    assert result.min() >= low and result.max() <= high
+View = Callable[[np.ndarray], np.ndarray]
+"""From one image to `COUNT` changed ones, (N, S, S): the same changes at each call."""
 
 
-@given(images)
-def test_minmax_touches_both_ends_and_gives_zeros_for_a_constant_image(batch):
-    result = normalizer("minmax")(torch.from_numpy(batch))
-    for image, pixels in zip(result, batch):
-        assert image.min() == 0
-        assert image.max() == (0 if pixels.min() == pixels.max() else 1)
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For so little work, threads spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def test_normalizations_by_hand():
-    batch = torch.tensor([[[51, 102], [153, 204]]], dtype=torch.uint8)
-    expected = {
-        "none": [0.2, 0.4, 0.6, 0.8],
-        "minmax": [0, 1 / 3, 2 / 3, 1],
-        "dataset": [-1.2, -0.4, 0.4, 1.2],
+def augment(engine, images, samples=None, *, seed=0, epoch=0, fill=FILL, **settings) -> np.ndarray:
+    config = TransformConfig(**{"augmentation": "none", **settings})
+    samples = np.arange(len(images)) if samples is None else samples
+    if engine == "device":
+        augmenter = DeviceAugmenter(config, seed=seed, fill=fill)
+        return augmenter(as_tensor(images), samples, epoch).numpy()
+    library = LibraryAugmenter(config, seed=seed, fill=fill, image_size=images.shape[1])
+    return library(images, samples, epoch)
+
+
+def textures(count: int, *, smooth: float = 1.5, seed: int = 0) -> np.ndarray:
+    """Fields without a structure that a change could miss: (count, S, S) uint8."""
+    random, images = np.random.default_rng(seed), []
+    for _ in range(count):
+        field = ndimage.gaussian_filter(random.normal(size=(SIDE, SIDE)), smooth)
+        images.append(120 + 45 * (field - field.mean()) / field.std())
+    return np.clip(images, 0, 255).astype(np.uint8)
+
+
+# What an option does to each image, measured on images where it shows.
+
+
+def places(images: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Centre and second moments about it of what is bright: x, y, xx, yy, xy, each (N,)."""
+    weights = images / images.sum((1, 2), keepdims=True)
+    across, down = weights.sum(1), weights.sum(2)
+    spots = np.arange(SIDE)
+    x, y = across @ spots, down @ spots
+    xx, yy = across @ spots**2 - x**2, down @ spots**2 - y**2
+    xy = np.einsum("nyx,y,x->n", weights, spots, spots) - x * y
+    return x, y, xx, yy, xy
+
+
+def flips(view: View) -> dict[str, np.ndarray]:
+    result = view(RAMP)
+    flipped = (result == RAMP[:, ::-1]).all((1, 2))
+    assert (flipped | (result == RAMP).all((1, 2))).all()
+    return {"flipped": flipped}
+
+
+def angles(view: View) -> dict[str, np.ndarray]:
+    bar = np.zeros((SIDE, SIDE), np.uint8)
+    bar[22:26, 8:40] = 255
+    x, y, xx, yy, xy = places(view(bar))
+    assert abs(x - CENTRE).max() < 0.1 and abs(y - CENTRE).max() < 0.1
+    return {"angle": np.degrees(0.5 * np.arctan2(2 * xy, xx - yy))}
+
+
+def shifts(view: View) -> dict[str, np.ndarray]:
+    spot = np.zeros((SIDE, SIDE), np.uint8)
+    spot[18:24, 26:32] = 255
+    x, y, *_ = places(view(spot))
+    return {"x": x - 28.5, "y": y - 20.5}
+
+
+def scales(view: View) -> dict[str, np.ndarray]:
+    disc = np.zeros((SIDE, SIDE), np.uint8)
+    cv2.circle(disc, (23, 23), 12, 255, -1)
+    disc = np.maximum(disc, disc[::-1, ::-1])  # about the centre, between the pixels
+    x, y, xx, yy, _ = places(view(disc))
+    assert abs(x - CENTRE).max() < 0.1 and abs(y - CENTRE).max() < 0.1
+    _, _, *before, _ = places(disc[None])
+    return {"scale": np.sqrt(xx / before[0]), "scale_y": np.sqrt(yy / before[1])}
+
+
+def crops(view: View) -> dict[str, np.ndarray]:
+    inner = np.arange(4, SIDE - 4)  # the edges are interpolated with what lies outside, or not
+    found = {}
+    ramps = {"x": view(RAMP).mean(1), "y": view(RAMP.T.copy()).mean(2)}
+    for axis, profile in ramps.items():
+        slope, level = np.polynomial.polynomial.polyfit(inner, profile[:, inner].T / 5, 1)[::-1]
+        length, begin = slope * SIDE, level - slope / 2 + 0.5
+        for values in (length, begin):  # whole pixels, but for the rounding of grey levels
+            assert abs(values - np.rint(values)).max() < 0.3
+        length, begin = np.rint(length), np.rint(begin)
+        found |= {f"length_{axis}": length, f"begin_{axis}": begin, f"end_{axis}": begin + length}
+    area, ratio = found["length_x"] * found["length_y"], found["length_x"] / found["length_y"]
+    return {"area": area / SIDE**2, "ratio": np.log(ratio), **found}
+
+
+def lights(view: View) -> dict[str, np.ndarray]:
+    result = view(np.full((SIDE, SIDE), 128, np.uint8)).astype(float)
+    assert (result == result[:, :1, :1]).all()
+    return {"added": result[:, 0, 0] - 128}
+
+
+def contrasts(view: View) -> dict[str, np.ndarray]:
+    levels = np.full((SIDE, SIDE), 60, np.uint8)
+    levels[:, 36:] = 180  # the mean, 90, is not half-way
+    result = view(levels).astype(float)
+    middle = result.mean((1, 2)) - 90
+    assert abs(middle).max() < 0.51 and abs(middle.mean()) < 0.05
+    return {"factor": (result[:, 0, -1] - result[:, 0, 0]) / 120}
+
+
+def blurs(view: View) -> dict[str, np.ndarray]:
+    line = np.zeros((SIDE, SIDE), np.uint8)
+    line[:, 24] = 255
+    across, down = places(view(line))[2], places(view(line.T.copy()))[3]
+    blurred = across > 0.01
+    assert ((down > 0.01) == blurred).all()
+    deviations = {"sigma": np.sqrt(across[blurred]), "sigma_y": np.sqrt(down[blurred])}
+    return {"blurred": blurred, **deviations}
+
+
+def noises(view: View) -> dict[str, np.ndarray]:
+    noise = view(np.full((SIDE, SIDE), 128, np.uint8)).astype(float) - 128
+    sigma = noise.std((1, 2))
+    white = (noise / np.maximum(sigma, 1e-9)[:, None, None])[sigma > 5]
+    if len(white):  # Gaussian, without a mean and without a pattern
+        assert abs(white.mean()) < 0.01
+        assert abs(stats.kurtosis(white.ravel())) < 0.05 and abs(stats.skew(white.ravel())) < 0.02
+        for neighbours in ((white[:, 1:], white[:, :-1]), (white[:, :, 1:], white[:, :, :-1])):
+            assert abs((neighbours[0] * neighbours[1]).mean()) < 0.01
+        assert abs((white[1:] * white[:-1]).mean()) < 0.01
+    return {"noisy": sigma > 0, "sigma": sigma[sigma > 0]}
+
+
+def boxes(view: View) -> dict[str, np.ndarray]:
+    filled = view(np.zeros((SIDE, SIDE), np.uint8)) == FILL
+    erased = filled.any((1, 2))
+    across, down = filled[erased].any(1), filled[erased].any(2)
+    assert (filled[erased] == down[:, :, None] & across[:, None]).all()
+    found = {"erased": erased}
+    for axis, inside in (("x", across), ("y", down)):
+        begin, end = inside.argmax(1), SIDE - inside[:, ::-1].argmax(1)
+        assert (inside.sum(1) == end - begin).all()  # in one piece
+        found |= {f"begin_{axis}": begin, f"end_{axis}": end, f"length_{axis}": end - begin}
+    return found
+
+
+PROBES = {
+    "flip": flips,
+    "rotation": angles,
+    "translation": shifts,
+    "zoom": scales,
+    "crop": crops,
+    "brightness": lights,
+    "contrast": contrasts,
+    "blur": blurs,
+    "noise": noises,
+    "erasing": boxes,
+}
+SETTINGS = {"flip": 0.5, "rotation": 36.0, "translation": 0.12, "zoom": 0.12, "crop": 0.35}
+SETTINGS |= {"brightness": 0.2, "contrast": 0.3, "blur": 1.5, "noise": 0.05, "erasing": 0.5}
+OTHERS = [("flip", 0.2), ("translation", 0.3), ("crop", 0.9), ("blur", 3.0), ("noise", 0.01)]
+
+
+@functools.cache
+def measured(engine: str, option: str, strength: float) -> dict[str, np.ndarray]:
+    def view(image: np.ndarray) -> np.ndarray:
+        return augment(engine, np.repeat(image[None], COUNT, 0), **{option: strength})
+
+    return PROBES[option](view)
+
+
+def distances(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
+    """Kolmogorov-Smirnov statistics as multiples of what one in a thousand exceeds.
+
+    Of the quantities, and of their distances to the middle: a wider range of something that goes
+    either way hardly changes the former.
+    """
+    found = {}
+    for name in one:
+        a, b = (np.round(np.asarray(values[name], float), 3) for values in (one, other))
+        middle = 1.0 if name in ("factor", "scale", "scale_y") else 0.0
+        sizes = [np.abs(values - middle) for values in (a, b)]
+        farthest = max(stats.ks_2samp(*two, method="asymp").statistic for two in ((a, b), sizes))
+        found[name] = farthest / (1.95 * np.sqrt((len(a) + len(b)) / (len(a) * len(b))))
+    return found
+
+
+def test_every_option_has_a_probe():
+    assert set(PROBES) == set(SETTINGS) == set(STRENGTHS) - set(UNMIXED)
+
+
+@pytest.mark.parametrize(("option", "strength"), [*SETTINGS.items(), *OTHERS])
+def test_both_engines_draw_an_option_from_the_same_distribution(option, strength):
+    found = distances(*(measured(engine, option, strength) for engine in ENGINES))
+    assert max(found.values()) < 1, found
+
+
+@pytest.mark.parametrize("factor", [1 / 1.2, 1.2])
+@pytest.mark.parametrize("option", PROBES)
+def test_a_fifth_more_or_less_of_an_option_would_be_seen(option, factor):
+    other = measured("device", option, SETTINGS[option] * factor)
+    found = distances(measured("albumentations", option, SETTINGS[option]), other)
+    assert max(found.values()) > 1, found
+
+
+QUARTER = np.log(4 / 3)
+BLURRED = 0.5 * (1.5 - 2 / 7) / 1.4
+"""Half of the images, but deviations from 0.1 to 2/7 change nothing: their kernel is one pixel."""
+RANGES = {
+    "flip": {},
+    "rotation": {"angle": (-36, 36, 0.2)},
+    "translation": {"x": (-5, 5, 0), "y": (-5, 5, 0)},
+    "zoom": {"scale": (0.88, 1.12, 0.01), "scale_y": (0.88, 1.12, 0.01)},
+    "crop": {
+        "area": (0.65, 1, 0.02),
+        "ratio": (-QUARTER, QUARTER, 0.03),
+        "length_x": (34, 48, 1),
+        "length_y": (34, 48, 1),
+    },
+    "brightness": {"added": (-51, 51, 0)},
+    "contrast": {"factor": (0.7, 1.3, 0.01)},
+    "blur": {"sigma": (0.1, 1.5, 0.03), "sigma_y": (0.1, 1.5, 0.03)},
+    "noise": {"sigma": (0, 12.75, 0.5)},
+    "erasing": {"length_x": (4, 19, 0), "length_y": (4, 19, 0)},
+}
+"""The least and the most of each quantity under `SETTINGS`, and how exactly it is measured."""
+SHARES = {"flip": ("flipped", 0.5), "erasing": ("erased", 0.5), "noise": ("noisy", 0.5)}
+SHARES |= {"blur": ("blurred", BLURRED), "translation": ("x", 1 - 2 / (2 * 0.12 * 48))}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("option", PROBES)
+def test_an_option_reaches_its_range_and_not_further(engine, option):
+    found = measured(engine, option, SETTINGS[option])
+    for name, (low, high, tolerance) in RANGES[option].items():
+        values, reach = found[name], 0.02 * (high - low) + 1e-3
+        assert low - tolerance - 1e-3 <= values.min() <= low + tolerance + reach, name
+        assert high - tolerance - reach <= values.max() <= high + tolerance + 1e-3, name
+    if option in SHARES:
+        name, share = SHARES[option]
+        assert np.mean(np.abs(found[name]) > 0.01) == pytest.approx(share, abs=0.04)
+    if option == "crop":  # a third wider as often as a third higher
+        assert abs(found["ratio"].mean()) < 0.015
+    pair = {"translation": ("x", "y"), "erasing": ("length_x", "length_y")}.get(option)
+    if pair:
+        assert abs(np.corrcoef(*(found[name] for name in pair))[0, 1]) < 0.13
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_crops_and_erased_rectangles_touch_every_edge(engine):
+    for option in ("crop", "erasing"):
+        found = measured(engine, option, SETTINGS[option])
+        for axis in "xy":
+            assert round(found[f"begin_{axis}"].min()) == 0
+            assert round(found[f"end_{axis}"].max()) == SIDE
+
+
+# Whole presets, where the options meet.
+
+
+def looks(images: np.ndarray, before: np.ndarray) -> dict[str, np.ndarray]:
+    values = images.astype(float)
+    return {
+        "mean": values.mean((1, 2)),
+        "deviation": values.std((1, 2)),
+        "change": abs(values - before).mean((1, 2)),
+        "gradient": abs(np.diff(values, axis=1)).mean((1, 2)),
+        "curvature": abs(np.diff(values, n=2, axis=2)).mean((1, 2)),
+        "darkest": values.min((1, 2)),
+        "erased": (images == FILL).sum((1, 2)),
     }
-    for name, values in expected.items():
-        torch.testing.assert_close(normalizer(name)(batch).flatten(), torch.tensor(values))
 
 
-def test_normalization_goes_image_by_image():
-    batch = torch.randint(0, 256, (5, 8, 8), dtype=torch.uint8)
-    for name in NORMALIZATIONS:
-        alone = torch.cat([normalizer(name)(batch[i : i + 1]) for i in range(5)])
-        assert torch.equal(normalizer(name)(batch), alone)
+@functools.cache
+def changed(engine: str, preset: str, **other: float) -> tuple[np.ndarray, np.ndarray]:
+    before = np.repeat(textures(5, smooth=0.8).clip(0, 250), COUNT // 5, 0)
+    settings = {"augmentation": preset, **UNMIXED, **other}
+    return augment(engine, before, **settings), before
 
 
-def test_a_constant_data_set_does_not_divide_by_zero():
-    constant = Normalizer(normalization="dataset", mean=0.0, std=0.0)
-    assert torch.isfinite(constant(torch.zeros(1, 4, 4, dtype=torch.uint8))).all()
+@pytest.mark.parametrize("preset", [name for name in AUGMENTATIONS if PRESETS[name]])
+def test_both_engines_make_the_same_of_a_preset(preset):
+    """An image interpolated once and one interpolated twice differ in their gradients."""
+    one, other = (changed(engine, preset) for engine in ENGINES)
+    found = distances(looks(*one), looks(*other))
+    assert max(found.values()) < 1, found
+    # the images' average, pixel by pixel, in units of its standard error
+    each = COUNT // 5
+    for group in range(5):
+        a, b = (part[0][group * each : (group + 1) * each].astype(float) for part in (one, other))
+        gap = (a.mean(0) - b.mean(0)) / np.sqrt((a.var(0) + b.var(0)) / each)
+        assert abs(gap.mean()) < 3.5  # all pixels of an image brighten together
+        assert abs(gap).max() < 5.5 and gap.std() < 1.3
 
 
-def test_unknown_names_are_refused_with_the_nearest():
-    with pytest.raises(UserError, match="did you mean 'minmax'"):
-        normalizer("min-max")
-    with pytest.raises(UserError, match="did you mean 'standard'"):
-        Augmenter("standart", seed=0, fill=0)
+@pytest.mark.parametrize(
+    ("preset", "other"),
+    [
+        ("notebook", {"contrast": 0.13}),
+        ("standard", {"erasing": 0.6}),
+        ("strong", {"crop": 0.45}),
+        ("strong", {"noise": 0.065}),
+    ],
+)
+def test_another_strength_in_a_preset_would_be_seen(preset, other):
+    found = distances(
+        looks(*changed("albumentations", preset)), looks(*changed("device", preset, **other))
+    )
+    assert max(found.values()) > 1, found
 
 
-def face(count: int = 32) -> np.ndarray:
-    ramp = np.linspace(40, 200, 48).astype(np.uint8)
-    return np.repeat(np.add.outer(ramp // 2, ramp // 2)[None], count, axis=0)
+# The device engine's pictures, given what was drawn.
 
 
+def drawn(count: int, **settings: float) -> parameters.Parameters:
+    config = TransformConfig(augmentation="none", **settings)
+    return parameters.draw(config, randomness.streams(0, 0, np.arange(count)), SIDE, SIDE)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"flip": 0.5},
+        {"rotation": 40.0, "translation": 0.3, "zoom": 0.4},
+        {"crop": 0.7},
+        {"flip": 0.5, "rotation": 20.0, "crop": 0.5},
+    ],
+)
+def test_warped_pixels_are_those_of_opencv(settings):
+    before = textures(40, smooth=2.0)
+    result = augment("device", before, **settings)
+    expected = before
+    for warps in drawn(40, **settings).warps:
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        expected = [
+            cv2.warpAffine(
+                image, warp, (SIDE, SIDE), flags=flags, borderMode=cv2.BORDER_REFLECT_101
+            )
+            for image, warp in zip(expected, warps)
+        ]
+    gap = np.abs(result.astype(int) - np.stack(expected))
+    assert gap.max() <= 3 and gap.mean() < 0.5  # OpenCV rounds places to 1/32 pixel
+
+
+def test_crops_are_those_of_opencv_but_for_the_edge():
+    before = textures(40, smooth=2.0)
+    result = augment("device", before, crop=0.7)
+    for image, shown, warp in zip(before, result, drawn(40, crop=0.7).warps[0]):
+        size = np.rint(np.diag(warp[:, :2]) * SIDE).astype(int)
+        left, top = np.rint(warp[:, 2] - np.diag(warp[:, :2]) / 2 + 0.5).astype(int)
+        cut = image[top : top + size[1], left : left + size[0]]
+        gap = np.abs(shown.astype(int) - cv2.resize(cut, (SIDE, SIDE)))
+        assert gap[2:-2, 2:-2].max() <= 2
+        assert gap.max() <= 15  # the edge pixels see a little of what lies beyond them
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_flips_and_shifts_move_whole_pixels_and_reflect_at_the_border(engine):
+    image = textures(1, smooth=0.5)[0]
+    padded = np.pad(image, 12, mode="reflect")
+    possible = {
+        flipped[12 - y : 60 - y, 12 - x : 60 - x].tobytes()
+        for flipped in (padded, padded[:, ::-1])
+        for y in range(-5, 6)
+        for x in range(-5, 6)
+    }
+    shown = augment(engine, np.repeat(image[None], 300, 0), flip=0.5, translation=0.12)
+    found = {picture.tobytes() for picture in shown}
+    assert found <= possible and len(found) > 120
+
+
+def test_blurred_pixels_are_those_of_a_gaussian_kernel():
+    before = textures(40, smooth=0.5)
+    result = augment("device", before, blur=2.0)
+    for image, shown, sigma in zip(before, result, drawn(40, blur=2.0).blur):
+        reach = int(3.5 * sigma)
+        expected = image.astype(float)
+        if reach:
+            for axis in (0, 1):
+                expected = ndimage.gaussian_filter1d(
+                    expected, sigma, axis=axis, mode="mirror", radius=reach
+                )
+        assert np.abs(shown - expected).max() < 0.51
+
+
+# What each engine promises.
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("preset", AUGMENTATIONS)
-def test_augmentation_is_keyed_by_seed_epoch_and_sample(preset):
-    batch, samples = face(8), np.arange(8)
-    result = Augmenter(preset, seed=1, fill=128)(batch, samples, 2)
-    assert result.shape == batch.shape and result.dtype == np.uint8
-    order = np.array([5, 0, 7])
-    again = Augmenter(preset, seed=1, fill=128)(batch[order], samples[order], 2)
+def test_augmentation_is_keyed_by_seed_epoch_and_sample(engine, preset):
+    """Matrix products of different sizes round differently: parts of many sizes."""
+    change = functools.partial(augment, engine, augmentation=preset)
+    count = 60
+    before, samples = textures(count, smooth=0.7), np.arange(count) * 7
+    result = change(before, samples, seed=1, epoch=2)
+    assert result.shape == before.shape and result.dtype == np.uint8
+    order = np.random.default_rng(0).permutation(count)
+    again = change(before[order], samples[order], seed=1, epoch=2)
     assert np.array_equal(again, result[order])
+    for size in (1, 2, 3, 5, 8):
+        for begin in range(0, count - size, 11):
+            part = slice(begin, begin + size)
+            again = change(before[part], samples[part], seed=1, epoch=2)
+            assert np.array_equal(again, result[part])
     if preset == "none":
-        assert np.array_equal(result, batch)
+        assert np.array_equal(result, before)
         return
-    assert not np.array_equal(Augmenter(preset, seed=2, fill=128)(batch, samples, 2), result)
-    assert not np.array_equal(Augmenter(preset, seed=1, fill=128)(batch, samples, 3), result)
-    assert len({image.tobytes() for image in result}) == len(result)
+    for other in ({"seed": 2, "epoch": 2}, {"seed": 1, "epoch": 3}, {"seed": 2, "epoch": 1}):
+        assert (change(before, samples, **other) != result).any((1, 2)).mean() > 0.95
+    assert (change(before, samples + 1, seed=1, epoch=2) != result).any((1, 2)).mean() > 0.95
+    same = change(np.repeat(before[:1], count, 0), samples)
+    assert len({image.tobytes() for image in same}) == count
 
 
-def test_augmentation_leaves_its_input_alone():
-    batch = face(4)
-    before = batch.copy()
-    Augmenter("standard", seed=0, fill=128)(batch, range(4), 0)
-    assert np.array_equal(batch, before)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("preset", AUGMENTATIONS)
+def test_the_input_stays_as_it_is_and_may_lie_anyhow(engine, preset):
+    change = functools.partial(augment, engine, augmentation=preset)
+    before = textures(20)
+    kept, result = before.copy(), change(before)
+    assert np.array_equal(before, kept)
+    before.setflags(write=False)
+    assert np.array_equal(change(before), result)
+    layouts = {
+        "transposed": before.transpose(0, 2, 1).copy().transpose(0, 2, 1),
+        "batch last": before.transpose(1, 2, 0).copy().transpose(2, 0, 1),
+        "every other": np.repeat(before, 2, 0)[::2],
+        "part of wider rows": np.concatenate([before, before], 2)[:, :, :SIDE],
+    }
+    for layout, same in layouts.items():
+        assert not same.flags.c_contiguous
+        assert np.array_equal(change(same), result), layout
 
 
-def test_choices_of_one_image_are_independent_of_each_other():
+EXTREMES = {"flip": 1.0, "rotation": 180.0, "translation": 0.5, "zoom": 0.5, "crop": 0.9}
+EXTREMES |= {"brightness": 1.0, "contrast": 1.0, "blur": 4.0, "noise": 0.5, "erasing": 1.0}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("side", [1, 2, 3, 5, 31])
+def test_every_strength_and_size_works(engine, side):
+    before = np.random.default_rng(side).integers(0, 256, (6, side, side), dtype=np.uint8)
+    each: list[dict[str, float]] = [{name: most} for name, most in EXTREMES.items()]
+    each += [{name: 1e-6} for name in EXTREMES]
+    for settings in [*each, EXTREMES]:
+        result = augment(engine, before, **settings)
+        assert result.shape == before.shape and result.dtype == np.uint8, settings
+        assert augment(engine, before[:0], **settings).shape == (0, side, side)
+        assert np.array_equal(augment(engine, before[:1], **settings), result[:1])
+    assert np.array_equal(augment(engine, before, flip=1.0), before[:, :, ::-1])
+
+
+@pytest.mark.parametrize("shape", [(20, 31), (31, 20), (1, 9), (9, 1), (2, 3)])
+def test_the_device_engine_takes_images_that_are_not_square(shape):
+    before = np.random.default_rng(0).integers(0, 256, (9, *shape), dtype=np.uint8)
+    for settings in ({"augmentation": "strong"}, EXTREMES):
+        assert augment("device", before, **settings).shape == before.shape
+    assert np.array_equal(augment("device", before, flip=1.0), before[:, :, ::-1])
+    boxed = augment("device", np.zeros((500, 20, 40), np.uint8), erasing=1.0) == FILL
+    assert boxed.any(1).sum(1).max() == 15 and boxed.any(2).sum(1).max() == 7
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_choices_of_one_image_are_independent_of_each_other(engine):
     """Seeding albumentations by `set_random_seed` makes flips and erasing one and the same."""
-    count = 400
-    batch = np.zeros((count, 48, 48), np.uint8)
-    batch[:, :, 24:] = 200  # the right half is bright: a flip shows
-    result = Augmenter("standard", seed=0, fill=77)(batch, range(count), 0)
-    flipped = result[:, :, :12].mean(axis=(1, 2)) > result[:, :, -12:].mean(axis=(1, 2))
-    erased = (result == 77).sum(axis=(1, 2)) > 16
-    for share in (flipped.mean(), erased.mean()):
-        assert 0.4 < share < 0.6
-    assert abs((flipped & erased).mean() - flipped.mean() * erased.mean()) < 0.06
+    image = np.full((SIDE, SIDE), 70, np.uint8)
+    image[:, 24:] = 130
+    settings = {"flip": 0.5, "brightness": 0.1, "contrast": 0.2, "blur": 1.5, "noise": 0.04}
+    result = augment(engine, np.repeat(image[None], COUNT, 0), **settings, erasing=0.5)
+    values = result.astype(float)
+    dark, light = (np.median(values[:, :, half], (1, 2)) for half in (slice(20), slice(28, None)))
+    step = np.abs(np.diff(np.median(values, 1), axis=1))
+    quantities = {
+        "flip": dark > light,
+        "erasing": (result == FILL).any((1, 2)),
+        "brightness": dark + light,
+        "contrast": abs(light - dark),
+        "blur": step[:, 23] / abs(light - dark),
+        "noise": np.median(abs(np.diff(values[:, :, :20], axis=1)), (1, 2)),
+    }
+    assert set(quantities) == {*settings, "erasing"}
+    found = np.corrcoef(np.stack([*quantities.values()]).astype(float)) - np.eye(len(quantities))
+    assert abs(found).max() < 0.12
 
 
-@pytest.mark.parametrize(("preset", "least", "most"), [("standard", 6, 10), ("notebook", 25, 36)])
-def test_rotation_reaches_its_range_and_not_further(preset, least, most):
-    """The angle of a bar, measured from its second moments."""
-    bar = np.zeros((200, 48, 48), np.uint8)
-    bar[:, 22:26, 8:40] = 255
-    result = Augmenter(preset, seed=0, fill=0)(bar, range(200), 0)
-    angles = []
-    for image in result:
-        y, x = np.nonzero(image > 127)
-        y, x = y - y.mean(), x - x.mean()
-        angles.append(abs(np.degrees(0.5 * np.arctan2(2 * (x * y).mean(), (x**2 - y**2).mean()))))
-    # erased corners of the bar tilt what is left of it: take the bulk
-    assert least < np.quantile(angles, 0.95) < most + 2
+def columns(found: parameters.Parameters) -> dict[str, np.ndarray]:
+    """All that was drawn, as one row a quantity and a column an image."""
+    assert found.erased is not None
+    values = {f"warp {k}": warp.reshape(-1, 6).T for k, warp in enumerate(found.warps)}
+    values["erased"] = found.erased.T
+    for name in ("brightness", "contrast", "blur", "noise"):
+        values[name] = getattr(found, name)[None]
+    return values
+
+
+def test_what_is_drawn_for_an_image_is_independent_of_all_else():
+    strengths = {"flip": 0.5, "brightness": 0.2, "contrast": 0.2, "blur": 1.0, "noise": 0.1}
+    found = columns(drawn(6000, rotation=20.0, translation=0.2, erasing=0.5, **strengths))
+    warp, box = found.pop("warp 0"), found.pop("erased")
+    rows = [*np.concatenate([*found.values()]), np.sign(warp[0]), warp[3], box[2] > 0]
+    # neighbouring samples too, whose keys differ by 1
+    rows += [row[np.arange(1, 6001) % 6000] for row in rows]
+    assert abs(np.corrcoef(np.stack(rows).astype(float)) - np.eye(len(rows))).max() < 0.06
+
+
+def test_noise_is_not_made_of_the_numbers_that_decide_the_rest():
+    grey = np.full((3000, SIDE, SIDE), 128, np.uint8)
+    noise = augment("device", grey, noise=0.1).reshape(3000, 2, -1).astype(float) - 128
+    noisy = noise.any((1, 2))
+    energy = (noise**2).sum(1)[noisy] / noise.var((1, 2))[noisy, None]  # of pixels drawn together
+    numbers = randomness.uniforms(randomness.streams(0, 0, np.arange(3000)), 17)[noisy]
+    for column, number in zip(energy.T, numbers.T):
+        assert abs(np.corrcoef(column, number)[0, 1]) < 0.1
+
+
+def test_switching_an_option_on_does_not_change_what_the_others_draw():
+    whole = drawn(50, **SETTINGS)
+    for name in ("brightness", "contrast", "blur", "noise", "erased"):
+        option = "erasing" if name == "erased" else name
+        alone = drawn(50, **{option: SETTINGS[option]})
+        assert np.array_equal(getattr(alone, name), getattr(whole, name))
+    flipped = drawn(50, flip=0.5).warps[0][:, 0, 0] < 0
+    assert np.array_equal(flipped, whole.warps[0][:, 0, 0] < 0)
+    assert np.array_equal(drawn(50, crop=SETTINGS["crop"]).warps[0], whole.warps[1])
+    turned = drawn(50, rotation=SETTINGS["rotation"]).warps[0]
+    angle = np.arctan2(turned[:, 1, 0], turned[:, 1, 1])
+    assert np.allclose(angle, np.arctan2(whole.warps[0][:, 1, 0], whole.warps[0][:, 1, 1]))
+    # the noise itself, not only how strong it is
+    grey = np.full((50, SIDE, SIDE), 100, np.uint8)
+    noise = augment("device", grey, noise=0.05).astype(int) - grey
+    lit = augment("device", grey, brightness=0.1).astype(int)
+    both = augment("device", grey, brightness=0.1, noise=0.05)
+    assert np.abs(both - (lit + noise)).max() <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("preset", AUGMENTATIONS)
+def test_augmentation_on_a_gpu_is_that_on_the_cpu_but_for_rounding(preset):
+    before, samples = torch.from_numpy(textures(200)), np.arange(200)
+    augmenter = DeviceAugmenter(TransformConfig(augmentation=preset), seed=0, fill=120)
+    gap = (augmenter(before.cuda(), samples, 0).cpu().int() - augmenter(before, samples, 0)).abs()
+    assert gap.max() <= 1 and (gap > 0).float().mean() < 1e-3
 
 
 def test_resize_shrinks_without_aliasing_and_leaves_the_right_size_alone():

@@ -1,0 +1,125 @@
+"""What runs in each of the processes that train together."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fer_ray import checkpoint, loop, provenance, storage
+from fer_ray.config import TrainConfig
+from fer_ray.dataset import DatasetInfo, read_info
+from fer_ray.group import Group
+from fer_ray.history import write_history
+from fer_ray.loading import Feed, Images, MemoryFeed
+from fer_ray.streaming import StreamFeed
+
+HISTORY = "history.parquet"
+FAILURE = "failure.json"
+"""Where the first worker leaves the reason for a failure that a retry would only repeat."""
+SPLITS = ("train", "validation")
+
+
+def work(settings: dict[str, Any]) -> None:
+    """Trains as one of the workers, in the process that Ray Train made for it.
+
+    Args:
+        settings: ``config`` (`TrainConfig.to_dict`), ``run``, ``folder`` of the run, and either
+            ``images``, a reference to pixels and labels of each split, or ``cpus``, what this
+            worker may reserve to stream.
+    """
+    import ray.train
+    import ray.train.torch
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    _keep_freed_memory()
+    config = TrainConfig.from_dict(settings["config"])
+    scaling = config.scaling
+    torch.set_num_threads(scaling.threads_per_worker or max(int(scaling.cpus_per_worker), 1))
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    group = Group(rank=rank, size=context.get_world_size(), device=ray.train.torch.get_device())
+    info = read_info(config.data)
+    feed = _feed(settings, config, info, group)
+    with contextlib.ExitStack() as stack:
+        resume = None
+        if saved := ray.train.get_checkpoint():
+            resume = checkpoint.read(stack.enter_context(saved.as_directory()))
+        elif kept := checkpoint.in_run(settings["folder"]):
+            resume = max(kept, key=lambda one: (one.epoch, one.place))
+        if resume:
+            _say(rank, f"going on after epoch {resume.epoch}")
+        try:
+            loop.train(
+                config,
+                info,
+                feed,
+                group=group,
+                run=settings["run"],
+                report=_reporter(rank, settings["folder"], config.schedule.epochs),
+                provenance=provenance.describe(group.device),
+                resume=resume,
+            )
+        except loop.NotFinite as error:
+            # raised by all workers alike: a retry would end the same way, so there is none
+            if rank == 0:
+                storage.write_json(
+                    storage.join(settings["folder"], FAILURE), {"reason": str(error)}
+                )
+
+
+def _keep_freed_memory() -> None:
+    """Lets the C library reuse large blocks instead of giving each back to the kernel.
+
+    Every step frees and asks for the same megabytes; fetching them anew, page by page, costs
+    more than filling them. mallopt(3): M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        library = ctypes.CDLL("libc.so.6")
+        for parameter in (-1, -3):
+            library.mallopt(parameter, 2**30)
+
+
+def _feed(settings: dict[str, Any], config: TrainConfig, info: DatasetInfo, group: Group) -> Feed:
+    import ray
+
+    if "cpus" in settings:
+        return StreamFeed(config, info, group=group, cpus=settings["cpus"])
+    train, validation = (Images.known(*ray.get(settings["images"][name])) for name in SPLITS)
+    return MemoryFeed(config, info, train, validation, group=group)
+
+
+def _reporter(rank: int, folder: str, epochs: int) -> Callable[..., None]:
+    """What a worker does after each epoch: the first one hands its checkpoint to Ray Train."""
+    import ray.train
+
+    def report(history: list[dict[str, Any]], save: Callable[[Path], None]) -> None:
+        row = history[-1]
+        with tempfile.TemporaryDirectory() as temporary:
+            kept = None
+            if rank == 0:
+                save(Path(temporary))
+                kept = ray.train.Checkpoint.from_directory(temporary)
+            ray.train.report(row, checkpoint=kept)
+        if rank == 0:
+            write_history(storage.join(folder, HISTORY), history)
+        _say(
+            rank,
+            f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, accuracy "
+            f"{row['train_accuracy']:.2%}; validation loss {row['validation_loss']:.4f}, accuracy "
+            f"{row['validation_accuracy']:.2%}, macro-F1 {row['validation_macro_f1']:.4f}; "
+            f"{row['images_per_s']:,.0f} images/s, {row['seconds']:.1f} s",
+        )
+
+    return report
+
+
+def _say(rank: int, message: str) -> None:
+    if rank == 0:
+        print(message, flush=True)

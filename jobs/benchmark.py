@@ -1,0 +1,53 @@
+"""python jobs/benchmark.py --model custom_cnn --data data/fer2013 --output results/benchmark.json
+
+Measures training, input and prediction, each beside a plain alternative and in turn with it; or,
+with --show-augmentations, draws what each augmentation does.
+"""
+
+from __future__ import annotations
+
+from fer_ray import cli
+
+
+def main() -> None:
+    parser = cli.JobParser(description=__doc__)
+    parser.add_argument(
+        "--data", default="", metavar="DIR", help="prepared data set; without it, drawn faces"
+    )
+    parser.add_argument("--output", default="", metavar="FILE.json", help="where to write it")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="KEY", help="measure these numbers and no others"
+    )
+    parser.add_argument("--rounds", type=cli.integer(1), default=5, help="rounds of each side")
+    parser.add_argument("--round-s", type=float, default=3.0, help="seconds of a round, about")
+    parser.add_argument(
+        "--show-augmentations", metavar="FILE.html", help="only write this page of pictures"
+    )
+    cli.add_config_flags(parser)
+    arguments = parser.parse_args()
+    config = cli.config_from_flags(arguments, data=arguments.data)
+
+    if arguments.show_augmentations:
+        from fer_ray import augmentation_page
+
+        place = cli.lasting("--show-augmentations", arguments.show_augmentations)
+        cli.say(augmentation_page.write(place))
+        return
+
+    from fer_ray import benchmark, benchmark_numbers
+
+    plan = benchmark.plan(
+        config,
+        output=arguments.output and cli.lasting("--output", arguments.output),
+        only=arguments.only,
+        rounds=arguments.rounds,
+        round_s=arguments.round_s,
+    )
+    result = benchmark.measure(plan, start_ray=cli.start_ray, say=cli.say)
+    for line in benchmark_numbers.table(result):
+        cli.say(line)
+    cli.say(plan.output or "nothing was written: --output FILE.json keeps it")
+
+
+if __name__ == "__main__":
+    cli.run(main)
