@@ -23,6 +23,7 @@ from fer_ray.config import (
     TransformConfig,
     flag_of,
 )
+from fer_ray.errors import UserError
 from fer_ray.loading import fill_of
 from fer_ray.transforms import (
     DeviceAugmenter,
@@ -51,8 +52,14 @@ _GAP_GREY = 255
 
 
 def write(place: str) -> str:
-    """Writes the page, one HTML file without links; returns its absolute place."""
+    """Writes the page, one HTML file without links; returns its absolute place.
+
+    Raises:
+        UserError: where a folder of that name is.
+    """
     place = storage.absolute(place)
+    if storage.is_directory(place):
+        raise UserError(f"--show-augmentations: {place} is a folder; a file's name is wanted")
     storage.write_bytes(place, render().encode())
     return place
 

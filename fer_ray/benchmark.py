@@ -11,7 +11,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def plan(
     config: TrainConfig,
     *,
     output: str = "",
-    only: Sequence[str] = (),
+    only: Iterable[str] = (),
     rounds: int = ROUNDS,
     round_s: float = ROUND_S,
 ) -> Plan:
@@ -73,6 +73,7 @@ def plan(
     Raises:
         UserError: for whatever is wrong about them.
     """
+    only = set(only)
     for key in only:
         if key not in KEYS:
             raise unknown("--only", key, KEYS)

@@ -246,7 +246,7 @@ class Files(Dataset):
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
         """(1, S, S) float32 with the train split's mean and deviation taken out, and the class."""
         with Image.open(self.paths[row]) as picture:
-            pixels = np.asarray(picture.convert("L"))
+            pixels = np.array(picture.convert("L"))
         if self.pipeline is not None:
             pixels = self.pipeline(image=pixels)["image"]
         if pixels.shape[0] != self.size:

@@ -123,14 +123,17 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformConfig(Section):
-    """What happens to the pixels. Strengths that are not given are the preset's."""
+    """What happens to the pixels. Strengths that are not given are the preset's.
+
+    `dataclasses.replace` keeps the strengths: `with_preset` is for another preset.
+    """
 
     normalization: str = _choice("dataset", NORMALIZATIONS)
     """`none` divides by 255; `minmax` spreads each image over 0 to 1; `standardize` gives each
     mean 0 and deviation 1, `dataset` the train split as a whole; `equalize` and `clahe` flatten
     each image's histogram, as a whole or in tiles."""
     augmentation: str = _choice("standard", AUGMENTATIONS)
-    """Preset of random changes to training images, in this order."""
+    """Preset of the random changes below, which are made in that order."""
     engine: str = _choice("auto", ENGINES)
     """What augments: `albumentations`, image by image on CPUs, or `device`, whole batches where
     the model trains; `auto` is `device`."""
@@ -165,6 +168,11 @@ class TransformConfig(Section):
         for name in STRENGTHS:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, preset.get(name, 0.0))
+
+    def with_preset(self, augmentation: str) -> TransformConfig:
+        """The same with all strengths of another preset."""
+        unset = dict.fromkeys(STRENGTHS)
+        return dataclasses.replace(self, augmentation=augmentation, **unset)  # type: ignore[arg-type]
 
 
 STRENGTHS = tuple(
@@ -225,8 +233,8 @@ class ScheduleConfig(Section):
     loading: str = _choice("auto", LOADINGS)
     """`memory`: workers hold the whole split; `stream`: Ray Data reads it anew in each epoch;
     `auto`: memory where three tenths of each node's object store hold the images."""
-    shuffle_buffer: int = _number(16_384, 1, 100_000_000)
-    """stream: images that wait at each worker to be drawn at random."""
+    shuffle_buffer: int = _number(4096, 1, 100_000_000)
+    """stream: at least so many images wait at each worker to be drawn at random."""
 
 
 @dataclass(frozen=True, kw_only=True)

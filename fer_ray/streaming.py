@@ -8,6 +8,7 @@ which images are drawn at random. Memory is bounded by the buffer and a few bloc
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from fer_ray import storage
 from fer_ray.config import TrainConfig
 from fer_ray.dataset import DatasetInfo, label_indices, stack
+from fer_ray.errors import UserError
 from fer_ray.group import Group
 from fer_ray.loading import (
     EVALUATION_BATCH_SIZE,
@@ -38,6 +40,7 @@ _BYTES_AHEAD = 128 * 2**20
 """What a worker's blocks on their way may take of the object store, if a few fit in it."""
 
 _LEAST_BLOCKS_AHEAD = 8
+_SAY_AFTER_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +60,30 @@ class Piece:
 
 
 def pieces(info: DatasetInfo, split: str) -> list[Piece]:
-    """All row groups of a split, in its order; reads the files' footers."""
+    """All row groups of a split, in its order; reads the files' footers.
+
+    Raises:
+        UserError: where files cannot be read, or do not hold as many rows as ``dataset.json``
+            promises.
+    """
     fs, root = storage.filesystem(info.place)
     found, first = [], 0
     for file in info.split(split).files:
-        metadata = pq.read_metadata(storage.join(root, file), filesystem=fs)
+        try:
+            metadata = pq.read_metadata(storage.join(root, file), filesystem=fs)
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{info.place}: {file} cannot be read: {reason}") from error
         place = storage.join(info.place, file)
         for number in range(metadata.num_row_groups):
             rows = metadata.row_group(number).num_rows
             found.append(Piece(file=place, row_group=number, begin=0, end=rows, first=first))
             first += rows
+    if first != info.split(split).rows:
+        raise UserError(
+            f"{info.place}: split {split!r} has {first} rows, dataset.json says "
+            f"{info.split(split).rows}: run jobs/prepare.py again"
+        )
     return found
 
 
@@ -87,21 +104,31 @@ class StreamFeed:
     """One worker's stream of both splits."""
 
     def __init__(
-        self, config: TrainConfig, info: DatasetInfo, *, group: Group, cpus: float
+        self,
+        config: TrainConfig,
+        info: DatasetInfo,
+        found: dict[str, list[Piece]],
+        *,
+        group: Group,
+        spare_cpus: float,
     ) -> None:
-        """Looks at the files' footers.
+        """Keeps what to read.
 
         Args:
             config: decides order, changes and the buffer.
             info: the prepared data set; all images of both splits are labelled.
+            found: `pieces` of ``train`` and ``validation``.
             group: the workers.
-            cpus: CPUs that this worker's reading may reserve in the cluster, above 0.
+            spare_cpus: CPUs of the cluster that no worker reserves, for each worker. Where there
+                is less than one, reading reserves none: a task that waited for a CPU which the
+                workers hold would wait for ever.
         """
         self._config, self._info, self._group = config, info, group
         self._augmentation = Augmentation(config, info, group.device)
         self._input_size = config.model.input_size or info.image_size
-        self._cpus = cpus
-        self._pieces = {name: pieces(info, name) for name in ("train", "validation")}
+        self._tasks = max(1, int(spare_cpus))
+        self._cpus_a_task = 1 if spare_cpus >= 1 else 0
+        self._pieces = found
         self.steps_per_epoch = info.split("train").rows // config.schedule.global_batch_size
         classes = info.split("train").classes
         self.class_counts = np.array([classes.get(label, 0) for label in info.labels])
@@ -114,9 +141,7 @@ class StreamFeed:
         steps = self.steps_per_epoch
         mine = cut([self._pieces["train"][i] for i in order], steps * part.start, steps * part.stop)
         size = part.stop - part.start
-        if size == 0:  # fewer images than workers in a batch: steps without images
-            yield from (self._batch(_empty(self._info), epoch, step) for step in range(steps))
-            return
+        assert size > 0, "a configuration has at least one image a worker and step"
         batches = self._read(
             mine,
             epoch=epoch,
@@ -172,7 +197,11 @@ class StreamFeed:
         rows = [asdict(piece) for piece in mine]
         read = _Reader(self._info, self._config, epoch)
         stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            read, batch_size=1, batch_format="pyarrow", num_cpus=min(self._cpus, 1.0)
+            read,
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=self._cpus_a_task,
+            concurrency=self._tasks,
         )
         options = stream.context.execution_options
         options.preserve_order = True  # else the same seed would not give the same run
@@ -185,7 +214,23 @@ class StreamFeed:
             wanted["local_shuffle_buffer_size"] = self._config.schedule.shuffle_buffer
             wanted["local_shuffle_seed"] = shuffle
         batches: Any = stream.iter_batches(prefetch_batches=_BATCHES_AHEAD, **wanted)
-        yield from batches
+        waiting = threading.Timer(_SAY_AFTER_S, _say_waiting, (self._group.rank,))
+        waiting.daemon = True
+        waiting.start()
+        try:
+            for batch in batches:
+                waiting.cancel()
+                yield batch
+        finally:
+            waiting.cancel()
+
+
+def _say_waiting(rank: int) -> None:
+    print(
+        f"worker {rank} has waited {_SAY_AFTER_S:.0f} s for its first images: reading may wait for "
+        "a CPU that other jobs hold",
+        flush=True,
+    )
 
 
 class _Reader:
@@ -222,11 +267,6 @@ def _library(config: TrainConfig, mean: float, size: int) -> LibraryAugmenter:
 def _unpack(rows: dict[str, Any], size: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     pixels = np.frombuffer(b"".join(rows["image"]), np.uint8).reshape(-1, size, size)
     return as_tensor(pixels), as_tensor(rows["target"]).clone(), rows["sample"]
-
-
-def _empty(info: DatasetInfo) -> dict[str, Any]:
-    nothing = np.zeros(0, np.int64)
-    return {"image": [], "target": nothing, "sample": nothing}
 
 
 def _pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

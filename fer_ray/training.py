@@ -14,15 +14,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fer_ray import models, provenance, storage, worker
-from fer_ray.config import TrainConfig, differences
+from fer_ray import models, provenance, storage, streaming, worker
+from fer_ray.config import ScalingConfig, TrainConfig, differences
 from fer_ray.dataset import DatasetInfo, load_split, read_info
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.history import write_history
+from fer_ray.streaming import Piece
 from fer_ray.worker import HISTORY, SPLITS
 
 CONFIG = "config.json"
 RESULT = "run.json"
+_ROW_GROUPS = "row_groups.json"
 _MEMORY_SHARE = 0.3
 """The most of a node's object store that `--loading auto` fills with images."""
 
@@ -92,7 +94,8 @@ def _check_same(config: TrainConfig, info: DatasetInfo, folder: str) -> bool:
     if not storage.exists(storage.join(folder, CONFIG)):
         return False
     saved = storage.read_json(storage.join(folder, CONFIG))
-    # settings that did not exist then have their defaults
+    # runs from before there was a choice were changed by albumentations
+    saved["config"].get("transforms", {}).setdefault("engine", "albumentations")
     before = TrainConfig.from_dict(saved["config"]).to_dict()
     found = differences(before, config.to_dict())
     if saved["data_sha256"] != info.data_sha256:
@@ -124,6 +127,7 @@ def fit(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
         return storage.read_json(storage.join(plan.folder, RESULT))
     _check_resources(plan.config, say)
     streams = decide_loading(plan)
+    feed = _what_to_feed(plan, streams)
     storage.write_json(
         storage.join(plan.folder, CONFIG),
         {
@@ -136,7 +140,7 @@ def fit(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
     _remove_damaged_snapshot(plan.folder)
     start = time.perf_counter()
     say(_announcement(plan, streams))
-    _run_workers(plan, streams)
+    _run_workers(plan, feed)
     failure = storage.join(plan.folder, worker.FAILURE)
     if storage.exists(failure):
         raise JobFailed(storage.read_json(failure)["reason"])
@@ -192,14 +196,14 @@ def decide_loading(plan: Plan) -> bool:
     """Whether to stream; a resumed run does as it did before.
 
     Raises:
-        UserError: where streaming was asked for and cannot be.
+        UserError: where streaming was asked for, or is needed, and cannot be.
     """
     import ray
 
     chosen = plan.config.schedule.loading
-    saved = storage.join(plan.folder, CONFIG)
-    if plan.resumes and "loading" in (before := storage.read_json(saved)):
-        chosen = before["loading"]
+    if plan.resumes:
+        before = storage.read_json(storage.join(plan.folder, CONFIG))
+        chosen = before.get("loading", "memory")
     if chosen == "auto":
         size = sum(plan.info.split(name).rows for name in SPLITS) * plan.info.image_size**2
         stores = [
@@ -209,37 +213,68 @@ def decide_loading(plan: Plan) -> bool:
         ]
         chosen = "memory" if size <= _MEMORY_SHARE * min(stores) else "stream"
     if chosen == "stream":
-        _spare_cpus(plan.config)
         for name in SPLITS:
             if unknown := plan.info.split(name).unlabelled:
                 raise UserError(
-                    f"--loading stream: {unknown} images of the {name} split have no label; "
-                    "leave them out when preparing, or use --loading memory"
+                    f"--loading {plan.config.schedule.loading}: {unknown} images of the {name} "
+                    "split have no label and cannot be streamed; leave them out when preparing, "
+                    "or use --loading memory"
                 )
     return chosen == "stream"
 
 
-def _spare_cpus(config: TrainConfig) -> float:
-    """CPUs that each worker's reading may reserve beside the workers themselves."""
+def _spare_cpus(scaling: ScalingConfig) -> float:
+    """CPUs that no worker reserves, for each worker."""
     import ray
 
-    scaling = config.scaling
     free = ray.cluster_resources().get("CPU", 0.0) - scaling.num_workers * scaling.cpus_per_worker
-    if free <= 0.0:
-        raise UserError(
-            "--loading stream: the workers reserve every CPU of the cluster and leave none to "
-            f"read with; --cpus-per-worker {0.9 * scaling.cpus_per_worker:g} would"
-        )
-    return free / scaling.num_workers
+    return max(free, 0.0) / scaling.num_workers
 
 
-def _load_images(info: DatasetInfo, name: str) -> tuple[Any, Any]:
-    split = load_split(info, name)
-    return split.images, split.labels
+def _what_to_feed(plan: Plan, streams: bool) -> dict[str, Any]:
+    """The part of the workers' settings that says where the images are.
 
-
-def _run_workers(plan: Plan, streams: bool) -> None:
+    Raises:
+        UserError: for files that are damaged or not those of the run that is resumed.
+    """
     import ray
+
+    if streams:
+        found = {name: streaming.pieces(plan.info, name) for name in SPLITS}
+        _check_pieces(plan, found)
+        return {"pieces": found, "spare_cpus": _spare_cpus(plan.config.scaling)}
+    # read once for all workers; each node keeps one copy in shared memory
+    load = ray.remote(num_cpus=0, num_returns=2)(_load_images)
+    images = {}
+    for name in SPLITS:
+        problem, images[name] = load.remote(plan.info, name)
+        if reason := ray.get(problem):
+            raise UserError(reason)
+    return {"images": images}
+
+
+def _check_pieces(plan: Plan, found: dict[str, list[Piece]]) -> None:
+    """Refuses to resume a stream whose row groups were cut anew: its order would be another."""
+    place = storage.join(plan.folder, _ROW_GROUPS)
+    rows = {name: [piece.end for piece in parts] for name, parts in found.items()}
+    if plan.resumes and storage.exists(place) and storage.read_json(place) != rows:
+        raise UserError(
+            f"--data: {plan.info.place} was prepared anew with other row groups since run "
+            f"{plan.run!r} began to stream it: give another --run"
+        )
+    storage.write_json(place, rows)
+
+
+def _load_images(info: DatasetInfo, name: str) -> tuple[str, Any]:
+    """A split's pixels and labels, or why they cannot be read."""
+    try:
+        split = load_split(info, name)
+    except UserError as error:
+        return str(error), None
+    return "", (split.images, split.labels)
+
+
+def _run_workers(plan: Plan, feed: dict[str, Any]) -> None:
     from ray.train import (
         CheckpointConfig,
         FailureConfig,
@@ -258,12 +293,8 @@ def _run_workers(plan: Plan, streams: bool) -> None:
         "config": plan.config.to_dict(),
         "run": plan.run,
         "folder": plan.folder,
+        **feed,
     }
-    if streams:
-        settings["cpus"] = _spare_cpus(plan.config)
-    else:  # read once for all workers; each node keeps one copy in shared memory
-        load = ray.remote(num_cpus=0)(_load_images)
-        settings["images"] = {name: load.remote(plan.info, name) for name in SPLITS}
     trainer = TorchTrainer(
         worker.work,
         train_loop_config=settings,
@@ -319,6 +350,7 @@ def _result(plan: Plan, *, wall_s: float) -> dict[str, Any]:
         "train_s": sum(row["seconds"] for row in last.history),
         "wall_s": wall_s,
         "images_per_s": speeds[len(speeds) // 2],
+        "loading": storage.read_json(storage.join(plan.folder, CONFIG))["loading"],
         "seed": plan.config.schedule.seed,
         "num_workers": plan.config.scaling.num_workers,
         "data_sha256": plan.info.data_sha256,

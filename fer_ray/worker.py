@@ -31,8 +31,8 @@ def work(settings: dict[str, Any]) -> None:
 
     Args:
         settings: ``config`` (`TrainConfig.to_dict`), ``run``, ``folder`` of the run, and either
-            ``images``, a reference to pixels and labels of each split, or ``cpus``, what this
-            worker may reserve to stream.
+            ``images``, a reference to pixels and labels of each split, or ``pieces`` of each
+            split and ``spare_cpus``, to stream them.
     """
     import ray.train
     import ray.train.torch
@@ -89,8 +89,9 @@ def _keep_freed_memory() -> None:
 def _feed(settings: dict[str, Any], config: TrainConfig, info: DatasetInfo, group: Group) -> Feed:
     import ray
 
-    if "cpus" in settings:
-        return StreamFeed(config, info, group=group, cpus=settings["cpus"])
+    if "pieces" in settings:
+        spare = settings["spare_cpus"]
+        return StreamFeed(config, info, settings["pieces"], group=group, spare_cpus=spare)
     train, validation = (Images.known(*ray.get(settings["images"][name])) for name in SPLITS)
     return MemoryFeed(config, info, train, validation, group=group)
 

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fer_ray import cli
-from fer_ray.config import SECTIONS, ModelConfig, OptimizerConfig, TrainConfig, differences, flag_of
+from fer_ray.config import (
+    SECTIONS,
+    STRENGTHS,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    differences,
+    flag_of,
+)
 from fer_ray.errors import UserError
 
 
@@ -128,3 +136,13 @@ def test_differences_leave_out_where_the_work_runs():
 def test_a_section_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig().width = 3
+
+
+def test_strengths_are_the_presets_unless_given_and_survive_a_round_trip():
+    config = flags("--augmentation", "strong", "--blur", "0")
+    assert config.transforms.blur == 0 and config.transforms.mixup == 0.2
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    plain = config.transforms.with_preset("none")
+    assert all(getattr(plain, name) == 0 for name in STRENGTHS)
+    # replacing the name alone keeps them: that is what `with_preset` is for
+    assert dataclasses.replace(config.transforms, augmentation="none").mixup == 0.2

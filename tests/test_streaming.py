@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fer_ray import preparation, streaming
 from fer_ray.config import TrainConfig
 from fer_ray.dataset import load_split, read_info
+from fer_ray.errors import UserError
 from fer_ray.group import Group
 from fer_ray.loading import library_augmenter
 from fer_ray.streaming import Piece, StreamFeed, cut, pieces
@@ -40,7 +41,8 @@ def settings(**sections) -> TrainConfig:
 
 
 def feed(config: TrainConfig, data, rank: int = 0, size: int = 1) -> StreamFeed:
-    return StreamFeed(config, data, group=Group(rank=rank, size=size), cpus=1.0)
+    found = {name: pieces(data, name) for name in ("train", "validation")}
+    return StreamFeed(config, data, found, group=Group(rank=rank, size=size), spare_cpus=1.0)
 
 
 def seen(batches) -> np.ndarray:
@@ -142,10 +144,15 @@ def test_a_histogram_counts_every_pixel(data):
     assert counts.tolist() == expected.tolist()
 
 
-def test_a_part_without_images_still_takes_its_steps(data):
-    config = settings(schedule={"global_batch_size": 2})
-    first = next(iter(feed(config, data, 0, 3).train(0)))
-    assert first.images.shape[0] == len(first.targets) == 0
+def test_files_with_other_rows_than_promised_are_refused(data, tmp_path):
+    import shutil
+
+    shutil.copytree(data.place, tmp_path / "copy")
+    info = read_info(str(tmp_path / "copy"))
+    part = tmp_path / "copy" / info.split("train").files[0]
+    pq.write_table(pq.read_table(part, partitioning=None).slice(1), part)
+    with pytest.raises(UserError, match=r"has 799 rows, dataset\.json says 800"):
+        pieces(info, "train")
 
 
 def test_it_mixes_within_a_workers_part(data):

@@ -18,6 +18,8 @@ ORDER = [
     *("transforms", "forward", "batchnorm", "models", "optimization", "checkpoint"),
     *("metrics", "group", "loading", "streaming", "loop", "worker", "training"),
     *("predictions", "inference"),
+    *("benchmark_processes", "benchmark_numbers", "benchmark_loops", "benchmark_input"),
+    *("benchmark_workers", "benchmark_predict", "benchmark", "augmentation_page"),
     *("evaluation", "evaluation_tables", "figures", "report", "reference"),
 ]
 """The flow of the data: a module may import those before it. cli may import any, lazily."""

@@ -80,13 +80,33 @@ def test_what_can_never_be_scheduled_is_refused(data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stream_needs_cpus_beside_the_workers(data, tmp_path):
-    streamed = plan(
-        config(data, schedule={"loading": "stream"}, scaling={"num_workers": 2}), tmp_path
-    )
-    with pytest.raises(UserError, match=r"--loading stream: .* --cpus-per-worker 0.9 would"):
-        training.fit(streamed, say=lambda line: None)
-    assert not list(tmp_path.iterdir())
+def test_damaged_files_are_refused_before_workers_start(data, tmp_path, monkeypatch):
+    import shutil
+
+    started: list[int] = []
+    monkeypatch.setattr(training, "_run_workers", lambda *given: started.append(1))
+    shutil.copytree(data, tmp_path / "copy")
+    broken = str(tmp_path / "copy")
+    part = tmp_path / "copy" / read_info(broken).split("train").files[0]
+    part.write_bytes(part.read_bytes()[:-100])
+    for loading in ("memory", "stream"):
+        settings = config(broken, schedule={"loading": loading})
+        with pytest.raises(UserError, match="cannot be read"):
+            training.fit(plan(settings, tmp_path, loading), say=lambda line: None)
+    assert not started
+
+
+def test_runs_from_before_there_were_engines_are_not_resumed_with_another(data, tmp_path):
+    first = plan(config(data), tmp_path)
+    values = first.config.to_dict()
+    del values["transforms"]["engine"]
+    (tmp_path / "tried").mkdir()
+    saved = {"config": values, "data_sha256": first.info.data_sha256}
+    (tmp_path / "tried" / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"transforms\.engine: 'albumentations' -> 'auto'"):
+        plan(config(data), tmp_path)
+    same = plan(config(data, transforms={"engine": "albumentations"}), tmp_path)
+    assert same.resumes and not training.decide_loading(same)
 
 
 def test_auto_loads_into_memory_what_fits_there(data, tmp_path, monkeypatch):
@@ -253,7 +273,7 @@ def test_two_workers_stream_on_two_cpus_and_resume(data, tmp_path):
     settings = config(
         data,
         schedule={"epochs": 2, "loading": "stream", "shuffle_buffer": 64, "global_batch_size": 30},
-        scaling={"num_workers": 2, "cpus_per_worker": 0.8},
+        scaling={"num_workers": 2, "cpus_per_worker": 1.0},
         transforms={"augmentation": "strong", "engine": "albumentations"},
     )
     result = training.fit(plan(settings, tmp_path), say=said.append)

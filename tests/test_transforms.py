@@ -97,7 +97,9 @@ def scales(view: View) -> dict[str, np.ndarray]:
     x, y, xx, yy, _ = places(view(disc))
     assert abs(x - CENTRE).max() < 0.1 and abs(y - CENTRE).max() < 0.1
     _, _, *before, _ = places(disc[None])
-    return {"scale": np.sqrt(xx / before[0]), "scale_y": np.sqrt(yy / before[1])}
+    across, down = np.sqrt(xx / before[0]), np.sqrt(yy / before[1])
+    assert abs(across - down).max() < 0.02
+    return {"scale": across, "scale_y": down}
 
 
 def crops(view: View) -> dict[str, np.ndarray]:

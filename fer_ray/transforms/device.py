@@ -83,17 +83,19 @@ def _warp(images: torch.Tensor, warp: np.ndarray) -> torch.Tensor:
     return sampled.squeeze(1)
 
 
-def _tensor(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """float32 on a device; a GPU is not waited for."""
-    tensor = torch.from_numpy(values.astype(np.float32))
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device; a GPU is not waited for."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def _tensor(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    return _moved(torch.from_numpy(values.astype(np.float32)), device)
+
+
 def _indices(chosen: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(np.flatnonzero(chosen))
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return _moved(torch.from_numpy(np.flatnonzero(chosen)), device)
 
 
 def _column(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
@@ -132,7 +134,7 @@ def _add_noise(pixels: torch.Tensor, sigmas: np.ndarray, starts: np.ndarray) -> 
         return pixels
     height, width = pixels.shape[1:]
     rows = _indices(chosen, pixels.device)
-    keys = torch.from_numpy(starts[chosen].view(np.int64)).to(pixels.device, non_blocking=True)
+    keys = _moved(torch.from_numpy(starts[chosen].view(np.int64)), pixels.device)
     even = height * width + height * width % 2
     noise = randomness.normals(keys, even)[:, : height * width].view(-1, height, width)
     noisy = pixels[rows] + noise * _column(sigmas[chosen], pixels)
