@@ -164,8 +164,6 @@ def _check_cluster(plan: Plan) -> None:
     scaling, has = plan.config.scaling, ray.cluster_resources()
     workers = scaling.num_workers if "workers_over_limit" in plan.keys else 1
     cpus = workers * scaling.cpus_per_worker
-    if "stream_over_naive" in plan.keys:
-        cpus = max(cpus, scaling.cpus_per_worker + 0.1)
     if cpus > has.get("CPU", 0.0):
         raise UserError(
             f"--cpus-per-worker: {cpus:g} CPUs wanted, the cluster has {has.get('CPU', 0.0):g}; "
@@ -225,8 +223,8 @@ class _Run:
             )
             step_s = ray.get(calibrate.remote(self.config.to_dict()))
         self._say(f"one worker: {', '.join(names)}")
-        cpus = ray.cluster_resources()["CPU"] - scaling.cpus_per_worker
-        settings = self._settings("alone", names=names, step_s=step_s, cpus=cpus)
+        spare = ray.cluster_resources()["CPU"] - scaling.cpus_per_worker
+        settings = self._settings("alone", names=names, step_s=step_s, spare_cpus=spare)
         settings["default_precision"] = self._plan.config.schedule.precision == "auto"
         start = time.time()
         found = _fit(benchmark_workers.alone, settings, self.config, workers=1)

@@ -23,7 +23,7 @@ from fer_ray.benchmark_loops import Workplace, now, rate, spread
 from fer_ray.dataset import DatasetInfo, SplitInfo
 from fer_ray.forward import Forward, resize
 from fer_ray.loading import Feed, Images, fill_of
-from fer_ray.streaming import StreamFeed
+from fer_ray.streaming import StreamFeed, pieces
 from fer_ray.transforms import LibraryAugmenter
 
 FILES = 2048
@@ -47,7 +47,7 @@ class Inputs:
 
         Args:
             place: what the worker measures with.
-            settings: ``round_s``, ``cpus`` to stream with, ``folder`` for the JPEGs.
+            settings: ``round_s``, ``spare_cpus`` to stream with, ``folder`` for the JPEGs.
         """
         self._place, self._settings = place, settings
         self._round_s = settings["round_s"]
@@ -113,8 +113,9 @@ class Inputs:
 
         def feed(passes: int) -> StreamFeed:
             info = repeated(self._place.info, passes)
-            cpus = self._settings["cpus"]
-            return StreamFeed(self._place.config, info, group=self._place.group, cpus=cpus)
+            found = {name: pieces(info, name) for name in ("train", "validation")}
+            spare, group = self._settings["spare_cpus"], self._place.group
+            return StreamFeed(self._place.config, info, found, group=group, spare_cpus=spare)
 
         once = feed(1)
         self._consume(once)  # Ray Data starts its processes

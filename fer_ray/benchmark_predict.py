@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from fer_ray.loop import Trainer
 from fer_ray.preparation import ROWS_PER_PART
 
 _MOST_PARTS = 64
+_SETTLE_S = 1.0
+"""Seconds in which Ray Data's processes end before the bare loop is timed."""
 
 
 class Bare:
@@ -104,6 +107,7 @@ def measure(settings: dict[str, Any], *, rounds: int, round_s: float) -> dict[st
     found: dict[str, list[float]] = {"predict": [], "predict_plain": []}
     for _ in range(rounds):
         found["predict"].append(_predict(data, settings["folder"], config.scaling.use_gpu))
+        time.sleep(_SETTLE_S)
         found["predict_plain"].append(ray.get(bare.rate.remote(batches)))
     ray.kill(bare)
     return {"rounds": found, "predict_parts": parts, "predict_rows_per_part": rows}

@@ -84,7 +84,7 @@ def alone(settings: dict[str, Any]) -> None:
 
     Args:
         settings: ``config``, ``names`` of what to measure, ``rounds``, ``round_s``, ``step_s``
-            of the plain loop, ``cpus`` to stream with, and the ``folder`` for the result.
+            of the plain loop, ``spare_cpus`` to stream with, and the ``folder`` for the result.
     """
     entered = time.time()
     place = Workplace.of(settings)

@@ -38,7 +38,7 @@ def work(settings: dict[str, Any]) -> None:
     import ray.train.torch
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    _keep_freed_memory()
+    keep_freed_memory()
     config = TrainConfig.from_dict(settings["config"])
     scaling = config.scaling
     torch.set_num_threads(scaling.threads_per_worker or max(int(scaling.cpus_per_worker), 1))
@@ -74,7 +74,7 @@ def work(settings: dict[str, Any]) -> None:
                 )
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Lets the C library reuse large blocks instead of giving each back to the kernel.
 
     Every step frees and asks for the same megabytes; fetching them anew, page by page, costs

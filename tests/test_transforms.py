@@ -264,7 +264,7 @@ def test_an_option_reaches_its_range_and_not_further(engine, option):
         name, share = SHARES[option]
         assert np.mean(np.abs(found[name]) > 0.01) == pytest.approx(share, abs=0.04)
     if option == "crop":  # a third wider as often as a third higher
-        assert abs(found["ratio"].mean()) < 0.015
+        assert abs(measured(engine, option, 0.9)["ratio"].mean()) < 0.013
     pair = {"translation": ("x", "y"), "erasing": ("length_x", "length_y")}.get(option)
     if pair:
         assert abs(np.corrcoef(*(found[name] for name in pair))[0, 1]) < 0.13
@@ -413,7 +413,6 @@ def test_blurred_pixels_are_those_of_a_gaussian_kernel():
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("preset", AUGMENTATIONS)
 def test_augmentation_is_keyed_by_seed_epoch_and_sample(engine, preset):
-    """Matrix products of different sizes round differently: parts of many sizes."""
     change = functools.partial(augment, engine, augmentation=preset)
     count = 60
     before, samples = textures(count, smooth=0.7), np.arange(count) * 7
@@ -435,6 +434,19 @@ def test_augmentation_is_keyed_by_seed_epoch_and_sample(engine, preset):
     assert (change(before, samples + 1, seed=1, epoch=2) != result).any((1, 2)).mean() > 0.95
     same = change(np.repeat(before[:1], count, 0), samples)
     assert len({image.tobytes() for image in same}) == count
+
+
+def test_a_batch_of_another_size_gives_the_same_bits():
+    """A place that is the result of a matrix product would be rounded as the batch's size has it:
+    one in some thousand pixels of noise tells."""
+    before, samples = np.random.default_rng(0).integers(0, 256, (60, 96, 96)), np.arange(60)
+    change = functools.partial(augment, "device", rotation=30.0, zoom=0.2, contrast=0.2)
+    result = change(before.astype(np.uint8), samples)
+    for size in (1, 2, 3, 7):
+        for begin in range(0, 60 - size, size):
+            part = slice(begin, begin + size)
+            again = change(before[part].astype(np.uint8), samples[part])
+            assert np.array_equal(again, result[part])
 
 
 @pytest.mark.filterwarnings("error")

@@ -69,13 +69,13 @@ def _warp(images: torch.Tensor, warp: np.ndarray) -> torch.Tensor:
     height, width = images.shape[1:]
     # `grid_sample` wants -1 to 1 from the first pixel's centre to the last's
     unit = warp * np.array([[2.0 / max(width - 1, 1)], [2.0 / max(height - 1, 1)]])
-    along = unit[:, None, :, 0] * np.arange(width)[:, None]
-    down = unit[:, None, :, 1] * np.arange(height)[:, None] + (unit[:, None, :, 2] - 1.0)
+    along = unit[:, :, :1] * np.arange(width)
+    down = unit[:, :, 1:2] * np.arange(height) + (unit[:, :, 2:] - 1.0)
     # a sum and no matrix product: that rounds differently in batches of different sizes
-    grid = _tensor(down, images.device)[:, :, None] + _tensor(along, images.device)[:, None]
+    grid = _tensor(down, images.device)[:, :, :, None] + _tensor(along, images.device)[:, :, None]
     sampled = F.grid_sample(
         images.unsqueeze(1).float(),
-        grid,
+        grid.permute(0, 2, 3, 1),
         mode="bilinear",
         padding_mode="reflection",
         align_corners=True,
