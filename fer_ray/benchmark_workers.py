@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -100,6 +101,8 @@ def alone(settings: dict[str, Any]) -> None:
         trainer.fit(lambda history, save: None)
         found["epochs_s"] = [row["seconds"] for row in trainer.history]
         found["entered_at"] = entered
+        # before the loops that a training does not have: 1024 bytes a unit on Linux
+        found["epochs_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         moments = (entered, loaded, built, feed.first_step_at)
         parts = (after - before for before, after in itertools.pairwise(moments))
         found["startup_s"] = dict(zip(("data", "model", "first_step"), parts))

@@ -245,9 +245,10 @@ def _what_to_feed(plan: Plan, streams: bool) -> dict[str, Any]:
         return {"pieces": found, "spare_cpus": _spare_cpus(plan.config.scaling)}
     # read once for all workers; each node keeps one copy in shared memory
     load = ray.remote(num_cpus=0, num_returns=2)(_load_images)
-    images = {}
+    images: dict[str, Any] = {}
     for name in SPLITS:
-        problem, images[name] = load.remote(plan.info, name)
+        answer: Any = load.remote(plan.info, name)
+        problem, images[name] = answer
         if reason := ray.get(problem):
             raise UserError(reason)
     return {"images": images}

@@ -212,7 +212,7 @@ def test_a_split_reads_back_as_it_was_written(tmp_path):
 
 def test_a_sliced_column_is_read_from_its_own_offset():
     column = pa.chunked_array([pa.array([bytes([row] * 4) for row in range(6)], pa.binary())])
-    assert dataset._stack(column.slice(2, 3), 2)[:, 0, 0].tolist() == [2, 3, 4]
+    assert dataset.stack(column.slice(2, 3), 2)[:, 0, 0].tolist() == [2, 3, 4]
 
 
 def test_a_relative_place_becomes_absolute(tmp_path, monkeypatch):
