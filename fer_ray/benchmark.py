@@ -73,17 +73,11 @@ def plan(
     Raises:
         UserError: for whatever is wrong about them.
     """
-    only = set(only)
-    for key in only:
-        if key not in KEYS:
-            raise unknown("--only", key, KEYS)
-    keys = tuple(key for key in KEYS if key in only or not only)
+    keys = _chosen(set(only))
     if rounds < 1 or round_s <= 0:
         raise UserError(f"--rounds {rounds}, --round-s {round_s:g}: more than 0 is needed")
     if "workers_over_limit" in keys and config.scaling.num_workers < 2:
-        raise UserError(
-            "--num-workers: workers_over_limit compares 2 or more; --only leaves it out"
-        )
+        raise UserError("--num-workers: workers_over_limit is of 2 or more; --only leaves it out")
     labels, size = len(FER2013_LABELS), _IMAGE_SIZE
     if config.data:
         info = read_info(config.data)
@@ -96,6 +90,13 @@ def plan(
     output = storage.absolute(output) if output else ""
     _check_output(output)
     return Plan(config=config, keys=keys, rounds=rounds, round_s=round_s, output=output)
+
+
+def _chosen(only: set[str]) -> tuple[str, ...]:
+    for key in only:
+        if key not in KEYS:
+            raise unknown("--only", key, KEYS)
+    return tuple(key for key in KEYS if key in only or not only)
 
 
 def _check_data(info: DatasetInfo, keys: Sequence[str]) -> None:
@@ -271,13 +272,7 @@ def _fit(
     workers: int,
 ) -> dict[str, Any]:
     """Lets workers of Ray Train measure; returns what the first of them wrote."""
-    from ray.train import (
-        FailureConfig,
-        LoggingConfig,
-        RunConfig,
-        ScalingConfig,
-        TrainingFailedError,
-    )
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     resources = {"CPU": config.scaling.cpus_per_worker}
@@ -299,6 +294,13 @@ def _fit(
             failure_config=FailureConfig(max_failures=0),
         ),
     )
+    _run_to_the_end(trainer)
+    return storage.read_json(storage.join(settings["folder"], benchmark_workers.RESULT))
+
+
+def _run_to_the_end(trainer: Any) -> None:
+    from ray.train import TrainingFailedError
+
     try:
         trainer.fit()
     except TrainingFailedError as error:
@@ -306,7 +308,6 @@ def _fit(
         raise JobFailed(f"a worker of the benchmark failed: {lines[-1]}") from error
     except SystemExit as error:  # what Ray Train makes of an interrupt
         raise KeyboardInterrupt from error
-    return storage.read_json(storage.join(settings["folder"], benchmark_workers.RESULT))
 
 
 def _beside(plan: Plan, found: dict[str, Any], info: DatasetInfo) -> dict[str, Any]:

@@ -201,7 +201,7 @@ class StreamFeed:
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=self._cpus_a_task,
-            concurrency=self._tasks,
+            compute=ray.data.TaskPoolStrategy(size=self._tasks),
         )
         options = stream.context.execution_options
         options.preserve_order = True  # else the same seed would not give the same run
