@@ -11,7 +11,7 @@ KEPT = ROOT / "results" / "reference"
 
 
 @pytest.mark.parametrize(
-    ("section", "made"), zip(reference.SECTIONS, (reference.table, reference.benchmarks))
+    ("section", "made"), list(zip(reference.SECTIONS, (reference.table, reference.benchmarks)))
 )
 def test_the_readme_shows_what_the_records_say(section, made):
     text = (ROOT / "README.md").read_text()
