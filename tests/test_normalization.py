@@ -21,15 +21,6 @@ SIZES = [(48, 48), (47, 50), (64, 64), (6, 6), (2, 7), (1, 1)]
 ON_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For so little work, threads spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def normalizer(name: str) -> Normalizer:
     return Normalizer(normalization=name, mean=0.5, std=0.25)
 

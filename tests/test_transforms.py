@@ -26,15 +26,6 @@ View = Callable[[np.ndarray], np.ndarray]
 """From one image to `COUNT` changed ones, (N, S, S): the same changes at each call."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For so little work, threads spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def augment(engine, images, samples=None, *, seed=0, epoch=0, fill=FILL, **settings) -> np.ndarray:
     config = TransformConfig(**{"augmentation": "none", **settings})
     samples = np.arange(len(images)) if samples is None else samples
