@@ -24,12 +24,13 @@ from fer_ray import (
     preparation,
     provenance,
     storage,
+    training,
 )
 from fer_ray.benchmark_loops import for_measuring
 from fer_ray.benchmark_numbers import KEYS, numbers
 from fer_ray.config import TrainConfig
 from fer_ray.dataset import DatasetInfo, read_info
-from fer_ray.errors import JobFailed, UserError, unknown
+from fer_ray.errors import UserError, unknown
 from fer_ray.labels import FER2013_LABELS
 
 ROUNDS = 5
@@ -272,42 +273,15 @@ def _fit(
     workers: int,
 ) -> dict[str, Any]:
     """Lets workers of Ray Train measure; returns what the first of them wrote."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    resources = {"CPU": config.scaling.cpus_per_worker}
-    if config.scaling.use_gpu:
-        resources["GPU"] = 1.0
-    trainer = TorchTrainer(
+    training.run_trainer(
         work,
-        train_loop_config=settings,
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=config.scaling.use_gpu,
-            resources_per_worker=resources,
-        ),
-        torch_config=TorchConfig(backend="nccl" if config.scaling.use_gpu else "gloo"),
-        run_config=RunConfig(  # type: ignore[call-arg]
-            name="run",
-            storage_path=settings["folder"],
-            logging_config=LoggingConfig(log_level="ERROR"),
-            failure_config=FailureConfig(max_failures=0),
-        ),
+        settings,
+        replace(config.scaling, num_workers=workers, max_failures=0),
+        storage_place=settings["folder"],
+        run="run",
+        failed="a worker of the benchmark failed",
     )
-    _run_to_the_end(trainer)
     return storage.read_json(storage.join(settings["folder"], benchmark_workers.RESULT))
-
-
-def _run_to_the_end(trainer: Any) -> None:
-    from ray.train import TrainingFailedError
-
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise JobFailed(f"a worker of the benchmark failed: {lines[-1]}") from error
-    except SystemExit as error:  # what Ray Train makes of an interrupt
-        raise KeyboardInterrupt from error
 
 
 def _beside(plan: Plan, found: dict[str, Any], info: DatasetInfo) -> dict[str, Any]:

@@ -276,57 +276,76 @@ def _load_images(info: DatasetInfo, name: str) -> tuple[str, Any]:
 
 
 def _run_workers(plan: Plan, feed: dict[str, Any]) -> None:
-    from ray.train import (
-        CheckpointConfig,
-        FailureConfig,
-        LoggingConfig,
-        RunConfig,
-        ScalingConfig,
-        TrainingFailedError,
+    settings = {"config": plan.config.to_dict(), "run": plan.run, "folder": plan.folder, **feed}
+    run_trainer(
+        worker.work,
+        settings,
+        plan.config.scaling,
+        storage_place=plan.storage,
+        run=plan.run,
+        failed=f"run {plan.run} failed (the same command resumes it)",
     )
+
+
+def run_trainer(
+    work: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    scaling: ScalingConfig,
+    *,
+    storage_place: str,
+    run: str,
+    failed: str,
+) -> None:
+    """Runs a function on the workers of a `TorchTrainer`, to its end.
+
+    Args:
+        work: what each worker runs.
+        settings: what it is given.
+        scaling: how many workers there are, and what each reserves.
+        storage_place: the folder of all runs.
+        run: the name of this one.
+        failed: what a failure's message begins with.
+
+    Raises:
+        JobFailed: where workers were lost too often, or failed.
+    """
+    import ray.train as ray_train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    scaling = plan.config.scaling
-    resources = {"CPU": scaling.cpus_per_worker}
-    if scaling.use_gpu:
-        resources["GPU"] = 1.0
-    settings: dict[str, Any] = {
-        "config": plan.config.to_dict(),
-        "run": plan.run,
-        "folder": plan.folder,
-        **feed,
-    }
+    resources = {"CPU": scaling.cpus_per_worker, "GPU": 1.0 if scaling.use_gpu else 0.0}
     trainer = TorchTrainer(
-        worker.work,
+        work,
         train_loop_config=settings,
-        scaling_config=ScalingConfig(
+        scaling_config=ray_train.ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=scaling.use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker={kind: amount for kind, amount in resources.items() if amount},
         ),
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
-        run_config=RunConfig(  # type: ignore[call-arg]
-            name=plan.run,
-            storage_path=plan.storage,
-            logging_config=LoggingConfig(log_level="ERROR"),
-            failure_config=FailureConfig(max_failures=scaling.max_failures),
-            checkpoint_config=CheckpointConfig(
-                # the last one is kept besides, whatever its score
-                num_to_keep=1,
-                checkpoint_score_attribute="validation_accuracy",
-                checkpoint_score_order="max",
-            ),
-        ),
+        run_config=_run_config(ray_train, storage_place, run, scaling.max_failures),
     )
     try:
         trainer.fit()
-    except TrainingFailedError as error:
+    except ray_train.TrainingFailedError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise JobFailed(
-            f"run {plan.run} failed (the same command resumes it): {lines[-1]}"
-        ) from error
+        raise JobFailed(f"{failed}: {lines[-1]}") from error
     except SystemExit as error:  # what Ray Train makes of an interrupt
         raise KeyboardInterrupt from error
+
+
+def _run_config(ray_train: Any, storage_place: str, run: str, max_failures: int) -> Any:
+    return ray_train.RunConfig(
+        name=run,
+        storage_path=storage_place,
+        logging_config=ray_train.LoggingConfig(log_level="ERROR"),
+        failure_config=ray_train.FailureConfig(max_failures=max_failures),
+        checkpoint_config=ray_train.CheckpointConfig(
+            # the last one is kept besides, whatever its score
+            num_to_keep=1,
+            checkpoint_score_attribute="validation_accuracy",
+            checkpoint_score_order="max",
+        ),
+    )
 
 
 def _result(plan: Plan, *, wall_s: float) -> dict[str, Any]:
