@@ -71,7 +71,7 @@ def flag_of(spec: dataclasses.Field) -> str:
     return "--" + (spec.metadata.get("flag") or spec.name.replace("_", "-"))
 
 
-def _check(spec: dataclasses.Field, value: Any) -> None:
+def check_field(spec: dataclasses.Field, value: Any) -> None:
     """Raises `UserError` where a value is not what its field allows."""
     allowed = spec.metadata.get("allowed")
     if allowed is not None:
@@ -94,7 +94,7 @@ class Section:
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
-            _check(spec, getattr(self, spec.name))
+            check_field(spec, getattr(self, spec.name))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fer_ray"
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
 
 ORDER = [
-    *("errors", "labels", "storage", "config", "cli", "history", "provenance"),
+    *("errors", "labels", "storage", "config", "options", "cli", "history", "provenance"),
     *("sources", "dataset", "synthetic", "dataset_summary", "preparation"),
     *("transforms", "forward", "batchnorm", "models", "optimization", "checkpoint"),
     *("metrics", "group", "loading", "streaming", "loop", "worker", "training"),
