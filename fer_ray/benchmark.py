@@ -19,6 +19,7 @@ from typing import Any
 from fer_ray import (
     benchmark_predict,
     benchmark_processes,
+    benchmark_sweeps,
     benchmark_workers,
     models,
     preparation,
@@ -205,12 +206,16 @@ class _Run:
         """What was measured: ``rounds`` by name, and the rest as the workers wrote it."""
         found: dict[str, Any] = {"rounds": {}}
         parts = []
-        if names := self._needs - {"predict", "together"}:
+        if names := self._needs - {"predict", "together", "sweep", "halving"}:
             parts.append(self._alone(sorted(names)))
         if "together" in self._needs:
             parts.append(self._together())
         if "predict" in self._needs:
             parts.append(self._predict())
+        if "sweep" in self._needs:
+            parts.append(benchmark_sweeps.overhead(self._folder, self._say))
+        if "halving" in self._needs:
+            parts.append(benchmark_sweeps.halving(self._folder, self._say))
         for part in parts:
             rounds = found["rounds"] | part["rounds"]
             found = part | found | {"rounds": rounds}

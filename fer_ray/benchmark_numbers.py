@@ -95,6 +95,26 @@ KEYS = {
         how="images/s of the data-parallel loop with one thread a worker over the sum of "
         "independent plain loops, side by side in the same processes, of the same batch a worker",
     ),
+    "sweep_overhead_s": Key(
+        target=3.0,
+        at_most=True,
+        needs="sweep",
+        how="seconds a trial of a sweep beyond its epochs: the whole of Ray Tune's run on drawn "
+        "faces, one trial of one process after the other, less their epochs, over the trials",
+    ),
+    "asha_saving": Key(
+        target=0.4,
+        at_most=True,
+        needs="halving",
+        how="epochs that ASHA runs over those of the full grid, the same 27 trials of 9 epochs "
+        "on drawn faces",
+    ),
+    "asha_loss": Key(
+        target=0.005,
+        at_most=True,
+        needs="halving",
+        how="validation accuracy of the grid's best trial less that of ASHA's best",
+    ),
 }
 """The numbers, by their name in the result."""
 
@@ -114,6 +134,8 @@ def numbers(keys: Sequence[str], found: Mapping[str, Any]) -> dict[str, float]:
         key = KEYS[name]
         if name == "input_us_per_image":
             values[name] = 1e6 / statistics.median(rounds["input_one_thread"])
+        elif name in ("sweep_overhead_s", "asha_saving", "asha_loss"):
+            values[name] = found[name]
         elif name == "epoch_first_over_later":
             first, *later = found["epochs_s"]
             values[name] = first / statistics.median(later)
@@ -133,6 +155,12 @@ def table(result: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name:28}{result[name]:>10.3f}{sign:>5}{key.target:>5g}  {verdict}")
     lines += ["", "images/s, medians of the rounds:"]
     lines += [f"  {name:26}{value:>12,.1f}" for name, value in result["images_per_s"].items()]
+    if "asha" in result:
+        full, halved = result["asha"]["full"], result["asha"]["halved"]
+        lines.append(
+            f"27 trials in full: {full['epochs']} epochs, best {full['best']:.2%}; with ASHA "
+            f"{halved['epochs']}, best {halved['best']:.2%}"
+        )
     if "data" in result["startup_s"]:
         parts = result["startup_s"]
         listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())

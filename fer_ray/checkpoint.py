@@ -28,7 +28,8 @@ FORMAT = 1
 SCORE = "validation_accuracy"
 """The metric whose highest value makes the best checkpoint."""
 
-_INDEX = "checkpoint.json"
+INDEX = "checkpoint.json"
+"""The file without which a folder is no checkpoint."""
 MODEL = "model.safetensors"
 _TRAINING = "training.safetensors"
 
@@ -150,7 +151,7 @@ def save(
         (folder / name).write_bytes(content)
         files[name] = hashlib.sha256(content).hexdigest()
     index = {"format": FORMAT, **_plain(values), "files": files}
-    storage.write_json(str(folder / _INDEX), index)
+    storage.write_json(str(folder / INDEX), index)
 
 
 def read(place: str) -> Checkpoint:
@@ -160,7 +161,7 @@ def read(place: str) -> Checkpoint:
         UserError: where it is none, or not whole.
     """
     try:
-        value = storage.read_json(storage.join(place, _INDEX))
+        value = storage.read_json(storage.join(place, INDEX))
         if value.pop("format") != FORMAT:
             raise UserError(f"{place}: a checkpoint of another version of this project")
         for name in value["files"]:
@@ -171,11 +172,11 @@ def read(place: str) -> Checkpoint:
         value["labels"] = tuple(value["labels"])
         return Checkpoint(place=place, **value)
     except FileNotFoundError as error:
-        raise UserError(f"{place}: not a checkpoint: {_INDEX} is missing") from error
+        raise UserError(f"{place}: not a checkpoint: {INDEX} is missing") from error
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not UTF-8
-        raise UserError(f"{place}: {_INDEX} is damaged: {error}") from error
+        raise UserError(f"{place}: {INDEX} is damaged: {error}") from error
 
 
 def find(place: str) -> Checkpoint:
@@ -191,7 +192,7 @@ def find(place: str) -> Checkpoint:
     place = storage.absolute(place)
     if not storage.is_directory(place):
         raise UserError(f"{place}: no checkpoint here: no such folder")
-    if storage.exists(storage.join(place, _INDEX)):
+    if storage.exists(storage.join(place, INDEX)):
         return read(place)
     found = in_run(place)
     for candidate in sorted(found, key=lambda one: (one.score, one.epoch, one.place), reverse=True):
@@ -206,7 +207,7 @@ def in_run(place: str) -> list[Checkpoint]:
     found = []
     for name in storage.list_names(place):
         folder = storage.join(place, name)
-        if name.startswith("checkpoint_") and storage.exists(storage.join(folder, _INDEX)):
+        if name.startswith("checkpoint_") and storage.exists(storage.join(folder, INDEX)):
             try:
                 found.append(read(folder))
             except UserError:

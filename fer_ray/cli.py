@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import inspect
 import logging
+import math
 import os
 import sys
 import textwrap
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fer_ray import storage
-from fer_ray.config import SECTIONS, Section, TrainConfig, flag_of
+from fer_ray.config import SECTIONS, STRENGTHS, Section, TrainConfig, flag_of
 from fer_ray.errors import JobFailed, UserError, unknown
 
 FAILED_STATUS = 1
@@ -84,6 +85,22 @@ def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     return convert
 
 
+def number(above: float, maximum: float | None = None) -> Callable[[str], float]:
+    """An argument type: a finite number above a bound, and at most another."""
+    allowed = f"above {above:g}" + ("" if maximum is None else f", at most {maximum:g}")
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (above < value < math.inf and (maximum is None or value <= maximum)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {allowed}")
+        return value
+
+    return convert
+
+
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for every field of the training configuration, helped by its docstring."""
     for title, section in SECTIONS.items():
@@ -100,6 +117,34 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
                 settings["metavar"] = str(spec.type).split(" ")[0].upper()
             flag = flag_of(spec)
             group.add_argument(flag, dest=f"{title}.{spec.name}", default=spec.default, **settings)
+
+
+def take_sweep(parser: argparse.ArgumentParser) -> str | None:
+    """Makes the settings of a sweep's winner the defaults, where ``--from-sweep`` is given.
+
+    Another ``--augmentation`` or ``--optimizer`` beside it brings its own strengths or rate, as
+    it does without a sweep.
+
+    Returns:
+        The name of the winner's run; None without a sweep.
+
+    Raises:
+        UserError: where the folder is no sweep, or has no winner.
+    """
+    first, _ = parser.parse_known_args()
+    if not first.from_sweep:
+        return None
+    from fer_ray.sweeps import winner
+
+    name, settings = winner.read(first.from_sweep)
+    # a second look, now that the defaults are the winner's, tells what was given besides
+    parser.set_defaults(**settings)
+    given = vars(parser.parse_known_args()[0])
+    if given["transforms.augmentation"] != settings["transforms.augmentation"]:
+        parser.set_defaults(**{f"transforms.{strength}": None for strength in STRENGTHS})
+    if given["optimizer.optimizer"] != settings["optimizer.optimizer"]:
+        parser.set_defaults(**{"optimizer.learning_rate": None})
+    return name
 
 
 def config_from_flags(arguments: argparse.Namespace, *, data: str) -> TrainConfig:

@@ -225,18 +225,18 @@ def as_text(evaluation: Evaluation) -> str:
             ]
             for one in evaluation.of_split(split)
         ]
-        lines = [f"split {split} (95 % intervals in parentheses)", *_aligned([head, *body])]
+        lines = [f"split {split} (95 % intervals in parentheses)", *aligned([head, *body])]
         blocks.append("\n".join(lines + [in_words(one) for one in evaluation.compared_on(split)]))
     remarks = [f"note: {line}" for line in notes(evaluation)]
     return "\n\n".join(blocks + (["\n".join(remarks)] if remarks else []))
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width, the first two left-aligned and numbers to the right."""
+def aligned(rows: Sequence[Sequence[str]], num_texts: int = 2) -> list[str]:
+    """Columns of equal width: the first `num_texts` to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
+            cell.ljust(width) if column < num_texts else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths))
         ).rstrip()
         for row in rows

@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 SERIES = 8
 """Colours of runs; further runs begin again with the first."""
 
-_INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
+INK, MUTED, GRID = "#010101", "#020202", "#030303"
 _HEAT, _HEAT_TEXT, _HEAT_LOW = "#040404", "#050505", "#070707"
 _VARIABLES = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _GRID: "var(--line)",
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--line)",
     _HEAT: "var(--heat)",
     _HEAT_TEXT: "var(--heat-text)",
     _HEAT_LOW: "var(--heat-low)",
     **{f"#0606{number:02x}": f"var(--series-{number + 1})" for number in range(SERIES)},
 }
-_WIDTH_IN = 5.4
-_MARKERS = "os^DvPX*"
+WIDTH_IN = 5.4
+MARKERS = "os^DvPX*"
 _DARK_CELL = 0.66
 """Rates above get the other text: here both texts have a contrast of 4.5 in either theme."""
 
@@ -48,18 +48,18 @@ _STYLE: Any = {
     "text.parse_math": False,  # a class or run called $x$ is a name, not a formula
     "font.family": "sans-serif",
     "font.size": 11,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _MUTED,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "grid.color": _GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "figure.facecolor": "none",
@@ -73,7 +73,7 @@ def series(runs: Sequence[str], run: str) -> int:
 
 def accuracy_dots(scores: Sequence[Score], runs: Sequence[str]) -> str:
     """Accuracy of each run on one split with its 95 % interval."""
-    with _figure(0.9 + 0.45 * len(scores)) as (figure, axes):
+    with drawn(0.9 + 0.45 * len(scores)) as (figure, axes):
         for row, score in enumerate(scores):
             number = series(runs, score.run)
             one = score.accuracy
@@ -83,18 +83,18 @@ def accuracy_dots(scores: Sequence[Score], runs: Sequence[str]) -> str:
                 [100 * one.value],
                 [row],
                 xerr=np.maximum(ends, 0),
-                fmt=_MARKERS[number],
-                color=_series_colour(number),
+                fmt=MARKERS[number],
+                color=series_colour(number),
                 markersize=8,
                 linewidth=2.2,
                 capsize=4,
             )
-        axes.set_yticks(range(len(scores)), [_short(score.run) for score in scores])
+        axes.set_yticks(range(len(scores)), [short(score.run) for score in scores])
         axes.set_ylim(len(scores) - 0.4, -0.6)
         axes.set_xlabel("accuracy, % (95 % interval)")
         axes.grid(axis="x")
         summary = "; ".join(f"{s.run} {100 * s.accuracy.value:.1f} %" for s in scores)
-        return _svg(figure, f"Accuracy with 95 % intervals: {summary}")
+        return as_svg(figure, f"Accuracy with 95 % intervals: {summary}")
 
 
 def class_f1_bars(scores: Sequence[Score], runs: Sequence[str]) -> str:
@@ -102,32 +102,32 @@ def class_f1_bars(scores: Sequence[Score], runs: Sequence[str]) -> str:
     labels = scores[0].labels
     thickness = 0.8 / len(scores)
     height_in = 0.8 + len(labels) * (0.2 + 0.17 * len(scores)) + 0.25 * len(scores)
-    with _figure(height_in) as (figure, axes):
+    with drawn(height_in) as (figure, axes):
         for row, score in enumerate(scores):
             number = series(runs, score.run)
             f1 = [score.per_class.f1[score.labels.index(label)] for label in labels]
             places = np.arange(len(labels)) + (row + 0.5) * thickness - 0.4
             percent = np.nan_to_num(100 * np.array(f1))
-            colour = _series_colour(number)
+            colour = series_colour(number)
             axes.barh(places, percent, height=0.9 * thickness, color=colour, alpha=0.45)
             axes.plot(
                 percent,
                 places,
                 color=colour,
-                marker=_MARKERS[number],
+                marker=MARKERS[number],
                 markersize=6,
                 linestyle="none",
-                label=_short(score.run),
+                label=short(score.run),
                 clip_on=False,
             )
-        axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
+        axes.set_yticks(range(len(labels)), [short(label) for label in labels])
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_xlim(0, 100)
         axes.set_xlabel("F1, %")
         axes.grid(axis="x")
-        _legend(figure, len(scores))
+        legend(figure, len(scores))
         names = ", ".join(score.run for score in scores)
-        return _svg(figure, f"F1 of each class for {names}; the numbers are in the table")
+        return as_svg(figure, f"F1 of each class for {names}; the numbers are in the table")
 
 
 def confusion_heatmap(score: Score) -> str:
@@ -135,10 +135,10 @@ def confusion_heatmap(score: Score) -> str:
     counts = score.confusion
     size = len(score.labels)
     rates = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    with _figure(_WIDTH_IN * 0.92) as (figure, axes):
+    with drawn(WIDTH_IN * 0.92) as (figure, axes):
         for row, column in np.ndindex(size, size):
             _cell(axes, row, column, float(rates[row, column]), int(counts[row, column]), size)
-        names = [_short(label, 14) for label in score.labels]
+        names = [short(label, 14) for label in score.labels]
         turned = size > 4 or max(map(len, names)) > 9
         axes.set_xticks(
             range(size),
@@ -158,14 +158,14 @@ def confusion_heatmap(score: Score) -> str:
         summary = ", ".join(
             f"{label} {100 * rates[index, index]:.0f} %" for index, label in enumerate(score.labels)
         )
-        return _svg(figure, f"Confusion matrix of {score.run}, rightly predicted: {summary}")
+        return as_svg(figure, f"Confusion matrix of {score.run}, rightly predicted: {summary}")
 
 
 def _cell(axes: Axes, row: int, column: int, rate: float, count: int, size: int) -> None:
     from matplotlib.patches import Rectangle
 
     corner = (column - 0.485, row - 0.485)
-    axes.add_patch(Rectangle(corner, 0.97, 0.97, facecolor="none", edgecolor=_GRID, linewidth=0.6))
+    axes.add_patch(Rectangle(corner, 0.97, 0.97, facecolor="none", edgecolor=GRID, linewidth=0.6))
     if rate > 0:
         axes.add_patch(Rectangle(corner, 0.97, 0.97, facecolor=_HEAT, alpha=rate, linewidth=0))
     colour = _HEAT_TEXT if rate > _DARK_CELL else _HEAT_LOW
@@ -192,17 +192,17 @@ def learning_curves(
 
     factor = 100 if unit == "%" else 1
     title = quantity.replace("_f1", "-F1")
-    with _figure(3.2 + 0.25 * len(histories)) as (figure, axes):
+    with drawn(3.2 + 0.25 * len(histories)) as (figure, axes):
         for run, history in histories.items():
             number = series(runs, run)
-            style: dict[str, Any] = {"color": _series_colour(number), "linewidth": 1.8}
+            style: dict[str, Any] = {"color": series_colour(number), "linewidth": 1.8}
             epochs = history["epoch"]
             axes.plot(epochs, factor * history[f"train_{quantity}"], linestyle=(0, (3, 2)), **style)
             axes.plot(
                 epochs,
                 factor * history[f"validation_{quantity}"],
-                label=_short(run),
-                marker=_MARKERS[number],
+                label=short(run),
+                marker=MARKERS[number],
                 markersize=5,
                 markevery=max(1, len(history) // 12),
                 **style,
@@ -211,36 +211,36 @@ def learning_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set_ylabel(f"{title}, {unit}")
         axes.grid()
-        _legend(figure, len(histories))
+        legend(figure, len(histories))
         ends = "; ".join(
             f"{run} {factor * history[f'validation_{quantity}'].iloc[-1]:.3g} {unit}"
             for run, history in histories.items()
         )
-        return _svg(figure, f"Learning curves, {title}; validation after the last epoch: {ends}")
+        return as_svg(figure, f"Learning curves, {title}; validation after the last epoch: {ends}")
 
 
 @contextlib.contextmanager
-def _figure(height_in: float) -> Iterator[tuple[Figure, Axes]]:
+def drawn(height_in: float) -> Iterator[tuple[Figure, Axes]]:
     """A figure with one axes, drawn in the page's style; no window, no global figure."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
+        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
         yield figure, figure.add_subplot()
 
 
-def _legend(figure: Figure, entries: int) -> None:
+def legend(figure: Figure, entries: int) -> None:
     """Below the axes, where names of any length have room; none for a single run."""
     if entries > 1:
         figure.legend(loc="outside lower left", ncols=1, handlelength=2.4, labelspacing=0.3)
 
 
-def _series_colour(number: int) -> str:
+def series_colour(number: int) -> str:
     return f"#0606{number:02x}"
 
 
-def _short(name: str, most: int = 30) -> str:
+def short(name: str, most: int = 30) -> str:
     """A name that fits into a figure: the middle of a long one left out."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
 
@@ -249,7 +249,7 @@ _FONT_FAMILY = re.compile(r"font-family: [^;]*;? ?")  # the page's font is used
 _RENAMED = {"{http://www.w3.org/1999/xlink}href": "href"}
 
 
-def _svg(figure: Figure, description: str) -> str:
+def as_svg(figure: Figure, description: str) -> str:
     """The figure as an ``<svg>`` element for HTML: described, themed, its ids its own."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -41,6 +41,7 @@ def train(
     report: Report,
     provenance: dict[str, Any] | None = None,
     resume: Checkpoint | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Trains to the end of the schedule, or until it is stopped early.
 
@@ -53,9 +54,12 @@ def train(
         provenance: hardware and versions, kept in its checkpoints.
         report: called by every worker after each epoch.
         resume: a checkpoint of the same run to go on from.
+        say: takes a line now and then within a long epoch; None: nobody wants to know.
     """
     labels = {"run": run, "provenance": provenance or {}}
-    Trainer(config, info, feed, group=group, labels=labels, resume=resume).fit(report)
+    trainer = Trainer(config, info, feed, group=group, labels=labels, resume=resume)
+    trainer.say = say
+    trainer.fit(report)
 
 
 class Trainer:
@@ -72,6 +76,7 @@ class Trainer:
         resume: Checkpoint | None,
     ) -> None:
         self.config, self.info, self.group, self.labels = config, info, group, labels
+        self.say: Callable[[str], None] | None = None
         self.feed, self.steps_per_epoch = feed, feed.steps_per_epoch
         self.history = list(resume.history) if resume else []
         self.forward = Forward(
@@ -257,16 +262,13 @@ class Trainer:
         )
 
     def _progress(self, epoch: int, step: int) -> None:
-        """Prints where a long epoch stands, from the first worker, now and then."""
+        """Says where a long epoch stands, from the first worker, now and then."""
         now = time.monotonic()
-        if self.group.rank or now - self._last_said < PROGRESS_EVERY_S:
+        if self.say is None or self.group.rank or now - self._last_said < PROGRESS_EVERY_S:
             return
         self._last_said = now
-        print(
-            f"epoch {epoch + 1}/{self.config.schedule.epochs}, "
-            f"step {step + 1}/{self.steps_per_epoch}",
-            flush=True,
-        )
+        epochs, steps = self.config.schedule.epochs, self.steps_per_epoch
+        self.say(f"epoch {epoch + 1}/{epochs}, step {step + 1}/{steps}")
 
     def _check_finite(self, epoch: int, bad_step: int) -> None:
         if bad_step >= 0:

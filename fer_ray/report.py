@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.resources
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fer_ray import dataset, figures, storage
+from fer_ray import dataset, figures, pages, storage
 from fer_ray import evaluation_tables as tables
 from fer_ray.errors import UserError
 from fer_ray.evaluation import Evaluation, Score
@@ -91,7 +90,6 @@ def publish(
 
 def render(evaluation: Evaluation, *, runs: str | None = None, data: str | None = None) -> str:
     """The page as HTML; everything that comes from data is escaped."""
-    import jinja2
     from markupsafe import Markup
 
     names = sorted({score.run for score in evaluation.scores})
@@ -104,18 +102,9 @@ def render(evaluation: Evaluation, *, runs: str | None = None, data: str | None 
         if histories
     ]
     sections = [_section(evaluation, split, names, data, remarks) for split in evaluation.splits]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "percent": tables.percent,
-        "nats": tables.nats,
-        "share": _share,
-        "safe_svg": Markup,
-        "glue": _glue,
-    }
-    source = importlib.resources.files("fer_ray").joinpath("report.html.j2").read_text("utf-8")
-    return environment.from_string(source).render(
+    return pages.render(
+        "report.html.j2",
+        {"percent": tables.percent, "nats": tables.nats, "share": _share, "glue": _glue},
         evaluation=evaluation,
         runs=names,
         headlines=_headlines(evaluation),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,6 +63,21 @@ def plan(config: TrainConfig, *, storage_place: str, run: str) -> Plan:
             name exists with other settings.
     """
     storage.check_name("--run", run)
+    config, info = check(config)
+    place = storage.absolute(storage_place)
+    resumes = _check_same(config, info, storage.join(place, run))
+    return Plan(config=config, info=info, storage=place, run=run, resumes=resumes)
+
+
+def check(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo]:
+    """Whether a data set suits the settings.
+
+    Returns:
+        The settings with absolute places, and the data set.
+
+    Raises:
+        UserError: where it is missing or does not suit them.
+    """
     config = _with_absolute_places(config)
     info = read_info(config.data)
     for split in SPLITS:
@@ -76,9 +91,7 @@ def plan(config: TrainConfig, *, storage_place: str, run: str) -> Plan:
             f"--global-batch-size: {batch} is more than the {rows} images of the train split"
         )
     models.check(config.model, num_classes=len(info.labels), image_size=info.image_size)
-    place = storage.absolute(storage_place)
-    resumes = _check_same(config, info, storage.join(place, run))
-    return Plan(config=config, info=info, storage=place, run=run, resumes=resumes)
+    return config, info
 
 
 def _with_absolute_places(config: TrainConfig) -> TrainConfig:
@@ -295,6 +308,7 @@ def run_trainer(
     storage_place: str,
     run: str,
     failed: str,
+    callbacks: Sequence[Any] = (),
 ) -> None:
     """Runs a function on the workers of a `TorchTrainer`, to its end.
 
@@ -305,6 +319,7 @@ def run_trainer(
         storage_place: the folder of all runs.
         run: the name of this one.
         failed: what a failure's message begins with.
+        callbacks: of Ray Train, called in its controller.
 
     Raises:
         JobFailed: where workers were lost too often, or failed.
@@ -322,7 +337,7 @@ def run_trainer(
             resources_per_worker={kind: amount for kind, amount in resources.items() if amount},
         ),
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
-        run_config=_run_config(ray_train, storage_place, run, scaling.max_failures),
+        run_config=_run_config(ray_train, storage_place, run, scaling.max_failures, callbacks),
     )
     try:
         trainer.fit()
@@ -333,10 +348,13 @@ def run_trainer(
         raise KeyboardInterrupt from error
 
 
-def _run_config(ray_train: Any, storage_place: str, run: str, max_failures: int) -> Any:
+def _run_config(
+    ray_train: Any, storage_place: str, run: str, max_failures: int, callbacks: Sequence[Any]
+) -> Any:
     return ray_train.RunConfig(
         name=run,
         storage_path=storage_place,
+        callbacks=list(callbacks),
         logging_config=ray_train.LoggingConfig(log_level="ERROR"),
         failure_config=ray_train.FailureConfig(max_failures=max_failures),
         checkpoint_config=ray_train.CheckpointConfig(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fer_ray import checkpoint, loop, provenance, storage
-from fer_ray.config import TrainConfig
+from fer_ray.config import ScalingConfig, TrainConfig
 from fer_ray.dataset import DatasetInfo, read_info
 from fer_ray.group import Group
 from fer_ray.history import write_history
@@ -32,7 +32,7 @@ def work(settings: dict[str, Any]) -> None:
     Args:
         settings: ``config`` (`TrainConfig.to_dict`), ``run``, ``folder`` of the run, and either
             ``images``, a reference to pixels and labels of each split, or ``pieces`` of each
-            split and ``spare_cpus``, to stream them.
+            split and ``spare_cpus``, to stream them. ``say``: False for no lines of progress.
     """
     import ray.train
     import ray.train.torch
@@ -40,10 +40,10 @@ def work(settings: dict[str, Any]) -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     keep_freed_memory()
     config = TrainConfig.from_dict(settings["config"])
-    scaling = config.scaling
-    torch.set_num_threads(scaling.threads_per_worker or max(int(scaling.cpus_per_worker), 1))
+    torch.set_num_threads(num_threads(config.scaling))
     context = ray.train.get_context()
     rank = context.get_world_rank()
+    say = _say if rank == 0 and settings.get("say", True) else None
     group = Group(rank=rank, size=context.get_world_size(), device=ray.train.torch.get_device())
     info = read_info(config.data)
     feed = _feed(settings, config, info, group)
@@ -53,8 +53,8 @@ def work(settings: dict[str, Any]) -> None:
             resume = checkpoint.read(stack.enter_context(saved.as_directory()))
         elif kept := checkpoint.in_run(settings["folder"]):
             resume = max(kept, key=lambda one: (one.epoch, one.place))
-        if resume:
-            _say(rank, f"going on after epoch {resume.epoch}")
+        if resume and say:
+            say(f"going on after epoch {resume.epoch}")
         try:
             loop.train(
                 config,
@@ -62,9 +62,10 @@ def work(settings: dict[str, Any]) -> None:
                 feed,
                 group=group,
                 run=settings["run"],
-                report=_reporter(rank, settings["folder"], config.schedule.epochs),
+                report=_reporter(rank, settings["folder"], config.schedule.epochs, say),
                 provenance=provenance.describe(group.device),
                 resume=resume,
+                say=say,
             )
         except loop.NotFinite as error:
             # raised by all workers alike: a retry would end the same way, so there is none
@@ -72,6 +73,11 @@ def work(settings: dict[str, Any]) -> None:
                 storage.write_json(
                     storage.join(settings["folder"], FAILURE), {"reason": str(error)}
                 )
+
+
+def num_threads(scaling: ScalingConfig) -> int:
+    """Threads of each process on the CPU."""
+    return scaling.threads_per_worker or max(int(scaling.cpus_per_worker), 1)
 
 
 def keep_freed_memory() -> None:
@@ -96,7 +102,9 @@ def _feed(settings: dict[str, Any], config: TrainConfig, info: DatasetInfo, grou
     return MemoryFeed(config, info, train, validation, group=group)
 
 
-def _reporter(rank: int, folder: str, epochs: int) -> Callable[..., None]:
+def _reporter(
+    rank: int, folder: str, epochs: int, say: Callable[[str], None] | None
+) -> Callable[..., None]:
     """What a worker does after each epoch: the first one hands its checkpoint to Ray Train."""
     import ray.train
 
@@ -110,8 +118,9 @@ def _reporter(rank: int, folder: str, epochs: int) -> Callable[..., None]:
             ray.train.report(row, checkpoint=kept)
         if rank == 0:
             write_history(storage.join(folder, HISTORY), history)
-        _say(
-            rank,
+        if say is None:
+            return
+        say(
             f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, accuracy "
             f"{row['train_accuracy']:.2%}; validation loss {row['validation_loss']:.4f}, accuracy "
             f"{row['validation_accuracy']:.2%}, macro-F1 {row['validation_macro_f1']:.4f}; "
@@ -121,6 +130,5 @@ def _reporter(rank: int, folder: str, epochs: int) -> Callable[..., None]:
     return report
 
 
-def _say(rank: int, message: str) -> None:
-    if rank == 0:
-        print(message, flush=True)
+def _say(message: str) -> None:
+    print(message, flush=True)

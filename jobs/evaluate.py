@@ -1,7 +1,8 @@
 """python jobs/evaluate.py --predictions results/predictions --runs results/runs --data data/faces
 
 Scores every run on every split, compares the runs image by image, and writes Parquet tables and
-one page, report.html, with figures, learning curves (--runs) and mistakes (--data).
+one page, report.html, with figures, learning curves (--runs) and mistakes (--data). With --sweep
+DIR instead, makes the report of a sweep.
 """
 
 from __future__ import annotations
@@ -13,24 +14,40 @@ def main() -> None:
     """Parses, checks, evaluates, and prints the comparison and where the report lies."""
     parser = cli.JobParser(prog="evaluate.py", description=__doc__.partition("\n\n")[2])
     add = parser.add_argument
-    add("--predictions", nargs="+", required=True, metavar="DIR", help="folders of predictions")
+    add("--predictions", nargs="+", metavar="DIR", help="folders of predictions")
+    add("--sweep", metavar="DIR", help="a sweep of jobs/tune.py: makes its report")
     add("--runs", metavar="DIR", help="the runs' storage: adds learning curves")
     add("--data", metavar="DIR", help="the prepared dataset: adds pictures of mistakes")
-    add("--output", default="results/evaluation", metavar="DIR", help="folder to write")
+    add("--output", metavar="DIR", help="folder to write (results/evaluation; of a sweep: its own)")
     add("--baseline", metavar="RUN", help="compare with this run only, not every pair")
     add("--bootstrap", type=cli.integer(100, 100_000), default=2_000, help="resamples")
     add("--seed", type=cli.integer(0), default=0, help="of the resampling")
     flags = parser.parse_args()
+    if bool(flags.predictions) == bool(flags.sweep):
+        parser.error("give exactly one of --predictions and --sweep")
+    if flags.sweep:
+        if flags.runs or flags.data or flags.baseline:
+            parser.error("--runs, --data and --baseline go with --predictions, not with --sweep")
+        report_sweep(flags.sweep, flags.output)
+        return
 
     from fer_ray import evaluation, evaluation_tables, report, storage
 
-    output = storage.absolute(cli.lasting("--output", flags.output))
+    output = storage.absolute(cli.lasting("--output", flags.output or "results/evaluation"))
     report.check_places(output, flags.runs, flags.data)
     result = evaluation.evaluate(
         flags.predictions, baseline=flags.baseline, resamples=flags.bootstrap, seed=flags.seed
     )
     page = report.publish(result, output, runs=flags.runs, data=flags.data)
     cli.say(f"{evaluation_tables.as_text(result)}\n\n{page}")
+
+
+def report_sweep(sweep: str, output: str | None) -> None:
+    """Makes the report of a sweep, and prints what it shows and where the page lies."""
+    from fer_ray.sweeps import report, summary
+
+    made, page = report.publish(sweep, cli.lasting("--output", output) if output else None)
+    cli.say(f"{summary.as_text(made)}\n\n{page}")
 
 
 if __name__ == "__main__":

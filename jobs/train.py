@@ -13,15 +13,17 @@ def main() -> None:
     parser.add_argument("--data", required=True, metavar="DIR", help="prepared data set")
     parser.add_argument("--run", metavar="NAME", help="name of the run; by default the model's")
     parser.add_argument("--storage", default="results/runs", metavar="DIR", help="folder of runs")
+    parser.add_argument("--from-sweep", metavar="DIR", help="with the settings of its winner")
     parser.add_argument("--list-models", action=cli.ListModels, help="print what each costs")
     cli.add_config_flags(parser)
+    winner = cli.take_sweep(parser)
     arguments = parser.parse_args()
     config = cli.config_from_flags(arguments, data=arguments.data)
 
     from fer_ray import training
 
     cli.lasting("--storage", arguments.storage)
-    run = arguments.run or config.model.name
+    run = arguments.run or winner or config.model.name
     plan = training.plan(config, storage_place=arguments.storage, run=run)
     if not plan.is_finished:
         cli.start_ray()

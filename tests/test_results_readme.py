@@ -10,9 +10,11 @@ import pandas as pd
 import prediction_samples as samples
 import pyarrow as pa
 import pytest
+import sweep_samples
 from conftest import ROOT
 
 from fer_ray import evaluation, evaluation_tables, history, predictions, report
+from fer_ray.sweeps import records, summary
 
 TEXT = (ROOT / "results" / "README.md").read_text()
 SQL = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
@@ -21,7 +23,9 @@ SCHEMAS = {
     "predictions": predictions.schema(["<label>"]),
     **evaluation_tables.SCHEMAS,
     "history": history.SCHEMA,
+    "trials": records.SCHEMA,
 }
+SWEEPS = ("normalization", "search")
 TYPES = {"float": "float32", "double": "float64"}
 
 
@@ -39,6 +43,10 @@ def results(tmp_path_factory) -> Path:
         samples.save_history(root / "results" / "runs", run)
     result = evaluation.evaluate([str(place)], resamples=200)
     report.publish(result, str(root / "results" / "evaluation"))
+    sweep_samples.normalization(root / "results" / "sweeps" / "normalization")
+    sweep_samples.search(root / "results" / "sweeps" / "search")
+    for name in SWEEPS:
+        summary.write(str(root / "results" / "sweeps" / name))
     return root
 
 
@@ -99,6 +107,47 @@ def test_the_query_without_twins_leaves_exactly_the_twins_out(results: Path, mon
         twins = judged["pixel_sha256"].isin(train)
         assert found[run] == judged["correct"][~twins].notna().sum()
         assert found[run] > 0 and twins.any()
+
+
+def test_the_sweep_queries_agree_with_the_summary(results: Path, monkeypatch):
+    monkeypatch.chdir(results)
+    made = summary.summarize("results/sweeps/normalization")
+    means = query(next(block for block in SQL if "AS deviation" in block)).set_index("arm")
+    differences = query(next(block for block in SQL if "one.accuracy" in block)).set_index("arm")
+    assert len(means) == len(made["arms"]) == len(differences) + 1
+    for arm in made["arms"]:
+        assert means["accuracy"][arm["arm"]] == pytest.approx(
+            100 * arm["accuracy"]["mean"], abs=0.051
+        )
+        assert means["seeds"][arm["arm"]] == 3
+    for arm in made["arms"][1:]:
+        points = differences["points"][arm["arm"]]
+        assert points == pytest.approx(100 * arm["accuracy"]["difference"], abs=0.051)
+    costs = query(next(block for block in SQL if "a_reason" in block))
+    counts = costs[costs["sweep"] == "search"].set_index("status")["trials"].to_dict()
+    found = summary.summarize("results/sweeps/search")["trials"]
+    assert counts == {status: found[status] for status in counts} and found["failed"] == 1
+
+
+def test_documented_fields_of_the_summary_are_the_fields(results: Path):
+    section = re.search(r"\n### summary\n(.*?)(?=\n### |\Z)", TEXT, re.DOTALL)
+    assert section
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| (.*) \|$", section.group(1), re.MULTILINE)
+    kinds = {name: kind.strip() for name, kind, _ in rows}
+    meanings = {name: meaning for name, _, meaning in rows}
+    types = {"number": (int, float), "string": str, "list": list, "object": dict}
+    found: dict[str, object] = {}
+    for name in SWEEPS:
+        found |= summary.summarize(str(results / "results" / "sweeps" / name))
+    assert set(found) == set(kinds)
+    for name, value in found.items():
+        assert isinstance(value, types[kinds[name]]), name
+    arms, comparison = found["arms"], found["comparison"]
+    assert isinstance(arms, list) and isinstance(comparison, dict)
+    documented = set(re.findall(r"`([^`]+)`", meanings["arms"]))
+    assert documented == {*arms[1], *arms[1]["accuracy"]}
+    documented = set(re.findall(r"`([^`]+)`", meanings["comparison"]))
+    assert documented == {*comparison, *comparison["accuracy"]}
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

@@ -18,15 +18,22 @@ ORDER = [
     *("transforms", "forward", "batchnorm", "models", "optimization", "checkpoint"),
     *("metrics", "group", "loading", "streaming", "loop", "worker", "training"),
     *("predictions", "inference"),
+    *("evaluation", "evaluation_tables", "figures", "pages", "report", "sweeps"),
     *("benchmark_processes", "benchmark_numbers", "benchmark_loops", "benchmark_input"),
-    *("benchmark_workers", "benchmark_predict", "benchmark", "augmentation_page"),
-    *("evaluation", "evaluation_tables", "figures", "report", "reference"),
+    *("benchmark_workers", "benchmark_predict", "benchmark_sweeps", "benchmark"),
+    *("augmentation_page", "reference_sweeps", "reference"),
 ]
 """The flow of the data: a module may import those before it. cli may import any, lazily."""
 
 
-TRANSFORMS = ["normalization", "randomness", "parameters", "library", "device", "mixing"]
-"""The flow within the folder `transforms`."""
+FOLDERS = {
+    "transforms": ["normalization", "randomness", "parameters", "library", "device", "mixing"],
+    "sweeps": [
+        *("space", "records", "planning", "images", "search", "analysis", "importance"),
+        *("winner", "words", "summary", "figures", "report", "trial", "progress", "tuning"),
+    ],
+}
+"""The flow within the folders."""
 
 
 def files() -> list[Path]:
@@ -46,32 +53,33 @@ def imported(file: Path) -> set[str]:
 
 def test_the_order_names_every_module():
     modules = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
-    assert modules | {"transforms"} == set(ORDER)
-    folder = {file.stem for file in (PACKAGE / "transforms").glob("*.py")} - {"__init__"}
-    assert folder == set(TRANSFORMS)
+    assert modules | set(FOLDERS) == set(ORDER)
+    for folder, names in FOLDERS.items():
+        assert {file.stem for file in (PACKAGE / folder).glob("*.py")} - {"__init__"} == set(names)
 
 
 @pytest.mark.parametrize("name", [name for name in ORDER if name not in ("cli", "reference")])
 def test_imports_point_one_way(name):
     later = set(ORDER[ORDER.index(name) :])
     parts = sorted((PACKAGE / name).glob("*.py")) or [PACKAGE / f"{name}.py"]
-    found = set.union(*map(imported, parts))
-    assert not found & (later - {name} if len(parts) > 1 else later)
+    found = set.union(*map(imported, parts)) - ({name} if len(parts) > 1 else set())
+    assert not found & later
     assert "cli" not in found, "only jobs talk to the command line"
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_imports_within_transforms_point_one_way(name):
-    tree = ast.parse((PACKAGE / "transforms" / f"{name}.py").read_text())
-    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    names = [
-        alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "fer_ray.transforms"
-        for alias in node.names
-    ]
-    names += [module.split(".")[2] for module in modules if module.count(".") == 2]
-    assert set(names) <= set(TRANSFORMS[: TRANSFORMS.index(name)])
+@pytest.mark.parametrize(
+    ("folder", "name"), [(folder, name) for folder, names in FOLDERS.items() for name in names]
+)
+def test_imports_within_folders_point_one_way(folder, name):
+    tree = ast.parse((PACKAGE / folder / f"{name}.py").read_text())
+    package, modules = f"fer_ray.{folder}", FOLDERS[folder]
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
+            names.add(node.module.split(".")[2])
+    assert names & set(modules) <= set(modules[: modules.index(name)])
 
 
 def test_importing_the_package_touches_no_disk_and_starts_nothing(tmp_path):

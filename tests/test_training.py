@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import small
+from processes import descendants, kill_with_descendants
 
 from fer_ray import checkpoint, history, preparation, training
 from fer_ray.config import TrainConfig
@@ -175,31 +176,6 @@ def test_a_finished_run_is_not_trained_again(data, undisturbed):
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def train_workers() -> list[int]:
-    """Process ids of this user's Ray Train workers that this process's cluster runs."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            name = (process / "cmdline").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if name.startswith("ray::RayTrainWorker") and descends(int(process.name), os.getpid()):
-            found.append(int(process.name))
-    return found
-
-
-def descends(process: int, ancestor: int) -> bool:
-    while process > 1:
-        if process == ancestor:
-            return True
-        try:
-            status = Path(f"/proc/{process}/status").read_text()
-        except OSError:
-            return False
-        process = int(status.split("PPid:")[1].split()[0])
-    return False
-
-
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(data, undisturbed, tmp_path):
     killed: list[int] = []
@@ -208,7 +184,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(data, undistur
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not (tmp_path / "tried/history.parquet").exists():
             time.sleep(0.02)
-        for process in train_workers()[:1]:
+        for process in descendants(os.getpid(), "ray::RayTrainWorker")[:1]:
             os.kill(process, signal.SIGKILL)
             killed.append(process)
 
@@ -237,13 +213,7 @@ def test_a_broken_off_job_goes_on_by_the_same_command(data, undisturbed, tmp_pat
     while time.monotonic() < deadline and not (tmp_path / "tried/history.parquet").exists():
         assert first.poll() is None, "the job ended before its first epoch"
         time.sleep(0.02)
-    below = [int(p.name) for p in Path("/proc").glob("[0-9]*") if descends(int(p.name), first.pid)]
-    for process in sorted(below):
-        try:
-            os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    first.wait()
+    kill_with_descendants(first)
     assert not (tmp_path / "tried" / "run.json").exists(), "killed too late to show anything"
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,30 @@
+"""Pages from templates: one look, everything that comes from data escaped."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def render(template: str, filters: Mapping[str, Callable], **values: Any) -> str:
+    """A page as HTML, from a template of this package.
+
+    Args:
+        template: file name, such as ``report.html.j2``; it may include ``page.css.j2``.
+        filters: what the template may call, besides ``safe_svg``: markup made by this project.
+        values: what it shows.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    folder = importlib.resources.files("fer_ray")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {**filters, "safe_svg": Markup}
+    return environment.get_template(template).render(**values)

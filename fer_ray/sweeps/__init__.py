@@ -1,0 +1,1 @@
+"""Sweeps on Ray Tune: what varies, the trials, and what they show."""

@@ -1,0 +1,293 @@
+"""The figures of a sweep's report, drawn in the style of `fer_ray.figures`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from fer_ray import options
+from fer_ray.figures import (
+    GRID,
+    INK,
+    MARKERS,
+    MUTED,
+    as_svg,
+    drawn,
+    legend,
+    series_colour,
+    short,
+)
+from fer_ray.sweeps import records, words
+from fer_ray.sweeps.importance import plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_CURVES = 6
+"""Arms with a line of their own colour; the others are grey."""
+_LONGEST_NAME = 26
+
+
+def arm_dots(summary: Mapping[str, Any], scores: pd.DataFrame) -> str:
+    """Accuracy of each arm: every seed, their mean and its 95 % interval.
+
+    Args:
+        summary: the content of ``summary.json``.
+        scores: the last epochs of the finished trials, rows of ``trials.parquet``.
+    """
+    arms = summary["arms"]
+    with drawn(0.9 + 0.42 * len(arms)) as (figure, axes):
+        for row, arm in enumerate(arms):
+            one = arm["accuracy"]
+            of_arm = scores[scores["arm"] == arm["arm"]]["validation_accuracy"]
+            axes.plot(
+                100 * of_arm,
+                np.full(len(of_arm), row + 0.24),
+                marker="|",
+                markersize=7,
+                markeredgewidth=1.5,
+                linestyle="none",
+                color=MUTED,
+            )
+            if one["mean"] is not None:
+                _interval(axes, row - 0.08, one["mean"], one["low"], one["high"], True)
+        base = arms[0]["accuracy"]["mean"]
+        if base is not None:
+            axes.axvline(100 * base, color=MUTED, linewidth=1, linestyle=(0, (3, 2)), zorder=0)
+        _name_rows(axes, _short_names([arm["arm"] for arm in arms]))
+        _keep_to(axes, 100 * scores["validation_accuracy"])
+        axes.set_xlabel("validation accuracy, %")
+        told = "; ".join(f"{arm['arm']} {words.percent(arm['accuracy']['mean'])}" for arm in arms)
+        return as_svg(figure, f"Mean accuracy over seeds with 95 % intervals, in %: {told}")
+
+
+def difference_dots(summary: Mapping[str, Any]) -> str:
+    """Each arm's difference to the baseline in points, with its 95 % interval."""
+    arms = [one for one in summary["arms"][1:] if one["accuracy"]["difference"] is not None]
+    with drawn(0.9 + 0.42 * len(arms)) as (figure, axes):
+        for row, arm in enumerate(arms):
+            one = arm["accuracy"]
+            ends = one["difference_low"], one["difference_high"]
+            _interval(axes, row, one["difference"], *ends, bool(one["shown"]))
+        axes.axvline(0, color=INK, linewidth=1.2, zorder=0)
+        _name_rows(axes, _short_names([arm["arm"] for arm in arms]))
+        axes.set_xlabel(f"points against {short(summary['comparison']['baseline'])}")
+        told = "; ".join(
+            f"{arm['arm']} {words.points(arm['accuracy']['difference'])}" for arm in arms
+        )
+        return as_svg(figure, f"Differences to the baseline with 95 % intervals, points: {told}")
+
+
+def _interval(
+    axes: Axes, row: float, value: float, low: float | None, high: float | None, filled: bool
+) -> None:
+    """A mark with its interval; hollow for what is no effect shown."""
+    ends = None
+    if low is not None and high is not None:
+        ends = 100 * np.array([[value - low], [high - value]])
+    axes.errorbar(
+        [100 * value],
+        [row],
+        xerr=ends,
+        fmt="o",
+        color=series_colour(0),
+        markerfacecolor=series_colour(0) if filled else "none",
+        markersize=7,
+        markeredgewidth=1.8,
+        linewidth=2,
+        capsize=4,
+    )
+
+
+def _keep_to(axes: Axes, values: pd.Series) -> None:
+    """Cuts off the interval of two seeds, which is so wide that nothing else would be seen."""
+    low, high = axes.get_xlim()
+    room = max(values.max() - values.min(), 1e-3)
+    axes.set_xlim(max(low, values.min() - room), min(high, values.max() + room))
+
+
+def _short_names(arms: Sequence[str]) -> list[str]:
+    """The values alone where all arms are values of one setting."""
+    settings = {arm.partition("=")[0] for arm in arms}
+    if len(settings) == 1 and not any("," in arm for arm in arms):
+        return [arm.partition("=")[2] or arm for arm in arms]
+    return list(arms)
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [short(name, _LONGEST_NAME) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="x")
+
+
+def arm_curves(summary: Mapping[str, Any], trials: pd.DataFrame) -> str:
+    """Accuracy over the epochs, the mean of each arm's seeds.
+
+    The baseline and the best arms have colours.
+
+    Args:
+        summary: the content of ``summary.json``.
+        trials: the content of ``trials.parquet``.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    base = summary["comparison"]["baseline"]
+    known = [arm for arm in summary["arms"] if arm["accuracy"]["mean"] is not None]
+    ranked = sorted(known, key=lambda arm: (arm["arm"] != base, -arm["accuracy"]["mean"]))
+    coloured = [arm["arm"] for arm in ranked][:MOST_CURVES]
+    finished = trials[trials["status"] == records.FINISHED]
+    curves = finished.groupby(["arm", "epoch"])["validation_accuracy"].mean()
+    with drawn(3.2 + 0.25 * len(coloured)) as (figure, axes):
+        for name in [arm["arm"] for arm in reversed(ranked)]:
+            style: dict[str, Any] = {"color": MUTED, "alpha": 0.4, "linewidth": 1.2}
+            if name in coloured:
+                style = _curve_style(coloured.index(name), len(curves[name]))
+            axes.plot(curves[name].index, 100 * curves[name], **style)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.set_ylabel("validation accuracy, %")
+        axes.grid()
+        # in the order of the ranking, which is not that of drawing
+        for name in coloured:
+            label = short(name) + (" (baseline)" if name == base else "")
+            style = _curve_style(coloured.index(name), 0)
+            axes.plot([], [], label=label, **style)
+        legend(figure, len(coloured))
+        return as_svg(figure, f"Accuracy over the epochs, mean of the seeds of {len(known)} arms")
+
+
+def _curve_style(number: int, epochs: int) -> dict[str, Any]:
+    return {
+        "color": series_colour(number),
+        "marker": MARKERS[number],
+        "markersize": 5,
+        "markevery": max(1, epochs // 12),
+        "linewidth": 1.8,
+    }
+
+
+def accuracy_against_epochs(trials: pd.DataFrame) -> str:
+    """The best finished trial so far against the epochs that all trials so far have run.
+
+    Args:
+        trials: the content of ``trials.parquet``; its rows carry no time, so the trials stand
+            in the order of their numbers.
+    """
+    spent = trials[trials["epoch"] > 0].groupby("trial").size().cumsum()
+    last = trials.drop_duplicates("trial", keep="last").set_index("trial")
+    scores = last[last["status"] == records.FINISHED]["validation_accuracy"].dropna()
+    best = 100 * scores.cummax()
+    ends = [*spent.reindex(scores.index), spent.iloc[-1]]
+    with drawn(3.4) as (figure, axes):
+        axes.plot(
+            ends[:-1],
+            100 * scores,
+            "o",
+            color=MUTED,
+            markersize=4,
+            alpha=0.7,
+            label="a finished trial",
+        )
+        axes.step(
+            ends,
+            [*best, best.iloc[-1]],
+            where="post",
+            color=series_colour(0),
+            linewidth=2,
+            label="the best so far",
+        )
+        axes.set_xlabel("epochs run by all trials together")
+        axes.set_ylabel("validation accuracy, %")
+        axes.grid()
+        legend(figure, 2)
+        told = f"{best.iloc[-1]:.1f} % after {ends[-1]:,} epochs"
+        return as_svg(figure, f"Best accuracy of a finished trial against epochs run: {told}")
+
+
+def importance_bars(summary: Mapping[str, Any]) -> str:
+    """The share of each option in the variance of the accuracy."""
+    shares = summary["importance"]["shares"]
+    names = [options.column_of(name) for name in shares]
+    percent = [100 * share for share in shares.values()]
+    with drawn(0.9 + 0.3 * len(shares)) as (figure, axes):
+        axes.barh(range(len(names)), percent, height=0.62, color=series_colour(0), alpha=0.75)
+        for row, share in enumerate(percent):
+            axes.text(share + 0.6, row, f"{share:.0f}", va="center", fontsize=9, color=INK)
+        _name_rows(axes, names)
+        axes.set_xlabel("share of the explained variance, %")
+        told = "; ".join(f"{name} {share:.0f} %" for name, share in zip(names, percent))
+        return as_svg(figure, f"Importance of each option: {told}")
+
+
+def parallel_coordinates(summary: Mapping[str, Any], finished: pd.DataFrame) -> str:
+    """A line a finished trial through the values of its options, the most important above.
+
+    Args:
+        summary: the content of ``summary.json``.
+        finished: the last epochs of the finished trials, rows of ``trials.parquet``.
+    """
+    space = summary["space"]
+    ranked = [name for name in summary["importance"]["shares"] if name in space]
+    names = [*ranked, *(name for name in space if name not in ranked)]
+    best = {one["trial"] for one in summary["best"]}
+    heights = np.cumsum([0.0, *(_room(space[name]) for name in names)])
+    scores = 100 * finished["validation_accuracy"]
+    accuracy = {"low": float(scores.min()), "high": float(scores.max())}
+    with drawn(0.6 + 0.42 * float(heights[-1] + 1)) as (figure, axes):
+        for name, height in zip(names, heights):
+            _axis(axes, float(height), space[name])
+        _axis(axes, float(heights[-1]), accuracy, "%")
+        for row in finished.to_dict("records"):
+            places = [_place(space[name], row[options.column_of(name)]) for name in names]
+            places.append(_place(accuracy, 100 * row["validation_accuracy"]))
+            style: dict[str, Any] = {"color": MUTED, "alpha": 0.35, "linewidth": 0.9, "zorder": 2}
+            if row["trial"] in best:
+                style = {"color": series_colour(0), "alpha": 0.8, "linewidth": 1.5, "zorder": 3}
+            axes.plot(places, heights, **style)
+        axes.set_yticks(heights, [*(options.column_of(name) for name in names), "accuracy"])
+        axes.set_ylim(heights[-1] + 0.75, -0.5)
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_xticks([])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        told = f"{len(finished)} finished trials, a line each; the best {len(best)} in colour"
+        return as_svg(figure, f"Options and accuracy of {told}")
+
+
+_CROWDED = 4
+"""Choices above are written in two lines, every other one lower."""
+
+
+def _room(given: Any) -> float:
+    """Height of an axis with what is written at it, in lines."""
+    return 1.0 if isinstance(given, Mapping) or len(given) <= _CROWDED else 1.45
+
+
+def _axis(axes: Axes, height: float, given: Any, unit: str = "") -> None:
+    """One option's values from left to right: both ends of a range, or every choice."""
+    axes.plot([0, 1], [height, height], color=GRID, linewidth=1.2, zorder=1)
+    if isinstance(given, Mapping):
+        ends = {0.0: given["low"], 1.0: given["high"]}
+        labels = {place: f"{words.value(end)} {unit}".strip() for place, end in ends.items()}
+    else:
+        labels = {_place(given, choice): short(str(choice), 18) for choice in given}
+    for number, (place, text) in enumerate(labels.items()):
+        axes.plot([place], [height], marker="|", markersize=6, color=MUTED, zorder=1)
+        side = "left" if place == 0 else "right" if place == 1 else "center"
+        lower = 0.42 if len(labels) > _CROWDED and number % 2 else 0.0
+        style: dict[str, Any] = {"va": "top", "ha": side, "fontsize": 8, "color": INK, "zorder": 4}
+        axes.text(place, height + 0.14 + lower, text, **style)
+
+
+def _place(given: Any, value: Any) -> float:
+    """Where a value stands on its axis, 0 to 1."""
+    if not isinstance(given, Mapping):
+        choices = list(given)
+        return choices.index(plain(value)) / max(len(choices) - 1, 1)
+    low, high, at = given["low"], given["high"], float(value)
+    if given.get("log"):
+        low, high, at = np.log([low, high, at])
+    return float((at - low) / (high - low)) if high > low else 0.5

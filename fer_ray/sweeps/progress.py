@@ -1,0 +1,216 @@
+"""How a sweep stands, while it runs: a live table, lines that stay, TensorBoard's files."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback
+
+from fer_ray.config import TrainConfig
+from fer_ray.sweeps import records
+from fer_ray.sweeps.records import Trial
+
+_ON_A_TERMINAL_EVERY_S = 2.0
+_IN_A_LOG_EVERY_S = 30.0
+_TABLES_EVERY_S = 60.0
+_SHORTEST_ESTIMATE_S = 5.0
+"""Before, epochs a second would say little."""
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``48 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Progress(Callback):
+    """Follows the trials of one sitting; every number comes from their records or reports."""
+
+    def __init__(
+        self,
+        sweep: str,
+        base: TrainConfig,
+        *,
+        num_trials: int,
+        earlier: list[Trial],
+        say: Callable[[str], None],
+    ) -> None:
+        """Begins where the records of earlier sittings end.
+
+        Args:
+            sweep: the sweep's folder.
+            base: its base settings.
+            num_trials: trials of all sittings, those still to be suggested included.
+            earlier: all trials that are written down.
+            say: takes lines that stay.
+        """
+        self._sweep, self._base, self._say = sweep, base, say
+        self._num_trials, self._epochs = num_trials, base.schedule.epochs
+        self._trials = {trial.number: trial for trial in earlier}
+        self._running: dict[int, dict[str, Any]] = {}
+        self._live = sys.stdout.isatty()
+        self._drawn = 0
+        self._start = self._said = self._wrote = time.monotonic()
+        self._first_epoch_at: float | None = None
+        self._epochs_here = 0
+        self._interrupted = False
+
+    def interrupt(self) -> None:
+        """Ends the sitting with the next step of Ray Tune."""
+        self._interrupted = True
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        number = trial.config["number"]
+        self._trials[number] = records.read_trial(self._sweep, number)
+        history = self._trials[number].history
+        self._running[number] = dict(history[-1]) if history else {"epoch": 0}
+
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._running[trial.config["number"]] = result
+        self._first_epoch_at = self._first_epoch_at or time.monotonic() - result["seconds"]
+        self._epochs_here += 1
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._over(trial.config["number"])
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Its process died too often: nothing in it could write that down."""
+        number = trial.config["number"]
+        lines = [line.strip() for line in str(trial.get_error() or "").splitlines()]
+        reason = next((line for line in reversed(lines) if line), "no reason given")
+        records.end(self._sweep, number, records.FAILED, f"its process died: {reason}")
+        self._over(number)
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        now = time.monotonic()
+        every = _ON_A_TERMINAL_EVERY_S if self._live else _IN_A_LOG_EVERY_S
+        if now - self._said >= every:
+            self._said = now
+            self._draw()
+        if now - self._wrote >= _TABLES_EVERY_S:
+            records.write_trials(self._sweep, self._base)
+            self._wrote = time.monotonic()
+
+    def _over(self, number: int) -> None:
+        self._running.pop(number, None)
+        trial = self._trials[number] = records.read_trial(self._sweep, number)
+        if not trial.is_over:  # the time budget is used up
+            return
+        self._erase()
+        self._say(line_of(trial))
+        self._draw()
+
+    def close(self) -> None:
+        """Removes the table from a terminal."""
+        self._erase()
+
+    def _draw(self) -> None:
+        self._erase()
+        lines = self.table()
+        if self._live:
+            print("\n".join(lines), flush=True)
+            self._drawn = len(lines)
+        else:
+            for line in lines:
+                self._say(line)
+
+    def _erase(self) -> None:
+        if self._drawn:
+            print(f"\x1b[{self._drawn}F\x1b[J", end="", flush=True)
+            self._drawn = 0
+
+    def table(self) -> list[str]:
+        """The running trials, one a line, then how many are over and when the sweep will end."""
+        lines = [self._row(number, row) for number, row in sorted(self._running.items())]
+        over = [trial for trial in self._trials.values() if trial.is_over]
+        counts = [f"{len(over)} of {self._num_trials} trials over"]
+        for status in (records.STOPPED, records.FAILED):
+            number = sum(trial.status == status for trial in over)
+            counts += [f"{number} {status}"] * bool(number)
+        best = max(
+            (trial for trial in over if trial.status == records.FINISHED and trial.history),
+            key=_score,
+            default=None,
+        )
+        if best:
+            counts.append(f"best {_score(best):.2%} (trial {best.number})")
+        return [*lines, f"  {', '.join(counts)}; {self._left()}"]
+
+    def _row(self, number: int, row: Mapping[str, Any]) -> str:
+        text = f"  {_name(self._trials[number])}: epoch {row['epoch']}/{self._epochs}"
+        if row["epoch"]:
+            text += f", {row['validation_accuracy']:.2%}, {row['images_per_s']:,.0f} images/s"
+        return text
+
+    def _left(self) -> str:
+        left = self.epochs_left()
+        if not self._epochs_here or self._first_epoch_at is None:
+            return f"{left:,} epochs to run"
+        spent_s = max(time.monotonic() - self._first_epoch_at, _SHORTEST_ESTIMATE_S)
+        seconds = left * spent_s / self._epochs_here
+        at = time.strftime("%H:%M", time.localtime(time.time() + seconds))
+        return f"{left:,} epochs to run, at most {duration(seconds)}, until {at}"
+
+    def epochs_left(self) -> int:
+        """Epochs to run if no trial is stopped before its last."""
+        left = (self._num_trials - len(self._trials)) * self._epochs
+        for number, trial in self._trials.items():
+            if not trial.is_over:
+                done = self._running.get(number, {}).get("epoch", len(trial.history))
+                left += self._epochs - done
+        return left
+
+
+def _name(trial: Trial) -> str:
+    text = f"trial {trial.number}"
+    return f"{text} ({trial.arm}, seed {trial.options['schedule.seed']})" if trial.arm else text
+
+
+def _score(trial: Trial) -> float:
+    return float(trial.history[-1]["validation_accuracy"])
+
+
+def line_of(trial: Trial) -> str:
+    """How a trial ended, in one line."""
+    text = f"{_name(trial)} {trial.status}"
+    if trial.history:
+        spent_s = sum(row["seconds"] for row in trial.history)
+        text += f": {_score(trial):.2%} after {len(trial.history)} epochs, {duration(spent_s)}"
+    return f"{text} ({trial.reason})" if trial.reason else text
+
+
+class TensorBoard(Callback):
+    """Writes every epoch's numbers for TensorBoard, a folder a trial."""
+
+    def __init__(self, folder: str) -> None:
+        """Args:
+        folder: local folder to write below.
+        """
+        self._folder = Path(folder)
+        self._writers: dict[int, Any] = {}
+
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        from tensorboardX import SummaryWriter
+
+        number = trial.config["number"]
+        if number not in self._writers:
+            self._writers[number] = SummaryWriter(str(self._folder / f"{number:05d}"))
+        for name in records.METRICS:
+            self._writers[number].add_scalar(name, result[name], result["epoch"])
+        self._writers[number].flush()
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        if writer := self._writers.pop(trial.config["number"], None):
+            writer.close()

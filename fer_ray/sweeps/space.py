@@ -1,0 +1,287 @@
+"""What a sweep varies: the presets, and files that say it in TOML or JSON.
+
+A grid trains every arm with every seed, and its first arm is the baseline; a search draws
+configurations from lists and ranges.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fer_ray import models, options
+from fer_ray.config import NORMALIZATIONS, PRESETS, STRENGTHS, TrainConfig
+from fer_ray.errors import UserError, unknown
+
+GRID, SEARCH = "grid", "search"
+METHODS = (GRID, SEARCH)
+SWEEPS = ("normalization", "augmentation", "search")
+"""The presets."""
+
+_FIXED = {
+    "schedule.epochs": "--epochs",
+    "schedule.seed": "--seeds",
+    "schedule.time_limit_s": "--time-budget-s",
+    "model.weights": "--weights",
+}
+"""Settings that are the same for every trial, or are varied otherwise, and the flag for them."""
+_MOST_ARMS = 10_000
+_FIELDS_OF_A_RANGE = ("low", "high", "log", "step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One configuration of a grid."""
+
+    name: str
+    """What differs, such as ``normalization=minmax``."""
+    options: dict[str, Any]
+    """Values by dotted name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Numbers from `low` to `high`, both included."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Whether to draw evenly on a logarithmic scale."""
+    step: float | None = None
+    """Distance between the values; None: any, or 1 for whole numbers."""
+
+
+Choices = tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What a sweep varies."""
+
+    name: str
+    """Of the preset or the file."""
+    method: str
+    """`grid` or `search`."""
+    arms: tuple[Arm, ...] = ()
+    """Of a grid; the first is the baseline."""
+    ranges: dict[str, Range | Choices] = field(default_factory=dict)
+    """Of a search, by dotted name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types: ``arms``, or ``space``."""
+        if self.method == GRID:
+            return {"method": GRID, "arms": [asdict(arm) for arm in self.arms]}
+        ranges = {
+            name: asdict(given) if isinstance(given, Range) else list(given)
+            for name, given in self.ranges.items()
+        }
+        return {"method": SEARCH, "space": ranges}
+
+    def check(self, base: TrainConfig) -> None:
+        """Refuses what a trial's configuration would refuse, before any trial begins."""
+        for arm in self.arms:
+            options.changed(base, arm.options)
+        for name, given in self.ranges.items():
+            ends = (given.low, given.high) if isinstance(given, Range) else given
+            for value in ends:
+                options.changed(base, {name: value})
+
+
+def load(what: str, base: TrainConfig) -> Space:
+    """The preset or file of that name.
+
+    Args:
+        what: one of `SWEEPS`, or the path of a ``.toml`` or ``.json`` file.
+        base: the settings that are varied.
+
+    Raises:
+        UserError: for an unknown preset, a missing file, or what it says.
+    """
+    if what == "normalization":
+        space = _normalization(base)
+    elif what == "augmentation":
+        space = _augmentation(base)
+    elif what == "search":
+        space = _search(base)
+    elif Path(what).suffix in (".toml", ".json"):
+        space = _from_file(Path(what))
+    else:
+        raise unknown("--sweep", what, [*SWEEPS, "a .toml or .json file"])
+    space.check(base)
+    return space
+
+
+def _normalization(base: TrainConfig) -> Space:
+    """Every normalization; the baseline divides by 255 and does no more."""
+    name = "transforms.normalization"
+    ordered = sorted(NORMALIZATIONS, key=lambda one: one != "none")
+    arms = tuple(Arm(name=f"normalization={one}", options={name: one}) for one in ordered)
+    return Space(name="normalization", method=GRID, arms=arms)
+
+
+def _augmentation(base: TrainConfig) -> Space:
+    """The base's augmentation, with each of its changes left out, each other one added, and
+    without any."""
+    preset = base.transforms.augmentation
+    arms = [Arm(name=f"augmentation={preset}", options={})]
+    for strength in STRENGTHS:
+        value = 0.0 if getattr(base.transforms, strength) else _usual(strength)
+        arms.append(Arm(name=f"{strength}={value:g}", options={f"transforms.{strength}": value}))
+    if preset != "none":
+        arms.append(Arm(name="augmentation=none", options={"transforms.augmentation": "none"}))
+    return Space(name="augmentation", method=GRID, arms=tuple(arms))
+
+
+def _usual(strength: str) -> float:
+    """The strength that a preset gives an option, the strong one's if it has it."""
+    return next(
+        PRESETS[preset][strength]
+        for preset in ("strong", "standard", "notebook")
+        if strength in PRESETS[preset]
+    )
+
+
+def _search(base: TrainConfig) -> Space:
+    """Normalization, every augmentation from nothing to more than `strong`, and the optimizer.
+
+    The ranges are wide around what the presets and defaults have; they are this project's own.
+    """
+    ranges: dict[str, Range | Choices] = {"transforms.normalization": NORMALIZATIONS}
+    highest = {
+        "flip": 0.5,  # more is the same as less
+        "rotation": 30.0,
+        "translation": 0.2,
+        "zoom": 0.25,
+        "crop": 0.5,
+        "brightness": 0.3,
+        "contrast": 0.4,
+        "blur": 1.5,
+        "noise": 0.08,
+        "erasing": 0.8,
+        "mixup": 0.4,
+        "cutmix": 1.0,
+    }
+    for strength in STRENGTHS:
+        ranges[f"transforms.{strength}"] = Range(low=0.0, high=highest[strength])
+    rate = base.optimizer.learning_rate
+    assert rate is not None
+    ranges["optimizer.learning_rate"] = Range(low=rate / 10, high=min(rate * 3, 100.0), log=True)
+    ranges["optimizer.weight_decay"] = Range(low=1e-5, high=1e-2, log=True)
+    ranges["optimizer.label_smoothing"] = Range(low=0.0, high=0.2)
+    if base.model.name == "custom_cnn":
+        width = base.model.width or models.CUSTOM_CNN_SETTINGS[base.model.setting][0]
+        ranges["model.width"] = Range(low=max(width // 2, 1), high=min(width * 3 // 2, 512))
+    return Space(name="search", method=SEARCH, ranges=ranges)
+
+
+def _from_file(path: Path) -> Space:
+    try:
+        text = path.read_text()
+        value = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except FileNotFoundError as error:
+        raise UserError(f"--sweep: no file at {path}; a preset is {', '.join(SWEEPS)}") from error
+    except (ValueError, OSError) as error:  # not TOML, not JSON, not UTF-8, a folder
+        raise UserError(f"--sweep: {path}: {error}".splitlines()[0]) from error
+    if not isinstance(value, dict):
+        raise UserError(f"--sweep: {path}: a table with 'method' and 'space' is expected")
+    for key in value:
+        if key not in ("method", "space", "baseline"):
+            raise unknown(f"--sweep: {path}", key, ("method", "space", "baseline"))
+    method = value.get("method", GRID)
+    if method not in METHODS:
+        raise unknown(f"--sweep: {path}: method", method, METHODS)
+    where = f"--sweep: {path}"
+    ranges = {
+        name: _parsed(where, name, given)
+        for name, given in _flat(where, value.get("space")).items()
+    }
+    if not ranges:
+        raise UserError(f"{where}: 'space' is empty: name at least one setting")
+    if method == SEARCH:
+        if "baseline" in value:
+            raise UserError(f"{where}: a search has no baseline; method = 'grid' has one")
+        return Space(name=path.stem, method=SEARCH, ranges=ranges)
+    baseline = _flat(where, value.get("baseline", {}))
+    return Space(name=path.stem, method=GRID, arms=_product(where, ranges, baseline))
+
+
+def _flat(where: str, value: Any) -> dict[str, Any]:
+    """Nested tables by dotted name: ``transforms.flip = …`` and ``[space.transforms]`` alike."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: 'space' and 'baseline' are tables of settings")
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping) and not set(item) & {"low", "high"}:
+            found |= {f"{key}.{name}": inner for name, inner in _flat(where, item).items()}
+        else:
+            found[key] = item
+    return found
+
+
+def _parsed(where: str, name: str, given: Any) -> Range | Choices:
+    options.check_name(where, name)
+    if name in _FIXED:
+        raise UserError(f"{where}: {name} is the same for all trials: use {_FIXED[name]}")
+    if isinstance(given, Mapping):
+        return _range(where, name, given)
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise UserError(
+            f"{where}: {name}: {given!r} is neither a list of values nor a range such as "
+            "{ low = 0.01, high = 0.3, log = true }; what is not varied is a flag"
+        )
+    values = tuple(options.check_value(where, name, value) for value in given)
+    if not values or len({json.dumps(value) for value in values}) < len(values):
+        raise UserError(f"{where}: {name}: at least one value is expected, none of them twice")
+    return values
+
+
+def _range(where: str, name: str, given: Mapping[str, Any]) -> Range:
+    for key in given:
+        if key not in _FIELDS_OF_A_RANGE:
+            raise unknown(f"{where}: {name}", key, _FIELDS_OF_A_RANGE)
+    if "low" not in given or "high" not in given:
+        raise UserError(f"{where}: {name}: a range has both low and high")
+    if "low" not in options.FIELDS[name].metadata:
+        raise UserError(f"{where}: {name} is not a number: give a list of values")
+    for key in ("low", "high"):
+        options.check_value(where, name, given[key])
+    low, high, log, step = given["low"], given["high"], given.get("log", False), given.get("step")
+    if not isinstance(log, bool):
+        raise UserError(f"{where}: {name}: log is true or false, not {log!r}")
+    if low >= high or (log and low <= 0):
+        raise UserError(f"{where}: {name}: low has to be below high, and above 0 with log")
+    number = isinstance(step, int | float) and not isinstance(step, bool)
+    whole = "int" in str(options.FIELDS[name].type)
+    if step is not None and (log or not number or step <= 0 or (whole and step != int(step))):
+        raise UserError(f"{where}: {name}: step is a number above 0, and not beside log")
+    return Range(low=low, high=high, log=log, step=step)
+
+
+def _product(
+    where: str, ranges: Mapping[str, Range | Choices], baseline: Mapping[str, Any]
+) -> tuple[Arm, ...]:
+    """Every combination, the baseline first."""
+    count = 1
+    for name, given in ranges.items():
+        if isinstance(given, Range):
+            raise UserError(f"{where}: {name}: a grid takes lists; method = 'search' takes ranges")
+        count *= len(given)
+    if count > _MOST_ARMS:
+        raise UserError(f"{where}: {count} combinations; at most {_MOST_ARMS}, or a search")
+    for name, value in baseline.items():
+        listed = ranges.get(name, ())
+        if isinstance(listed, Range) or value not in listed:
+            raise UserError(f"{where}: baseline: {name} = {value!r} is not in 'space'")
+    names = list(ranges)
+    arms = []
+    for values in itertools.product(*ranges.values()):  # type: ignore[arg-type]
+        chosen = dict(zip(names, values))
+        name = ", ".join(f"{options.column_of(key)}={value}" for key, value in chosen.items())
+        arms.append(Arm(name=name, options=chosen))
+    first = {key: baseline.get(key, ranges[key][0]) for key in names}  # type: ignore[index]
+    return tuple(sorted(arms, key=lambda arm: arm.options != first))

@@ -1,0 +1,140 @@
+"""What runs in the process of one trial: the same loop as training's, on images that all share."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fer_ray import loop, provenance, storage, training, worker
+from fer_ray.config import TrainConfig
+from fer_ray.dataset import DatasetInfo
+from fer_ray.errors import JobFailed
+from fer_ray.group import Group
+from fer_ray.loading import Images, MemoryFeed
+from fer_ray.sweeps import records
+
+ERROR = "error.txt"
+"""Holds the traceback of a trial that failed for a reason that nobody foresaw."""
+
+
+def run(config: dict[str, Any], *, settings: dict[str, Any]) -> None:
+    """Trains one trial, or goes on with it; how it ends is written into its folder.
+
+    What the trial itself is to blame for (not finite, out of memory, any exception) ends it as
+    failed and is no failure to Ray Tune: a retry would end in the same way. Only a process that
+    dies is tried again.
+
+    Args:
+        config: ``number`` of the trial.
+        settings: ``sweep`` (folder), ``config`` (`TrainConfig.to_dict`, the base's), ``info``
+            (`DatasetInfo`) and ``images``, references to pixels and labels of each split.
+    """
+    sweep, number = settings["sweep"], config["number"]
+    try:
+        trial = records.read_trial(sweep, number)
+        if trial.is_over:
+            return
+        train_config = trial.config(TrainConfig.from_dict(settings["config"]))
+        several = train_config.scaling.num_workers > 1
+        (_with_workers if several else _alone)(sweep, number, train_config, settings)
+        records.end(sweep, number, records.FINISHED, _stopped_early(sweep, number, train_config))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        records.end(sweep, number, records.FAILED, f"out of memory: {_first_line(error)}")
+    except (loop.NotFinite, JobFailed) as error:
+        records.end(sweep, number, records.FAILED, _first_line(error))
+    except Exception as error:
+        _keep_traceback(sweep, number)
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        if "alloc" in reason and "memory" in reason:  # what PyTorch raises on CPUs
+            reason = f"out of memory: {reason}"
+        records.end(sweep, number, records.FAILED, reason)
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # others share the device
+
+
+def _alone(sweep: str, number: int, config: TrainConfig, settings: dict[str, Any]) -> None:
+    """One process, one device or a part of it."""
+    import ray
+    from ray import tune
+
+    worker.keep_freed_memory()
+    torch.set_num_threads(worker.num_threads(config.scaling))
+    device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
+    group = Group(device=device)
+    info: DatasetInfo = settings["info"]
+    images = [Images.known(*ray.get(settings["images"][name])) for name in worker.SPLITS]
+    feed = MemoryFeed(config, info, *images, group=group)
+    folder = records.folder_of(sweep, number)
+
+    def report(history: list[dict[str, Any]], save: Callable[[Path], None]) -> None:
+        records.save(folder, len(history), history, save)
+        tune.report(_reported(history[-1]))
+
+    loop.train(
+        config,
+        info,
+        feed,
+        group=group,
+        run=f"trial {number}",
+        report=report,
+        provenance=provenance.describe(device),
+        resume=records.last_checkpoint(folder),
+        say=None,
+    )
+
+
+def _reported(row: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Tune is told after an epoch."""
+    return {"epoch": row["epoch"], **{name: row[name] for name in records.METRICS}}
+
+
+def _with_workers(sweep: str, number: int, config: TrainConfig, settings: dict[str, Any]) -> None:
+    """A data-parallel run within the trial: for what does not fit one device."""
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    folder = records.folder_of(sweep, number)
+    training.run_trainer(
+        worker.work,
+        {
+            "config": config.to_dict(),
+            "run": f"trial {number}",
+            "folder": folder,
+            "images": settings["images"],
+            "say": False,
+        },
+        config.scaling,
+        storage_place=storage.parent_of(folder),
+        run=storage.name_of(folder),
+        failed="its workers failed",
+        callbacks=[TuneReportCallback()],
+    )
+    failure = storage.join(folder, worker.FAILURE)
+    if storage.exists(failure):
+        raise JobFailed(storage.read_json(failure)["reason"])
+
+
+def _stopped_early(sweep: str, number: int, config: TrainConfig) -> str | None:
+    """Why a trial finished before its last epoch; None where it did not."""
+    history, schedule = records.read_trial(sweep, number).history, config.schedule
+    if len(history) >= schedule.epochs:
+        return None
+    spent_s = sum(row["seconds"] for row in history)
+    if schedule.time_limit_s and spent_s > schedule.time_limit_s:
+        return f"--time-limit-s {schedule.time_limit_s:g}"
+    return f"no better for {schedule.patience} epochs"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
+
+
+def _keep_traceback(sweep: str, number: int) -> None:
+    place = storage.join(records.folder_of(sweep, number), ERROR)
+    with contextlib.suppress(OSError):
+        storage.write_bytes(place, traceback.format_exc().encode())

@@ -1,0 +1,74 @@
+"""A sweep's winner as settings: to show, to paste as a command, to take for a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from fer_ray import options, storage
+from fer_ray.config import TrainConfig
+from fer_ray.errors import UserError
+from fer_ray.sweeps import records
+from fer_ray.sweeps.importance import plain
+
+
+def run_name(sweep: str) -> str:
+    """The name of the run that trains a sweep's winner."""
+    return f"{sweep}-winner"
+
+
+def config_of(row: pd.Series, base: TrainConfig) -> TrainConfig:
+    """The settings of a trial.
+
+    Args:
+        row: one of ``trials.parquet``.
+        base: what the columns do not say: the data, and where the work runs.
+    """
+    values = base.to_dict()
+    for column, name in options.COLUMNS.items():
+        section, field = name.split(".")
+        values[section][field] = plain(row[column])
+    return TrainConfig.from_dict(values)
+
+
+def described(
+    config: TrainConfig, chosen: Mapping[str, Any], sweep: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The part of ``summary.json`` that tells a winner's settings.
+
+    Args:
+        config: all its settings.
+        chosen: by dotted name, what the sweep varied.
+        sweep: the content of ``sweep.json``.
+    """
+    values = options.values_of(config)
+    return {
+        "options": dict(chosen),
+        "settings": {name: values[column] for column, name in options.COLUMNS.items()},
+        "command": options.as_command(config, run=run_name(sweep["run"])),
+    }
+
+
+def read(folder: str) -> tuple[str, dict[str, Any]]:
+    """What ``summary.json`` says of the winner.
+
+    Returns:
+        A name for the run that trains it, and every setting's value by dotted name.
+
+    Raises:
+        UserError: where there is no summary, or no trial had finished.
+    """
+    place = storage.join(storage.absolute(folder), records.SUMMARY)
+    if not storage.exists(place):
+        raise UserError(
+            f"--from-sweep: {folder}: {records.SUMMARY} is missing; a folder of jobs/tune.py's "
+            "run is expected"
+        )
+    made = storage.read_json(place)
+    if not isinstance(made, dict) or "winner" not in made:
+        raise UserError(f"--from-sweep: {folder}: {records.SUMMARY} is not of a sweep")
+    if made["winner"] is None:
+        raise UserError(f"--from-sweep: {folder}: no trial of this sweep has finished")
+    return run_name(made["run"]), made["winner"]["settings"]

@@ -1,0 +1,54 @@
+"""python jobs/tune.py --data data/fer2013 --model custom_cnn --sweep normalization
+
+Trains many variants of one model on Ray Tune, or goes on with the sweep of that name: a preset
+(normalization, augmentation, search) or a .toml or .json file of settings by dotted name.
+"""
+
+from __future__ import annotations
+
+from fer_ray import cli
+
+
+def main() -> None:
+    parser = cli.JobParser(description=__doc__)
+    add = parser.add_argument
+    add("--data", required=True, metavar="DIR", help="prepared data set")
+    add("--sweep", required=True, metavar="PRESET|FILE", help="normalization, augmentation, search")
+    add("--run", metavar="NAME", help="name of the sweep; by default the preset's or the file's")
+    add("--storage", default="results/sweeps", metavar="DIR", help="folder of sweeps")
+    add("--num-trials", type=cli.integer(1), help="trials of a search (30)")
+    add("--seeds", type=cli.integer(1, 1000), help="seeds of a grid, from --seed on (3)")
+    add("--train-fraction", type=cli.number(0.0, 1.0), default=1.0, help="of each class")
+    add("--max-concurrent", type=cli.integer(1), default=0, help="trials at once; all that fit")
+    add("--gpus-per-trial", type=cli.number(0.0, 64.0), default=0.0, help="such as 0.25")
+    add("--time-budget-s", type=cli.number(0.0), default=0.0, help="then stop, to go on later")
+    add("--tensorboard", action="store_true", help="write TensorBoard's files too")
+    cli.add_config_flags(parser)
+    parser.set_defaults(**{"scaling.num_workers": 1})  # one process a trial
+    flags = parser.parse_args()
+    config = cli.config_from_flags(flags, data=flags.data)
+
+    from fer_ray.sweeps import planning, summary, tuning
+
+    plan = planning.plan(
+        config,
+        sweep=flags.sweep,
+        storage_place=cli.lasting("--storage", flags.storage),
+        run=flags.run,
+        num_trials=flags.num_trials,
+        num_seeds=flags.seeds,
+        train_fraction=flags.train_fraction,
+        limits=planning.Limits(
+            max_concurrent=flags.max_concurrent,
+            gpus_per_trial=flags.gpus_per_trial,
+            time_budget_s=flags.time_budget_s,
+            tensorboard=flags.tensorboard,
+        ),
+    )
+    cli.start_ray()
+    cli.say(summary.as_text(tuning.fit(plan, say=cli.say)))
+    cli.say(plan.folder)
+
+
+if __name__ == "__main__":
+    cli.run(main)

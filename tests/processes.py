@@ -1,0 +1,43 @@
+"""Finding and killing the processes that a test started, and no others."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+
+def descends(process: int, ancestor: int) -> bool:
+    """Whether a process is another, or was started by it or by its descendants."""
+    while process > 1:
+        if process == ancestor:
+            return True
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+        except OSError:
+            return False
+        process = int(status.split("PPid:")[1].split()[0])
+    return False
+
+
+def descendants(ancestor: int, title: str = "") -> list[int]:
+    """Ids of a process and all that descend from it, whose command line begins with `title`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (process / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if name.startswith(title) and descends(int(process.name), ancestor):
+            found.append(int(process.name))
+    return sorted(found)
+
+
+def kill_with_descendants(started: subprocess.Popen) -> None:
+    """Kills a job and its whole cluster at once."""
+    for process in descendants(started.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    started.wait()
