@@ -23,6 +23,7 @@ from fer_ray.streaming import StreamFeed
 HISTORY = "history.parquet"
 FAILURE = "failure.json"
 """Where the first worker leaves the reason for a failure that a retry would only repeat."""
+PLACEMENT_GROUP = "placement_group.json"
 SPLITS = ("train", "validation")
 
 
@@ -33,6 +34,8 @@ def work(settings: dict[str, Any]) -> None:
         settings: ``config`` (`TrainConfig.to_dict`), ``run``, ``folder`` of the run, and either
             ``images``, a reference to pixels and labels of each split, or ``pieces`` of each
             split and ``spare_cpus``, to stream them. ``say``: False for no lines of progress.
+            ``note_group``: whether to
+            leave the id of the workers' placement group in `PLACEMENT_GROUP`.
     """
     import ray.train
     import ray.train.torch
@@ -44,6 +47,8 @@ def work(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     say = _say if rank == 0 and settings.get("say", True) else None
+    if rank == 0 and settings.get("note_group"):
+        _note_group(settings["folder"])
     group = Group(rank=rank, size=context.get_world_size(), device=ray.train.torch.get_device())
     info = read_info(config.data)
     feed = _feed(settings, config, info, group)
@@ -73,6 +78,14 @@ def work(settings: dict[str, Any]) -> None:
                 storage.write_json(
                     storage.join(settings["folder"], FAILURE), {"reason": str(error)}
                 )
+
+
+def _note_group(folder: str) -> None:
+    """For whoever ends the run from outside: the group keeps its CPUs until it is removed."""
+    from ray.util import get_current_placement_group
+
+    if group := get_current_placement_group():
+        storage.write_json(storage.join(folder, PLACEMENT_GROUP), {"id": group.id.hex()})
 
 
 def num_threads(scaling: ScalingConfig) -> int:

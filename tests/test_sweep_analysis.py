@@ -47,6 +47,7 @@ def test_a_comparison_worked_by_hand():
     assert (mean.low, mean.high) == pytest.approx((0.54 - 0.074524, 0.54 + 0.074524), abs=1e-6)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10**6), seeds=st.integers(2, 6), effect=st.floats(-0.1, 0.1))
 def test_two_arms_are_the_paired_t_test(seed, seeds, effect):
     table = np.random.default_rng(seed).normal(0.5, 0.05, (2, seeds))

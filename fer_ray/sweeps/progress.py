@@ -13,10 +13,12 @@ from ray.tune import Callback
 from fer_ray.config import TrainConfig
 from fer_ray.sweeps import records
 from fer_ray.sweeps.records import Trial
+from fer_ray.sweeps.trial import free_workers
 
 _ON_A_TERMINAL_EVERY_S = 2.0
 _IN_A_LOG_EVERY_S = 30.0
 _TABLES_EVERY_S = 60.0
+_FREE_FOR_S = 20.0
 _SHORTEST_ESTIMATE_S = 5.0
 """Before, epochs a second would say little."""
 
@@ -60,6 +62,8 @@ class Progress(Callback):
         self._first_epoch_at: float | None = None
         self._epochs_here = 0
         self._interrupted = False
+        self._to_free: dict[int, float] = {}
+        self._freed = 0.0
 
     def interrupt(self) -> None:
         """Ends the sitting with the next step of Ray Tune."""
@@ -93,6 +97,9 @@ class Progress(Callback):
         if self._interrupted:
             raise KeyboardInterrupt
         now = time.monotonic()
+        if self._to_free and now - self._freed >= 1:
+            self._freed = now
+            self._free_workers(now)
         every = _ON_A_TERMINAL_EVERY_S if self._live else _IN_A_LOG_EVERY_S
         if now - self._said >= every:
             self._said = now
@@ -102,6 +109,8 @@ class Progress(Callback):
             self._wrote = time.monotonic()
 
     def _over(self, number: int) -> None:
+        if self._base.scaling.num_workers > 1:
+            self._to_free[number] = time.monotonic() + _FREE_FOR_S
         self._running.pop(number, None)
         trial = self._trials[number] = records.read_trial(self._sweep, number)
         if not trial.is_over:  # the time budget is used up
@@ -109,6 +118,13 @@ class Progress(Callback):
         self._erase()
         self._say(line_of(trial))
         self._draw()
+
+    def _free_workers(self, now: float) -> None:
+        """For some seconds, since a trial that is being killed may still replace its workers."""
+        for number, until in list(self._to_free.items()):
+            free_workers(self._sweep, number)
+            if now > until:
+                del self._to_free[number]
 
     def close(self) -> None:
         """Removes the table from a terminal."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def run(config: dict[str, Any], *, settings: dict[str, Any]) -> None:
         several = train_config.scaling.num_workers > 1
         (_with_workers if several else _alone)(sweep, number, train_config, settings)
         records.end(sweep, number, records.FINISHED, _stopped_early(sweep, number, train_config))
+    except _WorkersLost:
+        raise  # as with a process that dies, Ray Tune tries again
     except (MemoryError, torch.OutOfMemoryError) as error:
         records.end(sweep, number, records.FAILED, f"out of memory: {_first_line(error)}")
     except (loop.NotFinite, JobFailed) as error:
@@ -99,24 +102,42 @@ def _with_workers(sweep: str, number: int, config: TrainConfig, settings: dict[s
     from ray.tune.integration.ray_train import TuneReportCallback
 
     folder = records.folder_of(sweep, number)
-    training.run_trainer(
-        worker.work,
-        {
-            "config": config.to_dict(),
-            "run": f"trial {number}",
-            "folder": folder,
-            "images": settings["images"],
-            "say": False,
-        },
-        config.scaling,
-        storage_place=storage.parent_of(folder),
-        run=storage.name_of(folder),
-        failed="its workers failed",
-        callbacks=[TuneReportCallback()],
-    )
+    given = {"config": config.to_dict(), "run": f"trial {number}", "folder": folder}
+    try:
+        training.run_trainer(
+            worker.work,
+            {**given, "images": settings["images"], "say": False, "note_group": True},
+            # who stops the trial removes its workers: they must not be replaced
+            replace(config.scaling, max_failures=0),
+            storage_place=storage.parent_of(folder),
+            run=storage.name_of(folder),
+            failed="its workers failed",
+            callbacks=[TuneReportCallback()],
+        )
+    except JobFailed as error:
+        raise _WorkersLost(str(error)) from error
     failure = storage.join(folder, worker.FAILURE)
     if storage.exists(failure):
         raise JobFailed(storage.read_json(failure)["reason"])
+
+
+class _WorkersLost(RuntimeError):
+    """The workers of a trial ended other than by their own decision."""
+
+
+def free_workers(sweep: str, number: int) -> None:
+    """Gives back what the workers of a trial that was killed still hold, if anything.
+
+    Ray Train's own helper for this asks the dashboard, which it does not find where it is off
+    or two clusters run on a machine (Ray 2.60): the next trial would wait for ever.
+    """
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    place = storage.join(records.folder_of(sweep, number), worker.PLACEMENT_GROUP)
+    if storage.exists(place):
+        found = PlacementGroupID(bytes.fromhex(storage.read_json(place)["id"]))
+        remove_placement_group(PlacementGroup(found))
 
 
 def _stopped_early(sweep: str, number: int, config: TrainConfig) -> str | None:

@@ -221,9 +221,10 @@ def _trainable(plan: SweepPlan) -> Any:
         "images": images.share(plan),
     }
     wanted = _wanted(plan)
-    reserved = {kind.lower(): amount for kind, amount in wanted.items()}
     if plan.config.scaling.num_workers > 1:
-        reserved = {"cpu": 0}  # its workers reserve what they need
+        # its workers reserve what they need; a trial has to reserve something: a byte
+        wanted = {"memory": 1.0}
+    reserved = tune.PlacementGroupFactory([wanted])
     return tune.with_resources(tune.with_parameters(trial.run, settings=settings), reserved)
 
 

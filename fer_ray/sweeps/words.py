@@ -113,7 +113,9 @@ def _of_winner(summary: Summary) -> list[str]:
     if winner["arm"] == base:
         return [f"Highest mean accuracy: {found}, which is the baseline."]
     if winner["differs"]:
-        return [f"Highest mean accuracy: {found}, shown to be better than the baseline {base}."]
+        # with missing seeds, the highest mean may be of an arm that is worse on the same seeds
+        which = "better" if _gain(arm) > 0 else "worse"
+        return [f"Highest mean accuracy: {found}, shown to be {which} than the baseline {base}."]
     return [f"Highest mean accuracy: {found}, but no difference to the baseline {base} is shown."]
 
 
