@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fer_ray import (
     benchmark_predict,
     benchmark_processes,
@@ -151,6 +153,7 @@ def measure(
             found = run.everything()
             found["peak_memory_mib"] = _peaks(watch.peaks_mib(), found)
     found["startup_s"] = startup_s | found.get("startup_s", {})
+    found = provenance.describe(torch.device("cpu")) | found  # the workers say it better
     result = {**numbers(plan.keys, found), **_beside(plan, found, run.info)}
     result["wall_s"] = time.monotonic() - start
     if plan.output:

@@ -153,13 +153,14 @@ def table(result: Mapping[str, Any]) -> list[str]:
             verdict = "met" if key.is_met(result[name]) else "MISSED"
             sign = "<=" if key.at_most else ">="
             lines.append(f"{name:28}{result[name]:>10.3f}{sign:>5}{key.target:>5g}  {verdict}")
-    lines += ["", "images/s, medians of the rounds:"]
+    if result["images_per_s"]:
+        lines += ["", "images/s, medians of the rounds:"]
     lines += [f"  {name:26}{value:>12,.1f}" for name, value in result["images_per_s"].items()]
     if "asha" in result:
         full, halved = result["asha"]["full"], result["asha"]["halved"]
         lines.append(
-            f"27 trials in full: {full['epochs']} epochs, best {full['best']:.2%}; with ASHA "
-            f"{halved['epochs']}, best {halved['best']:.2%}"
+            f"{full['trials']} trials in full: {full['epochs']} epochs, best {full['best']:.2%}; "
+            f"with ASHA {halved['epochs']}, best {halved['best']:.2%}"
         )
     if "data" in result["startup_s"]:
         parts = result["startup_s"]

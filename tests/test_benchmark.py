@@ -23,6 +23,7 @@ from fer_ray import (
     benchmark_numbers,
     benchmark_predict,
     benchmark_processes,
+    benchmark_sweeps,
     preparation,
 )
 from fer_ray.benchmark_loops import Plain, Workplace, in_turn, rate, spread, steps_for
@@ -47,6 +48,9 @@ MEASURED = {
         "workers_plain": [200.0, 200.0],
     },
     "epochs_s": [5.0, 3.0, 4.0, 100.0],
+    "sweep_overhead_s": 1.5,
+    "asha_saving": 0.25,
+    "asha_loss": -0.001,
 }
 WORKED_BY_HAND = {
     "train_over_plain": 110 / 100,
@@ -57,6 +61,9 @@ WORKED_BY_HAND = {
     "predict_over_plain": 0.9,
     "epoch_first_over_later": 5 / 4,
     "workers_over_limit": 170 / 200,
+    "sweep_overhead_s": 1.5,
+    "asha_saving": 0.25,
+    "asha_loss": -0.001,
 }
 
 
@@ -352,7 +359,19 @@ def test_strengths_are_those_of_the_preset_strong():
 
 
 @pytest.mark.slow
-def test_a_whole_benchmark(ray_cluster, tmp_path):
+def test_a_whole_benchmark(ray_cluster, tmp_path, monkeypatch):
+    grid = {
+        "optimizer.learning_rate": [0.0005, 0.02],
+        "transforms.normalization": ["none", "clahe"],
+    }
+    for name, value in {
+        "_OVERHEAD_TRIALS": 2,
+        "_OVERHEAD_IMAGES": 300,
+        "_HALVING_IMAGES": 300,
+        "_HALVING_EPOCHS": 3,
+        "_GRID": grid,
+    }.items():
+        monkeypatch.setattr(benchmark_sweeps, name, value)
     data = str(tmp_path / "faces")
     prepared = preparation.plan(source="synthetic", output=data, num_images=400)
     preparation.prepare(prepared, say=lambda line: None)
@@ -366,7 +385,10 @@ def test_a_whole_benchmark(ray_cluster, tmp_path):
     result = json.loads(Path(output).read_text())
     assert result == json.loads(json.dumps(returned))
     for key in KEYS:
-        assert type(result[key]) is float and math.isfinite(result[key]) and result[key] > 0, key
+        assert type(result[key]) is float and math.isfinite(result[key]), key
+        assert result[key] > 0 or key == "asha_loss", key
+    assert result["asha"]["full"]["epochs"] == 12 >= result["asha"]["halved"]["epochs"] > 4
+    assert result["sweep"]["trials"] == 2
     assert result["met"].keys() == result["targets"].keys() == KEYS.keys()
     for rounds in result["rounds"].values():
         assert len(rounds) == 1 and rounds[0] > 0

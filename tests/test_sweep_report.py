@@ -10,12 +10,13 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import sweep_samples as samples
 from conftest import ROOT
-from test_report import HOSTILE, Page
+from test_report import HOSTILE, Page, browse
 
 from fer_ray import cli, figures, options
 from fer_ray.config import TrainConfig
@@ -528,3 +529,18 @@ def test_numbers_in_words():
     assert words.between(-0.002, 0.01) == "−0.2 to 1.0" and words.between(None, None) == "–"
     assert words.of_p(0.0004) == "< 0.001" and words.of_p(0.0123) == "0.012"
     assert words.percent(0.5512) == "55.1" and math.isclose(float(words.percent(1.0)), 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["grid", "search"])
+@pytest.mark.parametrize(("width", "theme"), [(1200, []), (500, ["--force-dark-mode"])])
+def test_a_browser_draws_the_page(kind: str, request, tmp_path: Path, width: int, theme: list):
+    folder = request.getfixturevalue(kind)
+    _, page = report.publish(str(folder), str(tmp_path))
+    picture = tmp_path / "page.png"
+    browse(tmp_path, Path(page), f"--screenshot={picture}", f"--window-size={width},3000", *theme)
+    drawn = cv2.imread(str(picture))
+    assert drawn.shape[1] == width
+    assert (drawn[0, 0].mean() < 60) == bool(theme)  # the background follows the theme
+    different = np.abs(drawn.astype(int) - drawn[0, 0]).sum(axis=2) > 60
+    assert (different.any(axis=1).reshape(-1, 300).mean(axis=1)[:5] > 0.2).all()
