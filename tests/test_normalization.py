@@ -84,6 +84,17 @@ def test_standardize_gives_mean_0_and_deviation_1_and_zeros_for_a_constant_image
             assert abs(image.std(dtype=np.float64) - 1) < 1e-5
 
 
+@pytest.mark.parametrize(("first", "others"), [(32, 33), (254, 255), (0, 255), (255, 254)])
+def test_an_image_of_which_one_pixel_differs_is_standardized_exactly(first, others):
+    image = np.full((1, 48, 48), others, dtype=np.uint8)
+    for row, column in ((0, 0), (20, 30)):
+        changed = image.copy()
+        changed[0, row, column] = first
+        expected = (changed - changed.mean()) / changed.std()
+        found = normalizer("standardize")(torch.from_numpy(changed)).squeeze(1).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("level", [0, 1, 77, 255])
 def test_a_large_constant_image_has_exact_statistics_too(level):
     """Its sum of squares is beyond what float32 can hold, and its square beyond float64."""

@@ -29,7 +29,7 @@ ORDER = [
 FOLDERS = {
     "transforms": ["normalization", "randomness", "parameters", "library", "device", "mixing"],
     "sweeps": [
-        *("space", "records", "planning", "images", "search", "analysis", "importance"),
+        *("space", "records", "planning", "images", "importance", "search", "analysis"),
         *("winner", "words", "summary", "figures", "report", "trial", "progress", "tuning"),
     ],
 }

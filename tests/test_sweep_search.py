@@ -8,7 +8,7 @@ import pytest
 
 from fer_ray.sweeps import records
 from fer_ray.sweeps.records import FINISHED, STOPPED, Trial
-from fer_ray.sweeps.search import Halving, Planner, Suggestions, at_most_saved, first_rung
+from fer_ray.sweeps.search import Halving, Planner, Suggestions, first_rung
 from fer_ray.sweeps.space import Range
 
 RANGES = {
@@ -131,7 +131,3 @@ def test_the_planner_hands_out_what_waits_then_what_is_new_then_nothing(sweep):
     records.end(sweep, 4, FINISHED)
     planner.on_trial_complete("1", None)
     assert ended == [4]
-
-
-def test_halving_together_would_save_three_quarters():
-    assert at_most_saved(9, 27) == pytest.approx((27 * 1 + 9 * 2 + 3 * 6) / (27 * 9))

@@ -6,8 +6,8 @@ on with all that it knew.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from fer_ray import options
 from fer_ray.sweeps import records
+from fer_ray.sweeps.importance import distribution
 from fer_ray.sweeps.records import Trial
 from fer_ray.sweeps.space import Choices, Range
 
@@ -34,28 +34,6 @@ def first_rung(epochs: int) -> int:
     return max(round(epochs / REDUCTION ** (_RUNGS - 1)), 1)
 
 
-def distributions(ranges: dict[str, Range | Choices]) -> dict[str, Any]:
-    """Optuna's distribution of each range."""
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
-    found: dict[str, Any] = {}
-    for name, given in ranges.items():
-        if not isinstance(given, Range):
-            found[name] = CategoricalDistribution(given)
-        elif "int" in str(options.FIELDS[name].type):
-            low, high, step = int(given.low), int(given.high), int(given.step or 1)
-            found[name] = IntDistribution(low, high, log=given.log, step=step)
-        else:
-            found[name] = FloatDistribution(
-                float(given.low), float(given.high), log=given.log, step=given.step
-            )
-    return found
-
-
 class Suggestions:
     """Optuna's study of one search: asks for new options, is told how each trial ended."""
 
@@ -68,7 +46,10 @@ class Suggestions:
             seed=seed, n_startup_trials=_STARTUP_TRIALS, constant_liar=True
         )
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
-        self._distributions = distributions(ranges)
+        self._distributions = {
+            name: distribution(name, asdict(given) if isinstance(given, Range) else given)
+            for name, given in ranges.items()
+        }
         self._asked: dict[int, Any] = {}
 
     def remember(self, trial: Trial) -> None:
@@ -212,13 +193,3 @@ class Halving(ASHAScheduler):
 def _stub(number: int) -> SimpleNamespace:
     """What ASHA looks at of a trial."""
     return SimpleNamespace(trial_id=f"{number:05d}")
-
-
-def at_most_saved(epochs: int, num_trials: int) -> float:
-    """Share of a full grid's epochs that halving runs where all trials start together."""
-    rung, left, run = first_rung(epochs), float(num_trials), 0.0
-    before = 0
-    while rung < epochs:
-        run += left * (rung - before)
-        before, rung, left = rung, rung * REDUCTION, math.ceil(left / REDUCTION)
-    return (run + left * (epochs - before)) / (num_trials * epochs)
