@@ -69,7 +69,7 @@ def halving(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
         folder: to write below.
         say: takes lines of progress.
     """
-    data = _draw(folder, "faces", _HALVING_IMAGES)
+    data = _draw(folder, "more faces", _HALVING_IMAGES)
     config = _config(data, width=8, epochs=_HALVING_EPOCHS)
     say("27 trials in full")
     grid = planning.plan(
