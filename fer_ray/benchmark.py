@@ -216,17 +216,21 @@ class _Run:
         if "predict" in self._needs:
             parts.append(self._predict())
         if "sweep" in self._needs:
-            parts.append(benchmark_sweeps.overhead(self._folder, self._say))
+            parts.append(benchmark_sweeps.overhead(self._own_folder("overhead"), self._say))
         if "halving" in self._needs:
-            parts.append(benchmark_sweeps.halving(self._folder, self._say))
+            parts.append(benchmark_sweeps.halving(self._own_folder("halving"), self._say))
         for part in parts:
             rounds = found["rounds"] | part["rounds"]
             found = part | found | {"rounds": rounds}
         return found
 
-    def _settings(self, name: str, **more: Any) -> dict[str, Any]:
+    def _own_folder(self, name: str) -> str:
         folder = storage.join(self._folder, name)
         storage.make_directory(folder)
+        return folder
+
+    def _settings(self, name: str, **more: Any) -> dict[str, Any]:
+        folder = self._own_folder(name)
         given = {"rounds": self._plan.rounds, "round_s": self._plan.round_s, "folder": folder}
         return {"config": self.config.to_dict(), **given, **more}
 

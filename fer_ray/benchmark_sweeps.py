@@ -37,11 +37,11 @@ def overhead(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
     epochs (training, validation), over the trials.
 
     Args:
-        folder: to write below.
+        folder: to write below; empty.
         say: takes lines of progress.
     """
     say(f"the overhead of {_OVERHEAD_TRIALS} trials")
-    data = _draw(folder, "few faces", _OVERHEAD_IMAGES)
+    data = _draw(folder, _OVERHEAD_IMAGES)
     sweep = _file(folder, "overhead", {"transforms.normalization": ["none"]})
     plan = planning.plan(
         _config(data, width=4, epochs=2),
@@ -66,10 +66,10 @@ def halving(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Epochs that ASHA runs over those of a full grid of the same 27 trials, and what it loses.
 
     Args:
-        folder: to write below.
+        folder: to write below; empty.
         say: takes lines of progress.
     """
-    data = _draw(folder, "more faces", _HALVING_IMAGES)
+    data = _draw(folder, _HALVING_IMAGES)
     config = _config(data, width=8, epochs=_HALVING_EPOCHS)
     say("27 trials in full")
     grid = planning.plan(
@@ -130,8 +130,8 @@ def _config(data: str, *, width: int, epochs: int) -> TrainConfig:
     return replace(config, scaling=replace(config.scaling, num_workers=1))
 
 
-def _draw(folder: str, name: str, num_images: int) -> str:
-    place = storage.join(folder, name)
+def _draw(folder: str, num_images: int) -> str:
+    place = storage.join(folder, "faces")
     plan = preparation.plan(source="synthetic", output=place, num_images=num_images)
     preparation.prepare(plan, say=lambda line: None)
     return place

@@ -64,11 +64,9 @@ def check_name(where: str, name: str) -> str:
         return name
     # whoever forgets or mistakes the section means the setting
     last = name.rsplit(".", 1)[-1]
-    names = [other for other in FIELDS if other.endswith(f".{last}")]
-    names = names or [COLUMNS[last]] if last in COLUMNS else names
-    near = difflib.get_close_matches(last, [other.split(".")[1] for other in FIELDS], n=1)
-    names = names or [other for other in FIELDS if other.split(".")[1] in near]
-    hint = f": did you mean {names[0]!r}?" if names else f"; they are {', '.join(FIELDS)}"
+    by_word = {**COLUMNS, **{other.split(".")[1]: other for other in FIELDS}}
+    near = difflib.get_close_matches(last, by_word, n=1)
+    hint = f": did you mean {by_word[near[0]]!r}?" if near else f"; they are {', '.join(FIELDS)}"
     raise UserError(f"{where}: {name!r} is not a setting{hint}")
 
 

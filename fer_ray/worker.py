@@ -6,13 +6,14 @@ import contextlib
 import ctypes
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fer_ray import checkpoint, loop, provenance, storage
+from fer_ray.checkpoint import Checkpoint
 from fer_ray.config import ScalingConfig, TrainConfig
 from fer_ray.dataset import DatasetInfo, read_info
 from fer_ray.group import Group
@@ -52,12 +53,7 @@ def work(settings: dict[str, Any]) -> None:
     group = Group(rank=rank, size=context.get_world_size(), device=ray.train.torch.get_device())
     info = read_info(config.data)
     feed = _feed(settings, config, info, group)
-    with contextlib.ExitStack() as stack:
-        resume = None
-        if saved := ray.train.get_checkpoint():
-            resume = checkpoint.read(stack.enter_context(saved.as_directory()))
-        elif kept := checkpoint.in_run(settings["folder"]):
-            resume = max(kept, key=lambda one: (one.epoch, one.place))
+    with _last_checkpoint(settings["folder"]) as resume:
         if resume and say:
             say(f"going on after epoch {resume.epoch}")
         try:
@@ -78,6 +74,19 @@ def work(settings: dict[str, Any]) -> None:
                 storage.write_json(
                     storage.join(settings["folder"], FAILURE), {"reason": str(error)}
                 )
+
+
+@contextlib.contextmanager
+def _last_checkpoint(folder: str) -> Iterator[Checkpoint | None]:
+    """Ray Train's, or where it lost its list the last whole one of the run; None at the start."""
+    import ray.train
+
+    if saved := ray.train.get_checkpoint():
+        with saved.as_directory() as place:
+            yield checkpoint.read(place)
+    else:
+        kept = checkpoint.in_run(folder)
+        yield max(kept, key=lambda one: (one.epoch, one.place), default=None)
 
 
 def _note_group(folder: str) -> None:

@@ -31,6 +31,17 @@ def ray_cluster():
 
 
 @pytest.fixture(scope="session")
+def drawn_faces(ray_cluster, tmp_path_factory) -> str:
+    """The place of a prepared data set of 400 drawn faces, 320 of them in train."""
+    from fer_ray import preparation
+
+    place = str(tmp_path_factory.mktemp("data") / "faces")
+    plan = preparation.plan(source="synthetic", output=place, num_images=400)
+    preparation.prepare(plan, say=lambda line: None)
+    return place
+
+
+@pytest.fixture(scope="session")
 def real_images() -> Path:
     """The FER-2013 zip; the test is skipped where it is absent."""
     if not REAL_IMAGES.exists():

@@ -358,8 +358,9 @@ def test_strengths_are_those_of_the_preset_strong():
     assert augmentation_page.strength_of("zoom") == 0.12
 
 
-@pytest.mark.slow
-def test_a_whole_benchmark(ray_cluster, tmp_path, monkeypatch):
+@pytest.fixture
+def small_sweeps(monkeypatch):
+    """Two trials for the overhead, four of three epochs for the halving."""
     grid = {
         "optimizer.learning_rate": [0.0005, 0.02],
         "transforms.normalization": ["none", "clahe"],
@@ -372,6 +373,21 @@ def test_a_whole_benchmark(ray_cluster, tmp_path, monkeypatch):
         "_GRID": grid,
     }.items():
         monkeypatch.setattr(benchmark_sweeps, name, value)
+
+
+@pytest.mark.slow
+def test_sweeps_are_measured_without_a_data_set(ray_cluster, small_sweeps):
+    """All faces are drawn; the benchmark's and the sweeps' were once in each other's way."""
+    only = ["sweep_overhead_s", "asha_saving", "asha_loss"]
+    plan = benchmark.plan(on_drawn_faces(num_workers=1), only=only)
+    result = benchmark.measure(plan, start_ray=lambda: None, say=lambda line: None)
+    assert 0 < result["sweep_overhead_s"] < 60 and 0 < result["asha_saving"] <= 1
+    assert result["hardware"]["cores"] and result["versions"]["ray"]
+    assert any("4 trials in full: 12 epochs" in line for line in table(result))
+
+
+@pytest.mark.slow
+def test_a_whole_benchmark(ray_cluster, tmp_path, small_sweeps):
     data = str(tmp_path / "faces")
     prepared = preparation.plan(source="synthetic", output=data, num_images=400)
     preparation.prepare(prepared, say=lambda line: None)

@@ -16,7 +16,7 @@ import pytest
 import small
 from processes import descendants, kill_with_descendants
 
-from fer_ray import checkpoint, history, preparation, training
+from fer_ray import checkpoint, history, training
 from fer_ray.config import TrainConfig
 from fer_ray.dataset import read_info
 from fer_ray.errors import JobFailed, UserError
@@ -25,12 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def data(ray_cluster, tmp_path_factory):
-    """A prepared data set of 400 drawn faces."""
-    place = str(tmp_path_factory.mktemp("data") / "faces")
-    plan = preparation.plan(source="synthetic", output=place, num_images=400)
-    preparation.prepare(plan, say=lambda line: None)
-    return place
+def data(drawn_faces):
+    return drawn_faces
 
 
 def config(data: str, **sections) -> TrainConfig:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fer_ray import models, options, storage, training
+from fer_ray import models, storage, training
 from fer_ray.config import TrainConfig, differences
 from fer_ray.dataset import DatasetInfo
 from fer_ray.errors import UserError
 from fer_ray.sweeps import records
 from fer_ray.sweeps import space as spaces
-from fer_ray.sweeps.space import GRID, SEARCH, Space
+from fer_ray.sweeps.space import SEARCH, Space
 
 DEFAULT_SEEDS = 3
 DEFAULT_TRIALS = 30
@@ -168,15 +168,7 @@ def _counted(
 def _check_trials(plan: SweepPlan) -> None:
     """Refuses networks that cannot be built and batches that are too large."""
     size, labels = plan.info.image_size, len(plan.info.labels)
-    if plan.space.method == GRID:
-        configs = [options.changed(plan.config, arm.options) for arm in plan.space.arms]
-    else:
-        ends = [
-            {name: value}
-            for name, given in plan.space.ranges.items()
-            for value in ((given.low, given.high) if isinstance(given, spaces.Range) else given)
-        ]
-        configs = [options.changed(plan.config, chosen) for chosen in ends]
+    configs = plan.space.configs(plan.config)
     for model in {config.model for config in configs} - {plan.config.model}:
         models.check(model, num_classes=labels, image_size=size)
     batch = max(config.schedule.global_batch_size for config in configs)

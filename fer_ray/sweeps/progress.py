@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -134,7 +135,9 @@ class Progress(Callback):
         self._erase()
         lines = self.table()
         if self._live:
-            print("\n".join(lines), flush=True)
+            # a line that wraps would count as two when it is erased
+            width = shutil.get_terminal_size().columns - 1
+            print("\n".join(line[:width] for line in lines), flush=True)
             self._drawn = len(lines)
         else:
             for line in lines:
@@ -209,9 +212,7 @@ class TensorBoard(Callback):
     """Writes every epoch's numbers for TensorBoard, a folder a trial."""
 
     def __init__(self, folder: str) -> None:
-        """Args:
-        folder: local folder to write below.
-        """
+        """Begins without a file; `folder` is local, and has a folder a trial below it."""
         self._folder = Path(folder)
         self._writers: dict[int, Any] = {}
 

@@ -10,8 +10,9 @@ process that is killed at any moment leaves a trial that is over or one that goe
 from __future__ import annotations
 
 import io
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,14 +121,16 @@ def end(sweep: str, number: int, status: str, reason: str | None = None) -> None
             storage.remove(storage.join(folder, name))
 
 
-def save(folder: str, epoch: int, history: list[dict[str, Any]], write: Any) -> None:
+def save(
+    folder: str, epoch: int, history: list[dict[str, Any]], write: Callable[[Path], None]
+) -> None:
     """Keeps a trial's checkpoint and history after an epoch, whole or not at all.
 
     Args:
         folder: of the trial.
         epoch: epochs that are done.
         history: their rows.
-        write: writes the checkpoint into a local folder (`pathlib.Path`).
+        write: writes the checkpoint into a local folder.
     """
     name = f"checkpoint_{epoch:06d}"
     place = storage.join(folder, name)
@@ -142,10 +145,8 @@ def save(folder: str, epoch: int, history: list[dict[str, Any]], write: Any) -> 
             storage.remove(storage.join(folder, other))
 
 
-def _upload(place: str, write: Any) -> None:
+def _upload(place: str, write: Callable[[Path], None]) -> None:
     """Object stores cannot rename: the index, without which a checkpoint is none, goes last."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as temporary:
         write(Path(temporary))
         fs, path = storage.filesystem(place)

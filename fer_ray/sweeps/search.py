@@ -15,16 +15,17 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
+from fer_ray.checkpoint import SCORE
 from fer_ray.sweeps import records
 from fer_ray.sweeps.importance import distribution
 from fer_ray.sweeps.records import Trial
 from fer_ray.sweeps.space import Choices, Range
 
-SCORE = "validation_accuracy"
-"""What a search raises; reported with ``epoch`` after every epoch."""
 REDUCTION = 3
 """ASHA lets about one in so many trials pass each rung."""
 _RUNGS = 3
+_NO_CONTROLLER: Any = None
+"""ASHA does not look at it."""
 _STARTUP_TRIALS = 10
 """Optuna draws so many at random before TPE takes over: its own default."""
 
@@ -157,9 +158,9 @@ class Halving(ASHAScheduler):
         self._sweep, self._epochs = sweep, epochs
         for trial in earlier:
             stub = _stub(trial.number)
-            super().on_trial_add(None, stub)  # type: ignore[arg-type]
+            super().on_trial_add(_NO_CONTROLLER, stub)
             for row in trial.history:
-                super().on_trial_result(None, stub, row)  # type: ignore[arg-type]
+                super().on_trial_result(_NO_CONTROLLER, stub, row)
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """They are set already."""
@@ -167,14 +168,14 @@ class Halving(ASHAScheduler):
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """A trial begins, or goes on."""
-        super().on_trial_add(tune_controller, _stub(trial.config["number"]))  # type: ignore[arg-type]
+        super().on_trial_add(tune_controller, _stub(trial.config["number"]))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decides after an epoch, and writes a stop down."""
         number, epoch = trial.config["number"], result["epoch"]
         if epoch >= self._epochs:
             return self.CONTINUE
-        decision = super().on_trial_result(tune_controller, _stub(number), result)  # type: ignore[arg-type]
+        decision = super().on_trial_result(tune_controller, _stub(number), result)
         if decision == self.STOP:
             reason = f"ASHA: below the best third after epoch {epoch}"
             records.end(self._sweep, number, records.STOPPED, reason)
@@ -190,6 +191,6 @@ class Halving(ASHAScheduler):
         """Nothing: what it reported stays."""
 
 
-def _stub(number: int) -> SimpleNamespace:
+def _stub(number: int) -> Any:
     """What ASHA looks at of a trial."""
     return SimpleNamespace(trial_id=f"{number:05d}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -82,14 +83,17 @@ class Space:
         }
         return {"method": SEARCH, "space": ranges}
 
-    def check(self, base: TrainConfig) -> None:
-        """Refuses what a trial's configuration would refuse, before any trial begins."""
-        for arm in self.arms:
-            options.changed(base, arm.options)
+    def configs(self, base: TrainConfig) -> list[TrainConfig]:
+        """Every arm's settings; of a search, the base with each choice and end of a range.
+
+        Raises:
+            UserError: for what a trial's configuration would refuse.
+        """
+        found = [options.changed(base, arm.options) for arm in self.arms]
         for name, given in self.ranges.items():
             ends = (given.low, given.high) if isinstance(given, Range) else given
-            for value in ends:
-                options.changed(base, {name: value})
+            found += [options.changed(base, {name: value}) for value in ends]
+        return found
 
 
 def load(what: str, base: TrainConfig) -> Space:
@@ -112,7 +116,7 @@ def load(what: str, base: TrainConfig) -> Space:
         space = _from_file(Path(what))
     else:
         raise unknown("--sweep", what, [*SWEEPS, "a .toml or .json file"])
-    space.check(base)
+    space.configs(base)  # before anything is read
     return space
 
 
@@ -266,22 +270,21 @@ def _product(
     where: str, ranges: Mapping[str, Range | Choices], baseline: Mapping[str, Any]
 ) -> tuple[Arm, ...]:
     """Every combination, the baseline first."""
-    count = 1
+    lists: dict[str, Choices] = {}
     for name, given in ranges.items():
         if isinstance(given, Range):
             raise UserError(f"{where}: {name}: a grid takes lists; method = 'search' takes ranges")
-        count *= len(given)
+        lists[name] = given
+    count = math.prod(map(len, lists.values()))
     if count > _MOST_ARMS:
         raise UserError(f"{where}: {count} combinations; at most {_MOST_ARMS}, or a search")
     for name, value in baseline.items():
-        listed = ranges.get(name, ())
-        if isinstance(listed, Range) or value not in listed:
+        if value not in lists.get(name, ()):
             raise UserError(f"{where}: baseline: {name} = {value!r} is not in 'space'")
-    names = list(ranges)
+    first = {name: baseline.get(name, values[0]) for name, values in lists.items()}
     arms = []
-    for values in itertools.product(*ranges.values()):  # type: ignore[arg-type]
-        chosen = dict(zip(names, values))
-        name = ", ".join(f"{options.column_of(key)}={value}" for key, value in chosen.items())
-        arms.append(Arm(name=name, options=chosen))
-    first = {key: baseline.get(key, ranges[key][0]) for key in names}  # type: ignore[index]
+    for values in itertools.product(*lists.values()):
+        chosen = dict(zip(lists, values))
+        label = ", ".join(f"{options.column_of(name)}={value}" for name, value in chosen.items())
+        arms.append(Arm(name=label, options=chosen))
     return tuple(sorted(arms, key=lambda arm: arm.options != first))

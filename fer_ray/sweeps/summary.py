@@ -60,8 +60,11 @@ def of_trials(sweep: Mapping[str, Any], trials: pd.DataFrame) -> dict[str, Any]:
         "images_per_s": float(trials["images_per_s"].median()),
         "failures": _failures(last),
     }
-    part = _grid if sweep["method"] == GRID else _search
-    made = _without_nan({**about, **part(sweep, base, trials, last, finished)})
+    if sweep["method"] == GRID:
+        part = _grid(sweep, base, last, finished)
+    else:
+        part = _search(sweep, base, trials, finished)
+    made = _without_nan({**about, **part})
     return {**made, "conclusions": words.conclusions(made), "caveats": words.caveats(made)}
 
 
@@ -140,7 +143,6 @@ def _failures(last: pd.DataFrame) -> list[dict[str, Any]]:
 def _grid(
     sweep: Mapping[str, Any],
     base: TrainConfig,
-    trials: pd.DataFrame,
     last: pd.DataFrame,
     finished: pd.DataFrame,
 ) -> dict[str, Any]:
@@ -251,7 +253,6 @@ def _search(
     sweep: Mapping[str, Any],
     base: TrainConfig,
     trials: pd.DataFrame,
-    last: pd.DataFrame,
     finished: pd.DataFrame,
 ) -> dict[str, Any]:
     """What a search adds."""

@@ -150,7 +150,7 @@ def _gain(arm: Summary) -> float:
 
 def _of_macro_f1(summary: Summary) -> list[str]:
     agreement = summary["comparison"]["agreement"]
-    if agreement["rank_correlation"] is None:
+    if agreement["rank_correlation"] is None or summary["comparison"]["accuracy"]["df"] < 1:
         return []
     best = "the same arm is" if agreement["same_winner"] else "another arm is"
     shown = "the same effects are" if agreement["same_conclusions"] else "other effects are"
