@@ -21,7 +21,7 @@ from fer_ray.errors import JobFailed
 from fer_ray.group import Group
 from fer_ray.loading import Images, MemoryFeed
 from fer_ray.loop import Trainer
-from fer_ray.preparation import ROWS_PER_PART
+from fer_ray.parts import ROWS_PER_PART
 
 _MOST_PARTS = 64
 _SETTLE_S = 1.0

@@ -1,7 +1,8 @@
 """The prepared dataset: its contract, how one picture becomes a row, and reading it back.
 
-A prepared dataset is a folder with ``<split>/part-*.parquet``, ``quarantine.parquet`` and
-``dataset.json``, which is written last: a folder without it is not a prepared dataset.
+A prepared dataset is a folder with ``<split>/part-*.parquet``, ``quarantine.parquet``,
+``duplicates.parquet`` and ``dataset.json``, which is written last: a folder without it is not a
+prepared dataset.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ FORMAT = 1
 
 INFO_NAME = "dataset.json"
 QUARANTINE_NAME = "quarantine.parquet"
+DUPLICATES_NAME = "duplicates.parquet"
 
 MIN_IMAGE_SIZE = 8
 MAX_IMAGE_SIZE = 1024
@@ -37,6 +39,10 @@ MAX_PIXELS = 50_000_000
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """What is decoded. A short list, because some of Pillow's other formats run programs."""
+
+_SOF, _APP1 = (0xC0, 0xC1, 0xC2), 0xE1
+_FIRST_SEGMENT, _LAST_SEGMENT = 0xC4, 0xFE
+_AS_IT_IS = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
 
 SCHEMA = pa.schema(
     [
@@ -55,6 +61,17 @@ QUARANTINE_SCHEMA = pa.schema(
     [pa.field("path", pa.string(), nullable=False), pa.field("reason", pa.string(), nullable=False)]
 )
 """The columns of ``quarantine.parquet``."""
+
+DUPLICATES_SCHEMA = pa.schema(
+    [
+        pa.field("pixel_sha256", pa.string()),
+        pa.field("image_id", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("label", pa.string()),
+        pa.field("conflicting_labels", pa.bool_()),
+    ]
+)
+"""The columns of ``duplicates.parquet``: the images whose picture stands there more than once."""
 
 
 class DecodeError(Exception):
@@ -240,6 +257,11 @@ def decode(content: bytes) -> np.ndarray:
     """
     if not content:
         raise DecodeError("the file is empty")
+    if _is_plain_jpeg(content):
+        # the same library as Pillow's, without what Pillow does around it: a quarter of the time
+        found = cv2.imdecode(np.frombuffer(content, np.uint8), _AS_IT_IS)
+        if found is not None:
+            return found
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             width, height = picture.size
@@ -253,6 +275,29 @@ def decode(content: bytes) -> np.ndarray:
     except Exception as error:  # Pillow's decoders raise nearly anything on hostile input
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DecodeError(f"cannot be decoded: {reason}") from error
+
+
+def _is_plain_jpeg(content: bytes) -> bool:
+    """Whether this is a complete JPEG, 8 bits and grey, that says nothing about its rotation.
+
+    Both libraries then give the same pixels: both call libjpeg-turbo. OpenCV would take a cut
+    file too, its rest grey, so the end has to be there.
+    """
+    if not (content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9")):
+        return False
+    position = 2
+    while position + 9 < len(content) and content[position] == 0xFF:
+        marker = content[position + 1]
+        length = int.from_bytes(content[position + 2 : position + 4], "big")
+        if marker in _SOF:
+            bits = content[position + 4]
+            height = int.from_bytes(content[position + 5 : position + 7], "big")
+            width = int.from_bytes(content[position + 7 : position + 9], "big")
+            return bits == 8 and content[position + 9] == 1 and 0 < height * width <= MAX_PIXELS
+        if marker == _APP1 or not _FIRST_SEGMENT <= marker <= _LAST_SEGMENT or length < 2:
+            return False
+        position += 2 + length
+    return False
 
 
 def _grey(picture: Image.Image) -> np.ndarray:
@@ -302,6 +347,11 @@ def pixel_sha256(grey: np.ndarray) -> str:
     Args:
         grey: (H, W) uint8, as decoded, before resizing.
     """
+    return pixel_digest(grey).hex()
+
+
+def pixel_digest(grey: np.ndarray) -> bytes:
+    """`pixel_sha256` as 32 bytes."""
     digest = hashlib.sha256(f"{grey.shape[0]}x{grey.shape[1]}:".encode())
     digest.update(np.ascontiguousarray(grey).data)
-    return digest.hexdigest()
+    return digest.digest()

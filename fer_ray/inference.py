@@ -10,7 +10,7 @@ import datetime
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def plan(
         tasks, rows, described = _prepared_tasks(data, split, found.labels)
     else:
         assert images is not None
-        source = sources.open_source(images)
+        source = sources.open_files(images, flag="--images")
         tasks, rows, described = _loose_tasks(source, images)
     return Plan(
         checkpoint=found,
@@ -133,13 +133,13 @@ def _loose_tasks(
     files, rejected = sources.list_files(source)
     if not files:
         raise UserError(f"--images: {given} holds no files to predict")
-    paths = [entry.path for entry in files]
-    tasks = [
-        {"part": f"part-{number:05d}.parquet", "paths": paths[start : start + IMAGES_PER_PART]}
-        for number, start in enumerate(range(0, len(paths), IMAGES_PER_PART))
-    ]
-    skipped = [asdict(one) for one in rejected]
-    return tasks, len(paths), {"images": given, "skipped": skipped}
+    tasks = []
+    for number, start in enumerate(range(0, len(files), IMAGES_PER_PART)):
+        chosen = files[start : start + IMAGES_PER_PART]
+        task = {name: [getattr(one, name) for one in chosen] for name in ("path", "at", "reason")}
+        tasks.append({"part": f"part-{number:05d}.parquet", **task})
+    skipped = [{"path": one.path, "reason": one.reason} for one in rejected]
+    return tasks, len(files), {"images": given, "skipped": skipped}
 
 
 def predict(
@@ -274,7 +274,7 @@ class _Predictor:
         if self._source is None:
             rows, images = _read_prepared(task["file"], self._checkpoint.image_size)
         else:
-            rows, images = _read_loose(self._source, task["paths"], self._checkpoint.image_size)
+            rows, images = _read_loose(self._source, task, self._checkpoint.image_size)
         table = self._table(rows, self._probabilities(images))
         fs, path = storage.filesystem(storage.join(self._staging, task["part"]))
         pq.write_table(table, path, filesystem=fs, compression="zstd")
@@ -322,15 +322,17 @@ def _read_prepared(file: str, size: int) -> tuple[list[dict[str, Any]], np.ndarr
 
 
 def _read_loose(
-    source: sources.Source, paths: list[str], size: int
+    source: sources.Source, task: dict[str, Any], size: int
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Decodes images; one that cannot be is a row with the reason and no image."""
     rows: list[dict[str, Any]] = []
     images = []
-    for path in paths:
+    for path, at, reason in zip(task["path"], task["at"], task["reason"]):
         row: dict[str, Any] = {"image_id": path, "label": None, "error": None}
         try:
-            grey = dataset.decode(source.read(path))
+            if reason:
+                raise sources.ReadError(reason)
+            grey = dataset.decode(source.read(path, at))
             row["pixel_sha256"] = dataset.pixel_sha256(grey)
             images.append(dataset.fit(grey, size))
         except (sources.ReadError, dataset.DecodeError) as error:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.resources
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
+
+LARGEST_PICTURE = 128
+"""Pixels: larger pictures are made smaller before they are put into a page."""
 
 
 def render(template: str, filters: Mapping[str, Callable], **values: Any) -> str:
@@ -28,3 +34,15 @@ def render(template: str, filters: Mapping[str, Callable], **values: Any) -> str
     )
     environment.filters |= {**filters, "safe_svg": Markup}
     return environment.get_template(template).render(**values)
+
+
+def png_data_uri(picture: np.ndarray) -> str:
+    """A picture, uint8 of shape (H, W), as a PNG inside a data URI."""
+    import cv2
+
+    largest = max(picture.shape)
+    if largest > LARGEST_PICTURE:
+        factor = LARGEST_PICTURE / largest
+        picture = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+    encoded = cv2.imencode(".png", np.ascontiguousarray(picture))[1].tobytes()
+    return f"data:image/png;base64,{base64.b64encode(encoded).decode()}"

@@ -1,188 +1,48 @@
 """From any source to a prepared dataset, the pictures decoded in parallel by Ray Data.
 
-The driver lists the files and cuts them into parts; each Ray task decodes and writes one part
-and returns one small row a file, from which the driver counts, finds duplicates and writes
-``dataset.json``. No picture passes through the driver, and what is written depends neither on
-the number of workers nor on the order in which they finish.
+The driver lists the files into a ledger on its disk and cuts them into parts; each Ray task
+decodes and writes one part and returns one small row a file, from which the driver counts, finds
+duplicates, decides what is held out or dropped, and writes ``dataset.json``. No picture passes
+through the driver, its memory does not grow with their number, and what is written depends
+neither on the number of workers nor on the order in which they finish.
 """
 
 from __future__ import annotations
 
 import datetime
 import functools
-import hashlib
 import importlib.metadata
 import logging
-import math
-import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-import cv2
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fer_ray import __version__, dataset, dataset_summary, sources, storage, synthetic
-from fer_ray.errors import UserError
-from fer_ray.labels import SPLITS
-from fer_ray.sources import Layout, Rejected
+from fer_ray import __version__, dataset, dataset_summary, parts, settling, storage
+from fer_ray.errors import JobFailed, UserError
+from fer_ray.ledger import KEPT, Ledger
+from fer_ray.preparation_plan import Plan, plan
 
-ROWS_PER_PART = 2048
-"""The most rows of a part: parts of equal size keep all CPUs busy."""
-
-ROWS_PER_GROUP = 256
-"""The most rows of a row group, the unit in which a stream shuffles."""
-
-BYTES_PER_PART = 64 * 2**20
-"""The most pixel bytes of a part: bounds a worker's memory where images are large."""
+__all__ = ["Plan", "plan", "prepare"]
 
 _PROGRESS_S = 2.0
 
-_RESULT_SCHEMA = pa.schema(
-    [
-        ("part", pa.string()),
-        ("path", pa.string()),  # null: the whole source failed, `reason` says why
-        ("split", pa.string()),
-        ("label", pa.string()),
-        ("reason", pa.string()),  # null: the file became a row
-        ("pixel_sha256", pa.string()),
-        ("row_sha256", pa.string()),
-        ("pixel_sum", pa.int64()),
-        ("pixel_sum_squares", pa.int64()),
-    ]
-)
 
-
-class Pictures(Protocol):
-    """Where the rows come from; sent to workers, so cheap to pickle."""
-
-    def layout(self) -> Layout:
-        """The labels, the paths of each split, and the files that are no rows."""
-
-    def grey(self, path: str) -> np.ndarray:
-        """One picture, (H, W) uint8; raises `ReadError` or `DecodeError`."""
-
-    def describe(self) -> dict[str, Any]:
-        """What ``dataset.json`` says about the source."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilePictures:
-    """The picture files of a folder or zip."""
-
-    source: sources.Source
-    """Where the files are."""
-    given: str
-    """The place as the user named it."""
-
-    def layout(self) -> Layout:
-        """See `Pictures.layout`."""
-        return sources.labelled_layout(self.source)
-
-    def grey(self, path: str) -> np.ndarray:
-        """See `Pictures.grey`."""
-        return dataset.decode(self.source.read(path))
-
-    def describe(self) -> dict[str, Any]:
-        """See `Pictures.describe`."""
-        return {
-            "kind": self.source.kind,
-            "path": self.given,
-            "sha256": self.source.fingerprint(),
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A preparation whose settings are known to be right. Made by `plan`."""
-
-    pictures: Pictures
-    """Where the rows come from."""
-    layout: Layout
-    """What the source holds."""
-    output: str
-    """Absolute place of the prepared dataset."""
-    image_size: int
-    """Height and width of every image, in pixels."""
-
-
-def plan(
+def prepare(
+    plan: Plan,
     *,
-    source: str,
-    output: str,
-    image_size: int = 48,
-    num_images: int | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> Plan:
-    """Checks the settings and lists the source; needs no Ray.
-
-    Args:
-        source: ``synthetic``, or the place of a folder or zip.
-        output: place of the prepared dataset.
-        image_size: height and width of every image, in pixels.
-        num_images: for the synthetic source only; None for its default.
-        seed: for the synthetic source.
-        overwrite: whether a prepared dataset at `output` may be replaced.
-
-    Raises:
-        UserError: for everything about them that is wrong.
-    """
-    low, high = dataset.MIN_IMAGE_SIZE, dataset.MAX_IMAGE_SIZE
-    if not low <= image_size <= high:
-        raise UserError(f"--image-size: {image_size} is not between {low} and {high}")
-    output = storage.absolute(output)
-    _check_output(output, overwrite)
-    pictures: Pictures
-    if source == "synthetic":
-        count = synthetic.NUM_IMAGES if num_images is None else num_images
-        pictures = synthetic.SyntheticPictures(seed=seed, num_images=count, size=image_size)
-    else:
-        if num_images is not None:
-            raise UserError("--num-images: only --source synthetic has a choice of how many")
-        if source == "kaggle" or source.lower().endswith(".csv"):
-            raise UserError(f"--source: {source} is not supported: a folder, .zip or synthetic is")
-        _check_apart(storage.absolute(source), output)
-        pictures = FilePictures(source=sources.open_source(source), given=source)
-    return Plan(pictures=pictures, layout=pictures.layout(), output=output, image_size=image_size)
-
-
-def _check_output(output: str, overwrite: bool) -> None:
-    if storage.exists(output) and not storage.is_directory(output):
-        raise UserError(f"--output: {output} is a file")
-    if storage.list_names(output):
-        if not storage.exists(storage.join(output, dataset.INFO_NAME)):
-            raise UserError(
-                f"--output: {output} is not empty and not a prepared dataset: "
-                "it is never replaced, choose another folder"
-            )
-        if not overwrite:
-            raise UserError(f"--output: {output} exists: --overwrite replaces it")
-    if not storage.is_uri(output):
-        above = next(path for path in Path(output).parents if path.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise UserError(f"--output: {above} is not a folder that can be written to")
-
-
-def _check_apart(source: str, output: str) -> None:
-    if storage.is_uri(source) or storage.is_uri(output):
-        return
-    inner, outer = Path(source).resolve(), Path(output).resolve()
-    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise UserError(f"--output: {output} and --source {source} lie one within the other")
-
-
-def prepare(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+    say: Callable[[str], None] = print,
+    finish: Callable[[str, Ledger, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Writes the prepared dataset, whole or not at all; Ray has to be started.
 
     Args:
-        plan: what to do.
+        plan: what to do; it is used up.
         say: receives lines of progress.
+        finish: called with the dataset's place, the ledger and the value of ``dataset.json``
+            when all is written.
 
     Returns:
         The value of ``dataset.json``.
@@ -191,148 +51,87 @@ def prepare(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]
         UserError: when no train image can be used, or workers write to another disk.
     """
     start = time.monotonic()
-    with storage.staged_directory(plan.output) as staging:
-        rows = _write_parts(plan, staging, say)
-        kept = [row for row in rows if row["reason"] is None]
-        if not any(row["split"] == "train" for row in kept):
-            reasons = Counter(row["reason"] for row in rows).most_common(1)
-            raise UserError(f"--source: no train image can be used: {reasons[0][0]}")
-        _verify_parts(staging, kept, plan.output)
-        rejected = [
-            Rejected(path=row["path"], reason=row["reason"]) for row in rows if row["reason"]
-        ]
-        rejected = sorted([*rejected, *plan.layout.rejected])
-        _write_quarantine(staging, rejected)
-        info = _summarize(plan, kept, len(rejected))
-        storage.write_json(storage.join(staging, dataset.INFO_NAME), info)
-    for line in dataset_summary.describe(info, rejected):
-        say(line)
-    say(f"{len(kept):,} images in {time.monotonic() - start:.1f} s")
+    ledger = plan.ledger
+    try:
+        with storage.staged_directory(plan.output) as staging:
+            _write_parts(plan, staging, say)
+            if not ledger.one(f"SELECT count(*) FROM {KEPT} AND split = 'train'")[0]:
+                raise UserError(f"--source: no train image can be used: {ledger.reasons()[0][0]}")
+            _settle(plan, staging, say)
+            _verify_parts(ledger, staging, plan.output)
+            dataset_summary.write_quarantine(ledger, staging)
+            info = _summarize(plan)
+            dataset_summary.write_duplicates(ledger, staging)
+            storage.write_json(storage.join(staging, dataset.INFO_NAME), info)
+        for line in (*dataset_summary.describe(info, ledger), *_warnings(plan, info)):
+            say(line)
+        rows = sum(split["rows"] for split in info["splits"].values())
+        say(f"{rows:,} images in {time.monotonic() - start:.1f} s")
+        if finish:
+            finish(plan.output, ledger, info)
+    finally:
+        ledger.close()
     return info
 
 
-def _write_parts(plan: Plan, staging: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Lets Ray Data write every part; returns one row a file, ordered by split and path."""
+def _write_parts(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
+    """Lets Ray Data write every part, and notes one result a file in the ledger."""
+    counts = plan.ledger.counts()
+    for split in counts:
+        storage.make_directory(storage.join(staging, split))
+    write = functools.partial(
+        parts.write_part, pictures=plan.pictures, staging=staging, size=plan.image_size
+    )
+    done, total = 0, sum(counts.values())
+    said = start = time.monotonic()
+    for table in _map(parts.write_tasks(plan.ledger, plan.image_size), write):
+        if not table["path"][0].is_valid:
+            raise UserError(table["reason"][0].as_py())
+        plan.ledger.add_results(table)
+        done += table.num_rows
+        if time.monotonic() - said >= _PROGRESS_S or done == total:
+            said = time.monotonic()
+            say(f"{done:,} of {total:,} images, {said - start:.0f} s")
+    if done != total:
+        raise JobFailed(f"{done:,} results for {total:,} files")
+
+
+def _settle(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
+    """Holds out and drops what is to be, now that every picture is known."""
+    if plan.held_out:
+        settling.hold_out(plan.ledger, fraction=plan.held_out, seed=plan.seed)
+    if plan.deduplicate:
+        settling.drop_twins(plan.ledger)
+    tasks = list(parts.move_tasks(plan.ledger))
+    if not tasks:
+        return
+    say(f"sorting the rows of {len(tasks):,} parts into splits")
+    storage.make_directory(storage.join(staging, "validation"))
+    for table in _map(tasks, functools.partial(parts.move_rows, staging=staging)):
+        plan.ledger.move(table)
+
+
+def _map(
+    tasks: Iterable[dict[str, Any]], work: Callable[[pa.Table], pa.Table]
+) -> Iterator[pa.Table]:
+    """The tables that Ray Data's tasks give, as they come; one task at a time in each."""
     import ray
 
     quiet_ray_data()
-    tasks = list(_tasks(plan.layout, plan.image_size))
-    for split in {task["split"] for task in tasks}:
-        storage.make_directory(storage.join(staging, split))
-    write = functools.partial(
-        _write_part, pictures=plan.pictures, staging=staging, size=plan.image_size
+    waiting = list(tasks)
+    results = ray.data.from_items(waiting, override_num_blocks=len(waiting)).map_batches(
+        work, batch_size=1, batch_format="pyarrow"
     )
-    results = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        write, batch_size=1, batch_format="pyarrow"
-    )
-    total = sum(len(task["paths"]) for task in tasks)
-    rows: list[dict[str, Any]] = []
-    said = start = time.monotonic()
     for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
         assert isinstance(batch, pa.Table)
-        rows.extend(batch.to_pylist())
-        if rows[-1]["path"] is None:
-            raise UserError(rows[-1]["reason"])
-        if time.monotonic() - said >= _PROGRESS_S or len(rows) == total:
-            said = time.monotonic()
-            say(f"{len(rows):,} of {total:,} images, {said - start:.0f} s")
-    assert len(rows) == total, f"{len(rows)} results for {total} files"
-    return sorted(rows, key=lambda row: (row["split"], row["path"]))
+        if batch.num_rows:
+            yield batch
 
 
-def _tasks(layout: Layout, image_size: int) -> Iterator[dict[str, Any]]:
-    """Cuts each split, ordered by path, into parts of nearly equal length."""
-    most = max(1, min(ROWS_PER_PART, BYTES_PER_PART // image_size**2))
-    for split in SPLITS:
-        rows = sorted(layout.splits.get(split, []))
-        count = math.ceil(len(rows) / most)
-        for number in range(count):
-            begin, end = len(rows) * number // count, len(rows) * (number + 1) // count
-            yield {
-                "part": f"{split}/part-{number:05d}.parquet",
-                "split": split,
-                "paths": [path for path, _ in rows[begin:end]],
-                # "" for an unknown label: a list of nothing but nulls has no Arrow type
-                "labels": [label or "" for _, label in rows[begin:end]],
-            }
-
-
-def _write_part(batch: pa.Table, *, pictures: Pictures, staging: str, size: int) -> pa.Table:
-    """Decodes and writes one part, in a worker.
-
-    Args:
-        batch: one task of `_tasks`.
-        pictures: where the rows come from.
-        staging: place of the unfinished dataset.
-        size: height and width of the images.
-
-    Returns:
-        One row a file, without the pixels; a single one without a path when the source failed.
-    """
-    cv2.setNumThreads(1)  # Ray runs one task a CPU: more threads would only compete
-    (task,) = batch.to_pylist()
-    rows, results = [], []
-    for path, label in zip(task["paths"], task["labels"]):
-        result = {"part": task["part"], "path": path, "split": task["split"]}
-        result["label"] = label or None
-        try:
-            grey = pictures.grey(path)
-        except (sources.ReadError, dataset.DecodeError) as error:
-            results.append(result | {"reason": str(error)})
-            continue
-        except UserError as error:  # as a value: Ray buries exceptions in pages of its own
-            failure = {"part": task["part"], "reason": str(error)}
-            return pa.Table.from_pylist([failure], _RESULT_SCHEMA)
-        row, measures = _row(result, grey, size)
-        rows.append(row)
-        results.append(result | measures)
-    if rows:
-        _write_rows(rows, storage.join(staging, task["part"]))
-    return pa.Table.from_pylist(results, _RESULT_SCHEMA)
-
-
-def _write_rows(rows: list[dict[str, Any]], place: str) -> None:
-    fs, path = storage.filesystem(place)
-    pq.write_table(
-        pa.Table.from_pylist(rows, dataset.SCHEMA),
-        path,
-        filesystem=fs,
-        compression="zstd",
-        row_group_size=ROWS_PER_GROUP,
-        use_dictionary=["split", "label"],
-        write_statistics=["image_id", "split", "label"],
-    )
-
-
-def _row(result: dict[str, Any], grey: np.ndarray, size: int) -> tuple[dict, dict]:
-    """A row of the dataset, and what the driver wants to know about it."""
-    image = dataset.fit(grey, size)
-    pixels = image.tobytes()
-    name = f"{result['path']}\0{result['split']}\0{result['label'] or ''}\0{size}x{size}:"
-    picture = dataset.pixel_sha256(grey)
-    flat = image.ravel().astype(np.int64)
-    row = {
-        "image_id": result["path"],
-        "split": result["split"],
-        "label": result["label"],
-        "image": pixels,
-        "height": size,
-        "width": size,
-        "pixel_sha256": picture,
-    }
-    measures = {
-        "pixel_sha256": picture,
-        "row_sha256": hashlib.sha256(name.encode() + pixels).hexdigest(),
-        "pixel_sum": int(flat.sum()),
-        "pixel_sum_squares": int(flat @ flat),
-    }
-    return row, measures
-
-
-def _verify_parts(staging: str, kept: list[dict[str, Any]], output: str) -> None:
+def _verify_parts(ledger: Ledger, staging: str, output: str) -> None:
     """Checks that every part is there and holds as many rows as its worker said."""
     fs, root = storage.filesystem(staging)
-    for part, count in Counter(row["part"] for row in kept).items():
+    for part, count in ledger.rows(f"SELECT part, count(*) FROM {KEPT} GROUP BY part"):
         try:
             found = pq.read_metadata(storage.join(root, part), filesystem=fs).num_rows
         except FileNotFoundError as error:
@@ -341,37 +140,56 @@ def _verify_parts(staging: str, kept: list[dict[str, Any]], output: str) -> None
                 "to be a shared disk or a URI"
             ) from error
         assert found == count, f"{part} has {found} rows, {count} were written"
-    assert len({row["path"] for row in kept}) == len(kept), "image ids are not unique"
+    strange = ledger.one(f"SELECT count(*) FROM {KEPT} AND split <> split_part(part, '/', 1)")
+    assert not strange[0], f"{strange[0]} rows lie in another split's part"
 
 
-def _write_quarantine(staging: str, rejected: list[Rejected]) -> None:
-    fs, root = storage.filesystem(staging)
-    rows = [{"path": file.path, "reason": file.reason} for file in rejected]
-    table = pa.Table.from_pylist(rows, dataset.QUARANTINE_SCHEMA)
-    pq.write_table(table, storage.join(root, dataset.QUARANTINE_NAME), filesystem=fs)
-
-
-def _summarize(plan: Plan, kept: list[dict[str, Any]], quarantined: int) -> dict[str, Any]:
+def _summarize(plan: Plan) -> dict[str, Any]:
     """The value of ``dataset.json``."""
-    mean, std = dataset_summary.pixel_moments(kept, plan.image_size)
-    packages = {"ray": "ray", "pyarrow": "pyarrow", "pillow": "pillow", "numpy": "numpy"}
+    ledger = plan.ledger
+    mean, std = dataset_summary.pixel_moments(ledger, plan.image_size)
+    packages = ("ray", "pyarrow", "pillow", "numpy", "opencv-python-headless")
+    held_out = {"fraction": plan.held_out, "seed": plan.seed} if plan.held_out else None
     return {
         "format": dataset.FORMAT,
-        "labels": list(plan.layout.labels),
+        "labels": list(plan.labels),
         "image_size": plan.image_size,
-        "source": plan.pictures.describe(),
-        "splits": dataset_summary.count_splits(plan.layout.labels, kept),
+        "source": plan.pictures.describe(ledger.listing()),
+        "held_out_for_validation": held_out,
+        "deduplicated": plan.deduplicate,
+        "splits": dataset_summary.count_splits(plan.labels, ledger),
         "pixel_mean": mean,
         "pixel_std": std,
-        "quarantined": quarantined,
-        "duplicates": dataset_summary.find_duplicates(kept),
-        "data_sha256": dataset_summary.hash_rows(kept),
+        "quarantined": sum(count for _, count in ledger.reasons()),
+        "duplicates": dataset_summary.find_duplicates(ledger),
+        "data_sha256": dataset_summary.hash_rows(ledger),
         "versions": {
             "fer_ray": __version__,
-            **{name: importlib.metadata.version(package) for name, package in packages.items()},
+            **{name: importlib.metadata.version(name) for name in packages},
         },
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _warnings(plan: Plan, info: dict[str, Any]) -> Iterator[str]:
+    """What the user should know before training on it."""
+    mixed = plan.ledger.one(
+        f"SELECT count(*) FROM {KEPT} AND split = 'validation' "
+        "AND contains(lower(path), 'privatetest')"
+    )[0]
+    if mixed:
+        yield (
+            f"warning: {mixed:,} of validation are named PrivateTest: FER-2013's official test "
+            "part is mixed in, so that figures on it are of no official split"
+        )
+    if "validation" not in info["splits"]:
+        yield (
+            "warning: there is no validation split, which jobs/train.py needs: "
+            "--validation-fraction 0.1 holds one out of train"
+        )
+    for label in info["labels"]:
+        if not info["splits"]["train"]["classes"][label]:
+            yield f"warning: no image of train is left of the class {label}"
 
 
 def quiet_ray_data() -> None:

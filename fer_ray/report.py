@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,6 @@ from fer_ray.evaluation import Evaluation, Score
 
 MISTAKES = 24
 """Pictures in the gallery of each run and split."""
-
-_LARGEST_PICTURE = 128
-"""Pixels: larger pictures are made smaller before they are put into the page."""
 
 _MOST_HEADLINES = 4
 """Comparisons told at the top for each split; the tables have all."""
@@ -168,7 +164,7 @@ def mistakes(
                 label=row["label"],
                 predicted=row["predicted"],
                 confidence=float(row["confidence"]),
-                picture=png_data_uri(picture) if same and picture is not None else None,
+                picture=pages.png_data_uri(picture) if same and picture is not None else None,
             )
         )
     return found
@@ -185,18 +181,6 @@ def _pictures(
         return {}
     loaded = dataset.load_split(info, split)
     return dict(zip(loaded.image_ids, zip(loaded.pixel_sha256, loaded.images)))
-
-
-def png_data_uri(picture: np.ndarray) -> str:
-    """A picture, uint8 of shape (H, W), as a PNG inside a data URI."""
-    import cv2
-
-    largest = max(picture.shape)
-    if largest > _LARGEST_PICTURE:
-        factor = _LARGEST_PICTURE / largest
-        picture = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
-    encoded = cv2.imencode(".png", np.ascontiguousarray(picture))[1].tobytes()
-    return f"data:image/png;base64,{base64.b64encode(encoded).decode()}"
 
 
 def read_trainings(place: str, runs: Sequence[str], remarks: list[str]) -> dict[str, Training]:

@@ -10,6 +10,7 @@ worker can draw any image.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,7 +18,7 @@ import cv2
 import numpy as np
 
 from fer_ray.labels import FER2013_LABELS
-from fer_ray.sources import Layout
+from fer_ray.sources import Entry
 
 NUM_IMAGES = 4000
 """How many images there are unless the user says otherwise."""
@@ -109,21 +110,24 @@ class SyntheticPictures:
     size: int
     """Height and width, in pixels."""
 
-    def layout(self) -> Layout:
-        """The labels and every image's path: ``<split>/<label>/<index>``."""
-        splits: dict[str, list[tuple[str, str | None]]] = {}
+    @property
+    def has_splits(self) -> bool:
+        """Every image belongs to a split."""
+        return True
+
+    def entries(self) -> Iterator[Entry]:
+        """Every image: ``<split>/<label>/<index>``."""
         for index in range(self.num_images):
             split = {8: "validation", 9: "test"}.get(index % 10, "train")
             label = FER2013_LABELS[label_of(index)]
-            splits.setdefault(split, []).append((f"{split}/{label}/{index:07d}", label))
-        return Layout(labels=FER2013_LABELS, splits=splits, rejected=[])
+            yield Entry(path=f"{split}/{label}/{index:07d}", split=split, label=label)
 
-    def grey(self, path: str) -> np.ndarray:
+    def grey(self, path: str, at: bytes) -> np.ndarray:
         """One face, (size, size) uint8, by its path."""
         index = int(path.rsplit("/", 1)[1])
         return draw(label_of(index), self.seed, index, self.size)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, listing: Iterator[tuple[str, int]]) -> dict[str, Any]:
         """What ``dataset.json`` says about the source."""
         return {"kind": "synthetic", "seed": self.seed, "num_images": self.num_images}
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from faces import HOSTILE
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_IMAGES = ROOT.parent / "shared" / "fer2013" / "facial-emotion-expressions.zip"
@@ -47,3 +49,20 @@ def real_images() -> Path:
     if not REAL_IMAGES.exists():
         pytest.skip(f"the FER-2013 images are not at {REAL_IMAGES.relative_to(ROOT.parent)}")
     return REAL_IMAGES
+
+
+@pytest.fixture
+def hostile(tmp_path) -> Path:
+    for path, content in HOSTILE.items():
+        target = tmp_path / "faces" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    return tmp_path / "faces"
+
+
+@pytest.fixture
+def hostile_zip(tmp_path) -> Path:
+    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
+        for path, content in HOSTILE.items():
+            archive.writestr(path, content)
+    return tmp_path / "faces.zip"

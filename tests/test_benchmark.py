@@ -116,9 +116,11 @@ def test_a_rate_is_images_over_the_time_of_whole_passes():
         passes.append(time.sleep(0.02))
         return 10
 
+    start = time.perf_counter()
     found = rate(work, torch.device("cpu"), at_least_s=0.05)
-    assert len(passes) == 3 and found == pytest.approx(10 / 0.02, rel=0.5)
-    assert found < 10 / 0.02
+    # each pass sleeps 20 ms or, on a busy machine, longer
+    assert 1 <= len(passes) <= 3
+    assert 10 * len(passes) / (time.perf_counter() - start) <= found < 10 / 0.02
 
 
 def test_rounds_have_a_size():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,65 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import processes
 import pyarrow.parquet as pq
 import pytest
+from faces import HOSTILE, KEPT, prepare, write_classes
 from PIL import Image
 
-from fer_ray import __version__, dataset, dataset_summary, preparation, sources
+from fer_ray import __version__, dataset, ledger, parts, preparation, sources
 from fer_ray.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = ROOT / "jobs" / "prepare.py"
-
-
-def picture(tone: int, size: tuple[int, int] = (48, 48), kind: str = "PNG") -> bytes:
-    """A picture that is its own: other tones give other pixels."""
-    pixels = np.random.default_rng(tone).integers(0, 256, size, np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-HOSTILE = {
-    "images/train/happy/1.png": picture(1),
-    "images/train/happy/2.jpg": picture(2, kind="JPEG"),
-    "images/train/happy/same as 1.png": picture(1),
-    "images/train/sad/1 again.png": picture(1),
-    "images/train/sad/large.png": picture(3, (100, 60)),
-    "images/train/sad/cut.jpg": picture(4, kind="JPEG")[:700],
-    "images/train/sad/text.jpg": b"this is no picture",
-    "images/train/sad/empty.png": b"",
-    "images/train/.DS_Store": b"\0",
-    "images/train/loose.png": picture(5),
-    "images/readme.txt": b"about",
-    "images/validation/happy/twin.png": picture(1),
-    "images/validation/sad/2.png": picture(6),
-    "images/test/unknown.png": picture(7),
-    "images/test/sad/known.png": picture(8),
-}
-KEPT = 9
-
-
-@pytest.fixture
-def hostile(tmp_path) -> Path:
-    for path, content in HOSTILE.items():
-        target = tmp_path / "faces" / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-    return tmp_path / "faces"
-
-
-@pytest.fixture
-def hostile_zip(tmp_path) -> Path:
-    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
-        for path, content in HOSTILE.items():
-            archive.writestr(path, content)
-    return tmp_path / "faces.zip"
-
-
-def prepare(source: object, output: Path, **settings) -> dict:
-    plan = preparation.plan(source=str(source), output=str(output), **settings)
-    return preparation.prepare(plan, say=lambda line: None)
 
 
 def test_every_file_becomes_a_row_or_a_quarantined_one(ray_cluster, hostile, tmp_path):
@@ -136,30 +90,6 @@ def test_duplicates_are_counted_within_across_and_against_each_other(
     }
 
 
-def test_duplicates_against_a_case_worked_by_hand():
-    rows = [
-        {"pixel_sha256": picture, "split": split, "label": label}
-        for picture, split, label in [
-            ("a", "train", "happy"),
-            ("a", "train", "sad"),
-            ("b", "validation", "sad"),
-            ("b", "validation", "sad"),
-            ("c", "train", "sad"),
-            ("c", "test", None),
-            ("c", "test", None),
-            ("d", "train", "happy"),
-        ]
-    ]
-    assert dataset_summary.find_duplicates(rows) == {
-        "groups": 3,
-        "images": 7,
-        "within": {"train": 1, "validation": 1, "test": 0},
-        "across": 1,
-        "conflicting_labels": 1,
-        "twins_in_train": {"validation": 0, "test": 2},
-    }
-
-
 def test_folder_and_zip_agree(ray_cluster, hostile, hostile_zip, tmp_path):
     folder = prepare(hostile, tmp_path / "from folder")
     archive = prepare(hostile_zip, tmp_path / "from zip")
@@ -173,7 +103,7 @@ def test_folder_and_zip_agree(ray_cluster, hostile, hostile_zip, tmp_path):
 def test_parts_and_their_number_do_not_change_the_data(ray_cluster, tmp_path, monkeypatch):
     whole = prepare("synthetic", tmp_path / "1", num_images=90, image_size=24)
     again = prepare("synthetic", tmp_path / "2", num_images=90, image_size=24)
-    monkeypatch.setattr(preparation, "ROWS_PER_PART", 10)
+    monkeypatch.setattr(parts, "ROWS_PER_PART", 10)
     cut = prepare("synthetic", tmp_path / "3", num_images=90, image_size=24)
     other = prepare("synthetic", tmp_path / "4", num_images=90, image_size=24, seed=1)
     assert whole["data_sha256"] == again["data_sha256"] == cut["data_sha256"]
@@ -189,12 +119,13 @@ def test_parts_and_their_number_do_not_change_the_data(ray_cluster, tmp_path, mo
 
 
 def test_large_images_come_in_smaller_parts():
-    layout = sources.Layout(
-        labels=("happy",), splits={"train": [(f"{i:03}", "happy") for i in range(200)]}, rejected=[]
-    )
-    longest = max(len(task["paths"]) for task in preparation._tasks(layout, 1024))
-    assert longest * 1024**2 <= preparation.BYTES_PER_PART
-    assert sum(len(task["paths"]) for task in preparation._tasks(layout, 1024)) == 200
+    account = ledger.Ledger()
+    names = [f"{i:03}" for i in range(200)]
+    account.list_files(sources.Entry(path=name, split="train", label="happy") for name in names)
+    tasks = [parts._unpack(task["files"])["path"] for task in parts.write_tasks(account, 1024)]
+    account.close()
+    assert max(map(len, tasks)) * 1024**2 <= parts.BYTES_PER_PART
+    assert [name for task in tasks for name in task] == names
 
 
 def test_dataset_json_tells_where_the_data_came_from(ray_cluster, tmp_path):
@@ -202,7 +133,7 @@ def test_dataset_json_tells_where_the_data_came_from(ray_cluster, tmp_path):
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert info["source"] == {"kind": "synthetic", "seed": 5, "num_images": 30}
     assert info["versions"]["fer_ray"] == __version__
-    assert set(info["versions"]) == {"fer_ray", "ray", "pyarrow", "pillow", "numpy"}
+    assert {"fer_ray", "ray", "pyarrow", "pillow", "numpy"} <= set(info["versions"])
     assert pq.read_schema(tmp_path / "out" / "quarantine.parquet") == dataset.QUARANTINE_SCHEMA
     assert pq.read_metadata(tmp_path / "out" / "quarantine.parquet").num_rows == 0
 
@@ -225,17 +156,28 @@ class FailingPictures:
     error: Exception
     only: str | None = "2"
 
-    def layout(self) -> sources.Layout:
-        rows = [(name, "happy") for name in "123"]
-        return sources.Layout(labels=("happy",), splits={"train": rows}, rejected=[])
+    has_splits = True
 
-    def grey(self, path: str) -> np.ndarray:
+    def entries(self):
+        for name in "123":
+            label = "happy" if name == "1" else "sad"
+            yield sources.Entry(path=name, split="train", label=label)
+
+    def grey(self, path: str, at: bytes) -> np.ndarray:
         if self.only in (path, None):
             raise self.error
         return np.full((8, 8), int(path), np.uint8)
 
-    def describe(self) -> dict[str, str]:
+    def describe(self, listing) -> dict[str, str]:
         return {"kind": "failing"}
+
+
+def failing_plan(plan: preparation.Plan, pictures: FailingPictures) -> preparation.Plan:
+    """A plan of these pictures instead of its own."""
+    plan.ledger.close()
+    account = ledger.Ledger()
+    account.list_files(pictures.entries())
+    return replace(plan, pictures=pictures, ledger=account, labels=("happy", "sad"))
 
 
 @pytest.fixture
@@ -251,7 +193,7 @@ def test_a_failing_preparation_leaves_what_was_there(failing, tmp_path):
     before = (tmp_path / "out" / "dataset.json").read_bytes()
     plan = preparation.plan(source="synthetic", output=str(tmp_path / "out"), overwrite=True)
     pictures = failing(error=RuntimeError("a defect"))
-    plan = replace(plan, pictures=pictures, layout=pictures.layout())
+    plan = failing_plan(plan, pictures)
     with pytest.raises(Exception, match="a defect"):
         preparation.prepare(plan, say=lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -262,7 +204,7 @@ def test_a_failing_preparation_leaves_what_was_there(failing, tmp_path):
 def test_no_usable_train_image_is_a_user_error(failing, tmp_path):
     plan = preparation.plan(source="synthetic", output=str(tmp_path / "out"))
     pictures = failing(error=dataset.DecodeError("it is green"), only=None)
-    plan = replace(plan, pictures=pictures, layout=pictures.layout())
+    plan = failing_plan(plan, pictures)
     with pytest.raises(UserError, match="no train image can be used: it is green"):
         preparation.prepare(plan, say=lambda line: None)
     assert list(tmp_path.iterdir()) == []
@@ -297,6 +239,8 @@ def test_the_table_shows_every_count(ray_cluster, hostile, tmp_path):
     assert cells["train"] == ["3", "2", "0", "5"]
     assert cells["test"] == ["0", "1", "1", "2"]
     assert f"quarantined: {len(HOSTILE) - KEPT}" in lines
+    assert any("1 x the file is empty" in line for line in lines)
+    assert any(line.startswith("  conflict: happy images/train/happy/1.png") for line in lines)
     assert max(map(len, lines)) < 200
 
 
@@ -357,21 +301,39 @@ def test_every_other_mistake_shows_when_the_plan_is_made(hostile, tmp_path):
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "thesis.txt").write_text("years of work")
+    one_class, strange, cases, locked = (tmp_path / f"{name}.zip" for name in "abcd")
+    for archive, paths in {
+        one_class: ["train/happy/1.png", "train/sad.png"],
+        strange: ["train/happy/1.png", "train/sad/1.png", "val/joy/1.png"],
+        cases: ["train/happy/1.png", "train/Happy/1.png"],
+        locked: ["train/happy/1.png", "train/sad/1.png"],
+    }.items():
+        with zipfile.ZipFile(archive, "w") as writer:
+            for path in paths:
+                writer.writestr(path, b"x")
+    raw = locked.read_bytes()
+    for mark in {match.start() for match in re.finditer(b"PK\x01\x02", raw)}:
+        raw = raw[: mark + 8] + b"\x01" + raw[mark + 9 :]
+    locked.write_bytes(raw)
     out = str(tmp_path / "out")
-    for settings, said in [
+    for given, said in [
         ({"source": str(hostile), "num_images": 5}, "--num-images"),
-        ({"source": "kaggle"}, "not supported"),
-        ({"source": "fer2013.csv"}, "not supported"),
+        ({"source": "fer2013.csv"}, "does not exist"),
+        ({"source": "synthetic", "validation_fraction": 0.1}, "a validation split of its own"),
+        ({"source": "synthetic", "validation_fraction": 1.0}, "--validation-fraction"),
+        ({"source": str(one_class)}, "train has one class, happy: two or more"),
+        ({"source": str(strange)}, "validation has classes that train lacks: joy"),
+        ({"source": str(cases)}, "'Happy' and 'happy' differ only in case"),
+        ({"source": str(locked)}, "found 2 x it is encrypted"),
         ({"source": "synthetic", "image_size": 2000}, "--image-size"),
         ({"source": "synthetic", "output": str(occupied)}, "not a prepared dataset"),
         ({"source": "synthetic", "output": str(occupied), "overwrite": True}, "never replaced"),
         ({"source": "synthetic", "output": str(occupied / "thesis.txt")}, "is a file"),
         ({"source": "synthetic", "output": f"{occupied}/thesis.txt/x"}, "is not a folder that"),
         ({"source": str(hostile), "output": str(hostile / "out")}, "within the other"),
-        ({"source": str(hostile / "images" / "train")}, "no train images"),
     ]:
         with pytest.raises(UserError, match=said) as caught:
-            preparation.plan(**{"output": out, **settings})
+            preparation.plan(**{"output": out, **given})
         assert "\n" not in str(caught.value)
     assert (occupied / "thesis.txt").read_text() == "years of work"
 
@@ -397,3 +359,39 @@ def test_a_terminated_job_leaves_nothing_and_the_next_one_works(ray_cluster, tmp
     assert not out.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
     assert prepare("synthetic", out, num_images=20)["splits"]["train"]["rows"] == 16
+
+
+# ------------------------------------------------------------------ killed
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_leaves_all_or_nothing_and_the_next_run_works(tmp_path):
+    """Twenty moments over the whole length of the job, its start and its end among them."""
+    source = write_classes(tmp_path / "faces", 300, ("calm", "glad"))
+    out = tmp_path / "out"
+    command = [sys.executable, str(JOB), "--source", str(source), "--output", str(out)]
+    start = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    length = time.monotonic() - start
+    expected = json.loads((out / "dataset.json").read_text())["data_sha256"]
+    shutil.rmtree(out)
+    outcomes = Counter()
+    for moment in range(20):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path
+        )
+        try:
+            process.wait(length * (0.3 + 0.8 * moment / 19))
+        except subprocess.TimeoutExpired:
+            processes.kill_with_descendants(process)
+        complete = out.exists()
+        outcomes[complete] += 1
+        if complete:
+            info = json.loads((out / "dataset.json").read_text())
+            assert info["data_sha256"] == expected
+            assert sum(split["rows"] for split in info["splits"].values()) == 600
+            shutil.rmtree(out)
+    assert outcomes[False] >= 5, outcomes
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert json.loads((out / "dataset.json").read_text())["data_sha256"] == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "out"]

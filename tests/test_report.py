@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fer_ray import evaluation, figures, report
+from fer_ray import evaluation, figures, pages, report
 from fer_ray.errors import UserError
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -154,7 +154,7 @@ def test_without_a_dataset_no_picture_is_in_the_page(place: Path):
 
 
 def test_large_pictures_are_made_smaller():
-    uri = report.png_data_uri(np.random.default_rng(0).integers(0, 256, (500, 400), np.uint8))
+    uri = pages.png_data_uri(np.random.default_rng(0).integers(0, 256, (500, 400), np.uint8))
     shape = cv2.imdecode(np.frombuffer(_decoded(uri), np.uint8), cv2.IMREAD_GRAYSCALE).shape
     assert shape == (128, 102)
 

@@ -1,11 +1,9 @@
-"""Folders and zips: what they list, what they read, what they refuse."""
+"""Folders and zips: what they list, what they read, how they are laid out, what they refuse."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -13,6 +11,8 @@ import pytest
 
 from fer_ray import sources
 from fer_ray.errors import UserError
+from fer_ray.sources import files as source_files
+from fer_ray.sources import layouts
 
 
 def write_folder(root: Path, files: dict[str, bytes]) -> str:
@@ -39,77 +39,92 @@ BOTH = pytest.mark.parametrize("kind", ["folder", "zip"])
 
 def make(kind: str, tmp_path: Path, files: dict[str, bytes]) -> sources.Source:
     if kind == "folder":
-        return sources.open_source(write_folder(tmp_path / "faces", files))
-    return sources.open_source(write_zip(tmp_path / "faces.zip", files))
+        return sources.open_files(write_folder(tmp_path / "faces", files))
+    return sources.open_files(write_zip(tmp_path / "faces.zip", files))
+
+
+def content(source: sources.Source) -> dict[str, bytes]:
+    return {entry.path: source.read(entry.path, entry.at) for entry in source.entries()}
+
+
+def located(source: sources.Source) -> list[sources.Entry]:
+    return list(layouts.located(source, layouts.find(source)))
+
+
+def rows(source: sources.Source) -> dict[str, tuple[str | None, str | None]]:
+    return {one.path: (one.split, one.label) for one in located(source) if not one.reason}
 
 
 @BOTH
-def test_entries_are_ordered_and_readable(kind, tmp_path):
+def test_entries_are_listed_with_their_sizes_and_readable(kind, tmp_path):
     files = faces("b/2.jpg", "a.jpg", "b/1 é.jpg", "b-c/0.png")
     source = make(kind, tmp_path, files)
     assert source.kind == kind
-    assert [entry.path for entry in source.entries] == sorted(files)
-    assert {entry.path: source.read(entry.path) for entry in source.entries} == files
-    assert all(entry.size == len(files[entry.path]) for entry in source.entries)
+    assert content(source) == files
+    assert {one.path: one.size for one in source.entries()} == {
+        path: len(data) for path, data in files.items()
+    }
 
 
 @BOTH
-def test_a_pickled_source_is_small_and_still_reads(kind, tmp_path):
+def test_a_pickled_source_is_small_and_reads_by_entries_listed_elsewhere(kind, tmp_path):
     source = make(kind, tmp_path, faces(*(f"face-{i:04}.jpg" for i in range(500))))
-    assert source.entries and source.read("face-0000.jpg")
+    last = max(source.entries(), key=lambda one: one.path)
+    source.read(last.path, last.at)
     pickled = pickle.dumps(source)
     assert len(pickled) < 500
-    again = pickle.loads(pickled)
-    assert again.read("face-0499.jpg") == b"face-0499.jpg"
-    assert again.entries == source.entries
+    assert pickle.loads(pickled).read(last.path, last.at) == b"face-0499.jpg"
 
 
 @BOTH
-def test_reading_what_is_not_there_is_a_read_error(kind, tmp_path):
-    source = make(kind, tmp_path, faces("a.jpg"))
+def test_what_is_gone_is_a_read_error(kind, tmp_path):
+    source = make(kind, tmp_path, {"a.jpg": b"a" * 99, "b.jpg": b"b"})
+    gone = next(one for one in source.entries() if one.path == "a.jpg")
+    if kind == "folder":
+        (tmp_path / "faces" / "a.jpg").unlink()
+    else:
+        write_zip(tmp_path / "faces.zip", {})
     with pytest.raises(sources.ReadError):
-        source.read("b.jpg")
+        pickle.loads(pickle.dumps(source)).read(gone.path, gone.at)
 
 
 @BOTH
 def test_too_large_a_file_is_not_read(kind, tmp_path, monkeypatch):
     source = make(kind, tmp_path, {"a.jpg": b"x" * 100})
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 99)
+    (entry,) = source.entries()
+    monkeypatch.setattr(source_files, "MAX_FILE_BYTES", 99)
     with pytest.raises(sources.ReadError, match="100 bytes"):
-        source.read("a.jpg")
-
-
-def test_a_folder_s_fingerprint_follows_paths_and_sizes(tmp_path):
-    files = faces("train/happy/a.jpg", "train/sad/b.jpg")
-
-    def fingerprint(name: str, content: dict[str, bytes]) -> str:
-        return sources.open_source(write_folder(tmp_path / name, content)).fingerprint()
-
-    first = fingerprint("1", files)
-    assert len(first) == 64
-    assert fingerprint("2", files) == first
-    assert fingerprint("3", {**files, "train/sad/b.jpg": b"longer than it was before"}) != first
-    assert fingerprint("4", {**files, "train/sad/c.jpg": b""}) != first
-
-
-def test_a_zip_s_fingerprint_is_that_of_its_bytes(tmp_path):
-    path = write_zip(tmp_path / "faces.zip", faces("a.jpg"))
-    expected = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    assert sources.open_source(path).fingerprint() == expected
+        source.read(entry.path, entry.at)
 
 
 @pytest.mark.parametrize("top", ["", "images/", "archive/images/"])
 @BOTH
-def test_layout_is_found_below_up_to_two_folders(kind, top, tmp_path):
+def test_splits_are_found_below_up_to_two_folders(kind, top, tmp_path):
     names = ["train/sad/1.jpg", "train/happy/2.jpg", "val/happy/3.jpg", "test/sad/4.jpg"]
-    layout = sources.labelled_layout(make(kind, tmp_path, faces(*(top + name for name in names))))
-    assert layout.labels == ("happy", "sad")
-    assert layout.splits == {
-        "train": [(f"{top}train/happy/2.jpg", "happy"), (f"{top}train/sad/1.jpg", "sad")],
-        "validation": [(f"{top}val/happy/3.jpg", "happy")],
-        "test": [(f"{top}test/sad/4.jpg", "sad")],
+    source = make(kind, tmp_path, faces(*(top + name for name in names)))
+    assert rows(source) == {
+        f"{top}train/sad/1.jpg": ("train", "sad"),
+        f"{top}train/happy/2.jpg": ("train", "happy"),
+        f"{top}val/happy/3.jpg": ("validation", "happy"),
+        f"{top}test/sad/4.jpg": ("test", "sad"),
     }
-    assert layout.rejected == []
+    assert layouts.find(source).has_splits
+
+
+@pytest.mark.parametrize("top", ["", "images/", "archive/images/"])
+@BOTH
+def test_class_folders_without_splits_are_all_train(kind, top, tmp_path):
+    names = {"sad/1.jpg": "sad", "happy/2.jpg": "happy", "happy/a/b.jpg": "deeper", "c.jpg": "not"}
+    source = make(kind, tmp_path, faces(*(top + name for name in names), "x/.DS_Store"))
+    assert not layouts.find(source).has_splits
+    assert rows(source) == {
+        f"{top}sad/1.jpg": ("train", "sad"),
+        f"{top}happy/2.jpg": ("train", "happy"),
+    }
+    reasons = {one.path: one.reason for one in located(source) if one.reason}
+    assert len(reasons) == 3
+    assert "deeper than class/file" in reasons[f"{top}happy/a/b.jpg"]
+    assert "not in a class folder" in reasons[f"{top}c.jpg"]
 
 
 @BOTH
@@ -127,74 +142,40 @@ def test_files_in_the_wrong_place_are_named_and_none_is_lost(kind, tmp_path):
     }
     good = ["train/happy/1.jpg", "validation/happy/1.jpg", "test/unsorted.jpg"]
     source = make(kind, tmp_path, faces(*reasons, *good))
-    layout = sources.labelled_layout(source)
-    assert {file.path: file.reason for file in layout.rejected} == reasons
-    assert layout.splits["test"] == [("test/unsorted.jpg", None)]
-    assert layout.labels == ("happy",)
-    rows = sum(map(len, layout.splits.values()))
-    assert rows + len(layout.rejected) == len(source.entries) == len(reasons) + len(good)
+    assert {one.path: one.reason for one in located(source) if one.reason} == reasons
+    assert rows(source) == {
+        "train/happy/1.jpg": ("train", "happy"),
+        "validation/happy/1.jpg": ("validation", "happy"),
+        "test/unsorted.jpg": ("test", None),
+    }
 
 
 @pytest.mark.parametrize(
     ("paths", "said"),
     [
-        (["validation/happy/1.jpg"], "no train images"),
-        (["a/b/c/train/happy/1.jpg"], "no train images"),
-        (["train/1.jpg"], "no class folder"),
-        (["train/happy/1.jpg", "val/joy/1.jpg"], "validation has class folders.*joy"),
+        (["validation/happy/1.jpg"], "found validation but no train"),
+        (["val/happy/1.jpg", "val/sad/1.jpg"], "found val but no train"),
+        (["a/b/c/train/happy/1.jpg"], "none in a class folder"),
+        (["happy/1.jpg"], "one class folder: happy"),
         (["a/train/happy/1.jpg", "b/train/happy/1.jpg"], "more than one train folder"),
-        ([".DS_Store"], "no train images"),
+        (["a/happy/1.jpg", "a/sad/1.jpg", "b/happy/1.jpg", "b/sad/1.jpg"], "several places: a, b"),
+        (["1.jpg", "2.jpg"], "found 2 files, none in a class folder"),
+        ([".DS_Store"], "no files that may be pictures"),
     ],
 )
 @BOTH
-def test_a_wrong_layout_is_a_user_error(kind, paths, said, tmp_path):
+def test_a_wrong_layout_is_a_user_error_with_what_was_found(kind, paths, said, tmp_path):
     with pytest.raises(UserError, match=said) as caught:
-        sources.labelled_layout(make(kind, tmp_path, faces(*paths)))
+        layouts.find(make(kind, tmp_path, faces(*paths)))
     assert "\n" not in str(caught.value)
 
 
 @BOTH
 def test_list_files_takes_any_layout(kind, tmp_path):
     source = make(kind, tmp_path, faces("b.jpg", "x/y/z/a.jpg", "x/.DS_Store"))
-    files, rejected = sources.list_files(source)
+    files, others = sources.list_files(source)
     assert [entry.path for entry in files] == ["b.jpg", "x/y/z/a.jpg"]
-    assert [file.path for file in rejected] == ["x/.DS_Store"]
-
-
-def test_a_zip_with_one_path_twice_keeps_the_first_and_reports_the_second(tmp_path):
-    path = tmp_path / "twice.zip"
-    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
-        warnings.simplefilter("ignore")
-        archive.writestr("train/happy/1.jpg", b"first")
-        archive.writestr("train/happy/1.jpg", b"second")
-    source = sources.open_source(str(path))
-    layout = sources.labelled_layout(source)
-    assert layout.splits == {"train": [("train/happy/1.jpg", "happy")]}
-    assert source.read("train/happy/1.jpg") == b"first"
-    assert [(file.path, "same path" in file.reason) for file in layout.rejected] == [
-        ("train/happy/1.jpg", True)
-    ]
-
-
-def test_a_zip_from_windows_has_its_slashes_mended(tmp_path):
-    source = sources.open_source(
-        write_zip(
-            tmp_path / "windows.zip", {"train\\happy\\1.jpg": b"1", "./train/sad/2.jpg": b"2"}
-        )
-    )
-    assert [entry.path for entry in source.entries] == ["train/happy/1.jpg", "train/sad/2.jpg"]
-    assert source.read("train/happy/1.jpg") == b"1"
-
-
-def test_a_damaged_entry_of_a_zip_is_a_read_error(tmp_path):
-    path = Path(write_zip(tmp_path / "damaged.zip", {"1.jpg": os.urandom(2000), "2.jpg": b"2"}))
-    content = bytearray(path.read_bytes())
-    content[500:600] = bytes(100)
-    path.write_bytes(content)
-    source = sources.open_source(str(path))
-    with pytest.raises(sources.ReadError, match="unpacked"):
-        source.read("1.jpg")
-    assert source.read("2.jpg") == b"2"
+    assert [entry.path for entry in others] == ["x/.DS_Store"]
 
 
 def test_what_a_folder_holds_beside_files_is_reported_and_never_opened(tmp_path):
@@ -204,34 +185,43 @@ def test_what_a_folder_holds_beside_files_is_reported_and_never_opened(tmp_path)
     Path(root, "train/happy/linked.jpg").symlink_to("1.jpg")
     Path(root, "train/circle").symlink_to("../..")
     Path(os.fsdecode(f"{root}/train/happy/".encode() + b"\xff.jpg")).write_bytes(b"x")
-    layout = sources.labelled_layout(sources.open_source(root))
-    assert layout.splits == {
-        "train": [("train/happy/1.jpg", "happy"), ("train/happy/linked.jpg", "happy")]
+    source = sources.open_files(root)
+    assert rows(source) == {
+        "train/happy/1.jpg": ("train", "happy"),
+        "train/happy/linked.jpg": ("train", "happy"),
     }
-    assert [(file.path, file.reason) for file in layout.rejected] == [
-        ("train/happy/\\xff.jpg", "the file's name is not UTF-8"),
-        ("train/happy/broken.jpg", "a broken link or not a plain file"),
-        ("train/happy/pipe.jpg", "a broken link or not a plain file"),
-    ]
+    assert {one.path: one.reason for one in located(source) if one.reason} == {
+        "train/happy/\\xff.jpg": "the file's name is not UTF-8",
+        "train/happy/broken.jpg": "a broken link",
+        "train/happy/pipe.jpg": "not a plain file",
+    }
 
 
-def test_a_uri_reads_like_a_path(tmp_path):
+def test_a_folder_s_fingerprint_follows_paths_and_sizes(tmp_path):
+    source = sources.open_files(write_folder(tmp_path / "faces", faces("a.jpg")))
+
+    def fingerprint(*listing: tuple[str, int]) -> str:
+        return source.fingerprint(iter(listing))
+
+    first = fingerprint(("a.jpg", 5), ("b.jpg", 6))
+    assert len(first) == 64
+    assert fingerprint(("a.jpg", 5), ("b.jpg", 6)) == first
+    assert len({first, fingerprint(("a.jpg", 5)), fingerprint(("a.jpg", 5), ("b.jpg", 7))}) == 3
+
+
+@BOTH
+def test_a_uri_reads_like_a_path(kind, tmp_path):
     files = faces("train/happy/1.jpg", "train/sad/2.jpg")
-    folder = sources.open_source("file://" + write_folder(tmp_path / "faces", files))
-    archive = sources.open_source("file://" + write_zip(tmp_path / "faces.zip", files))
-    for source in (folder, archive):
-        assert {entry.path: source.read(entry.path) for entry in source.entries} == files
+    place = make(kind, tmp_path, files).place
+    assert content(sources.open_files(f"file://{place}")) == files
 
 
 def test_what_is_no_source_is_refused(tmp_path):
     text = tmp_path / "faces.txt"
     text.write_text("x")
-    false_zip = tmp_path / "faces.zip"
-    false_zip.write_text("this is no zip")
     for place, said in [
         (tmp_path / "absent", "does not exist"),
         (text, "neither a folder nor a .zip"),
-        (false_zip, "not a readable zip"),
     ]:
         with pytest.raises(UserError, match=said):
-            _ = sources.open_source(str(place)).entries
+            sources.open_files(str(place))

@@ -14,11 +14,12 @@ JOBS = sorted((ROOT / "jobs").glob("*.py"))
 
 ORDER = [
     *("errors", "labels", "storage", "config", "options", "cli", "history", "provenance"),
-    *("sources", "dataset", "synthetic", "dataset_summary", "preparation"),
+    *("sources", "dataset", "pictures", "synthetic", "ledger", "parts", "settling"),
+    *("dataset_summary", "preparation_plan", "preparation"),
     *("transforms", "forward", "batchnorm", "models", "optimization", "checkpoint"),
     *("metrics", "group", "loading", "streaming", "loop", "worker", "training"),
     *("predictions", "inference"),
-    *("evaluation", "evaluation_tables", "figures", "pages", "report", "sweeps"),
+    *("evaluation", "evaluation_tables", "figures", "pages", "preview", "report", "sweeps"),
     *("benchmark_processes", "benchmark_numbers", "benchmark_loops", "benchmark_input"),
     *("benchmark_workers", "benchmark_predict", "benchmark_sweeps", "benchmark"),
     *("augmentation_page", "reference_sweeps", "reference"),
@@ -27,6 +28,7 @@ ORDER = [
 
 
 FOLDERS = {
+    "sources": ["files", "folders", "zips", "layouts", "tables", "pixels", "kaggle"],
     "transforms": ["normalization", "randomness", "parameters", "library", "device", "mixing"],
     "sweeps": [
         *("space", "records", "planning", "images", "importance", "search", "analysis"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -48,28 +50,23 @@ def test_the_label_changes_the_middle_of_the_face_and_not_the_person():
 
 
 def test_splits_are_80_10_10_and_balanced():
-    layout = synthetic.SyntheticPictures(seed=0, num_images=2000, size=48).layout()
-    assert {split: len(rows) for split, rows in layout.splits.items()} == {
-        "train": 1600,
-        "validation": 200,
-        "test": 200,
-    }
-    for rows in layout.splits.values():
-        counts = [sum(label == name for _, label in rows) for name in FER2013_LABELS]
-        assert max(counts) - min(counts) <= 2
-    paths = [path for rows in layout.splits.values() for path, _ in rows]
-    assert len(set(paths)) == 2000
-    assert layout.labels == FER2013_LABELS
+    entries = list(synthetic.SyntheticPictures(seed=0, num_images=2000, size=48).entries())
+    assert len({entry.path for entry in entries}) == 2000
+    splits = Counter(entry.split for entry in entries)
+    assert splits == {"train": 1600, "validation": 200, "test": 200}
+    for split in splits:
+        counts = Counter(entry.label for entry in entries if entry.split == split)
+        assert sorted(counts) == list(FER2013_LABELS)
+        assert max(counts.values()) - min(counts.values()) <= 2
 
 
 def test_a_path_names_its_image():
     pictures = synthetic.SyntheticPictures(seed=4, num_images=50, size=48)
-    for rows in pictures.layout().splits.values():
-        for path, label in rows:
-            index = int(path.rsplit("/", 1)[1])
-            assert path.split("/")[1] == label
-            expected = synthetic.draw(FER2013_LABELS.index(label), 4, index)
-            assert np.array_equal(pictures.grey(path), expected)
+    for entry in pictures.entries():
+        index = int(entry.path.rsplit("/", 1)[1])
+        assert entry.path.split("/")[:2] == [entry.split, entry.label]
+        expected = synthetic.draw(FER2013_LABELS.index(entry.label), 4, index)
+        assert np.array_equal(pictures.grey(entry.path, entry.at), expected)
 
 
 @pytest.fixture

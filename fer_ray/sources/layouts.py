@@ -1,0 +1,155 @@
+"""Which split and class each file of a folder or zip has, told by where it lies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from fer_ray.errors import UserError
+from fer_ray.sources.files import Entry, Source, junk_reason
+
+SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+"""The folders that hold a split, and the split's name."""
+
+EXPECTED = (
+    "expected train/<class>/<file> and validation/<class>/<file>, or <class>/<file>, "
+    "at the top or below one or two folders"
+)
+"""What a folder or zip has to look like, for messages."""
+
+_MAX_LEVELS_ABOVE = 2
+_MOST_FOLDERS = 10_000
+"""So many different folders at one level are no classes; bounds the memory of looking."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the files of a source are told apart."""
+
+    top: tuple[str, ...]
+    """The folders above the splits, or above the classes where there are no splits."""
+    has_splits: bool
+    """Whether ``<split>/<class>/<file>``; else ``<class>/<file>``, and all is train."""
+
+
+@dataclass(kw_only=True)
+class _Seen:
+    """What one look through the paths has found, in bounded memory."""
+
+    num_files: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    """Files that cannot be read at all, by reason."""
+    train_tops: set[tuple[str, ...]] = field(default_factory=set)
+    """The folders above each ``train``."""
+    other_split: str = ""
+    """A split's folder that is not train."""
+    classes: list[dict[tuple[str, ...], set[str]]] = field(
+        default_factory=lambda: [{} for _ in range(_MAX_LEVELS_ABOVE + 1)]
+    )
+    """At each depth the folders that hold files, by what lies above them."""
+
+    def take(self, path: str) -> None:
+        """Notes one path."""
+        self.num_files += 1
+        folders = tuple(path.split("/")[:-1])
+        for depth, name in enumerate(folders[: _MAX_LEVELS_ABOVE + 1]):
+            if name == "train":
+                self.train_tops.add(folders[:depth])
+                return
+            if name in SPLIT_FOLDERS:
+                self.other_split = self.other_split or "/".join(folders[: depth + 1])
+        depth = len(folders) - 1
+        if 0 <= depth <= _MAX_LEVELS_ABOVE:
+            names = self.classes[depth].setdefault(folders[:depth], set())
+            if sum(map(len, self.classes[depth].values())) < _MOST_FOLDERS:
+                names.add(folders[depth])
+
+
+def find(source: Source) -> Layout:
+    """Looks through all paths of a source for its layout.
+
+    Raises:
+        UserError: when it has none that is known, with what was expected and what was found.
+    """
+    seen = _Seen()
+    for entry in source.entries():
+        if entry.reason:
+            seen.refused[entry.reason] += 1
+        elif not junk_reason(entry.path):
+            seen.take(entry.path)
+    if seen.train_tops:
+        return Layout(top=_one_top(source.place, seen.train_tops), has_splits=True)
+    for by_top in seen.classes:
+        tops = [top for top, names in by_top.items() if len(names) > 1]
+        if len(tops) == 1 and not seen.other_split:
+            return Layout(top=tops[0], has_splits=False)
+    raise UserError(f"--source: {source.place} has no train images: {EXPECTED}; {_found(seen)}")
+
+
+def located(source: Source, layout: Layout) -> Iterator[Entry]:
+    """Every file of a source with its split and label, or with the reason why it has none.
+
+    Only ``test`` may hold files without a class folder: their label is unknown.
+    """
+    for entry in source.entries():
+        if entry.reason:
+            yield entry
+        elif reason := junk_reason(entry.path):
+            yield replace(entry, reason=reason)
+        else:
+            split, label, reason = locate(entry.path, layout)
+            yield replace(entry, split=split, label=label, reason=reason or None)
+
+
+def locate(path: str, layout: Layout) -> tuple[str | None, str | None, str]:
+    """The split and label of a path, or (None, None, the reason why it has none)."""
+    parts = tuple(path.split("/"))
+    depth = len(layout.top)
+    inside = len(parts) > depth + 1 and parts[:depth] == layout.top
+    if not layout.has_splits:
+        if not inside:
+            return None, None, "not in a class folder"
+        if len(parts) > depth + 2:
+            return None, None, "deeper than class/file"
+        return "train", parts[depth], ""
+    split = SPLIT_FOLDERS.get(parts[depth]) if inside else None
+    if split is None:
+        return None, None, "not below a train, validation or test folder"
+    below = parts[depth + 1 :]
+    if len(below) == 2:
+        return split, below[0], ""
+    if len(below) > 2:
+        return None, None, "deeper than split/class/file"
+    if split == "test":
+        return split, None, ""
+    return None, None, "not in a class folder"
+
+
+def _one_top(place: str, found: set[tuple[str, ...]]) -> tuple[str, ...]:
+    """The folders above ``train``: the fewest."""
+    fewest = min(map(len, found))
+    tops = sorted(top for top in found if len(top) == fewest)
+    if len(tops) > 1:
+        names = " and ".join("/".join((*top, "train")) for top in tops[:2])
+        raise UserError(f"--source: {place} has more than one train folder: {names}")
+    return tops[0]
+
+
+def _found(seen: _Seen) -> str:
+    """What a source without a layout has instead."""
+    if not seen.num_files:
+        refused = [f"{count:,} x {reason}" for reason, count in seen.refused.most_common(3)]
+        return f"found {', '.join(refused) or 'no files that may be pictures'}"
+    if seen.other_split:
+        return f"found {seen.other_split} but no train"
+    for by_top in seen.classes:
+        for top, names in by_top.items():
+            if len(names) == 1:
+                return (
+                    f"found {seen.num_files:,} files, one class folder: {'/'.join((*top, *names))}"
+                )
+        if len(by_top) > 1:
+            tops = sorted("/".join(top) for top in by_top)
+            return f"found class folders in several places: {', '.join(tops[:3])}"
+    return f"found {seen.num_files:,} files, none in a class folder"

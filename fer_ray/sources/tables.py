@@ -1,0 +1,138 @@
+"""A CSV or Parquet table of picture files, their labels and, if it says so, their splits."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from fer_ray import storage
+from fer_ray.errors import UserError
+from fer_ray.sources.files import Entry, ReadError, first_line
+from fer_ray.sources.folders import read_file
+from fer_ray.sources.layouts import SPLIT_FOLDERS
+from fer_ray.sources.zips import hash_file
+
+COLUMNS = ("path", "label")
+"""What a table has to have; ``split`` may stand beside them."""
+
+_ROWS = 4096
+_GAPS = re.compile(r"(?<=\d)\.0$")
+"""What pandas appends to whole numbers in a column with gaps."""
+
+
+class TableSource:
+    """The picture files that a table names: relative to its folder, absolute, or by URI.
+
+    A row's path is its image's id. Without a column ``split`` everything is train.
+    """
+
+    kind = "table"
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    @cached_property
+    def has_splits(self) -> bool:
+        """Whether the table says which split a picture belongs to."""
+        return "split" in columns_of(self.place)
+
+    def entries(self) -> Iterator[Entry]:
+        """One entry a row."""
+        for number, row in enumerate(_rows(self.place), start=1):
+            yield _entry(number, row, has_splits=self.has_splits)
+
+    def read(self, path: str, at: bytes) -> bytes:
+        """The content of the file that a row names; see `Source.read`."""
+        try:
+            if storage.is_uri(path):
+                fs, full = storage.filesystem(path)
+                return read_file(fs, "", full)
+            if path.startswith("/"):
+                return read_file(pafs.LocalFileSystem(), "", path)
+            return read_file(*self._folder, path)
+        except (OSError, pa.ArrowException, UserError) as error:
+            if not storage.exists(self.place):
+                raise UserError(
+                    f"--source: {self.place} is gone, or not on all machines"
+                ) from error
+            raise ReadError(f"cannot be read: {first_line(error)}") from error
+
+    def fingerprint(self, listing: Iterator[tuple[str, int]]) -> str:
+        """Hash of the table's bytes; the pictures' own are in ``data_sha256``."""
+        return hash_file(self.place)
+
+    @cached_property
+    def _folder(self) -> tuple[pafs.FileSystem, str]:
+        return storage.filesystem(storage.parent_of(self.place))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+
+def columns_of(place: str) -> list[str]:
+    """The names of a table's columns, in lower case and without blanks around.
+
+    Raises:
+        UserError: when it is no such table.
+    """
+    try:
+        fs, path = storage.filesystem(place)
+        if place.lower().endswith(".parquet"):
+            with fs.open_input_file(path) as file:
+                names = pq.read_schema(file).names
+        else:
+            with fs.open_input_stream(path) as stream:
+                head = stream.read(2**16).decode("utf-8-sig", "replace")
+            names = next(csv.reader(io.StringIO(head)), [])
+    except (OSError, pa.ArrowException, csv.Error) as error:
+        raise UserError(f"--source: {place} cannot be read: {first_line(error)}") from error
+    return [str(name).strip().lower() for name in names]
+
+
+def _rows(place: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table, columns by their names in lower case; in bounded memory."""
+    fs, path = storage.filesystem(place)
+    names = columns_of(place)
+    try:
+        if place.lower().endswith(".parquet"):
+            with fs.open_input_file(path) as file:
+                for batch in pq.ParquetFile(file).iter_batches(_ROWS):
+                    for values in zip(*(column.to_pylist() for column in batch.columns)):
+                        yield dict(zip(names, values))
+            return
+        with fs.open_input_stream(path) as stream:
+            text = io.TextIOWrapper(stream, "utf-8-sig", errors="backslashreplace", newline="")
+            reader = csv.reader(text)
+            next(reader, None)
+            for row in reader:
+                if row:
+                    yield dict(zip(names, row))
+    except (OSError, pa.ArrowException, csv.Error) as error:
+        raise UserError(f"--source: {place} cannot be read: {first_line(error)}") from error
+
+
+def _entry(number: int, row: dict[str, Any], *, has_splits: bool) -> Entry:
+    path, label, split = (_text(row.get(name)) for name in (*COLUMNS, "split"))
+    label = _GAPS.sub("", label)
+    shown = path or f"row {number}"
+    if not path:
+        return Entry(path=shown, reason="the row names no path")
+    where = SPLIT_FOLDERS.get(split.lower()) if has_splits else "train"
+    if where is None:
+        return Entry(path=shown, reason=f"its split is {split!r}: not train, validation or test")
+    if not label and where != "test":
+        return Entry(path=shown, reason="it has no label")
+    return Entry(path=path, split=where, label=label or None)
+
+
+def _text(value: Any) -> str:
+    missing = value is None or value != value  # NaN
+    return "" if missing else str(value).strip()

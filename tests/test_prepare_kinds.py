@@ -1,0 +1,224 @@
+"""Every kind of source becomes a dataset: divided, deduplicated, accounted for, previewed."""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from faces import HOSTILE, KEPT, picture, prepare, split_of, write_classes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fer_ray import dataset, parts, preparation, preview, sources
+from fer_ray.errors import UserError
+
+# ------------------------------------------------------------------ held out, dropped, other labels
+
+
+def test_a_folder_without_splits_is_divided_by_class(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "ROWS_PER_PART", 16)
+    source = write_classes(tmp_path / "faces", 40, ("calm", "glad", "tense"))
+    info = prepare(source, tmp_path / "out", validation_fraction=0.25, seed=3)
+    assert info["labels"] == ["calm", "glad", "tense"]
+    assert info["splits"]["validation"]["classes"] == {"calm": 10, "glad": 10, "tense": 10}
+    assert info["splits"]["train"]["rows"] == 90
+    assert info["held_out_for_validation"] == {"fraction": 0.25, "seed": 3}
+    assert info["duplicates"]["twins_in_train"] == {"validation": 0}
+    read = dataset.read_info(str(tmp_path / "out"))
+    for name in ("train", "validation"):
+        split = dataset.load_split(read, name)
+        assert split.image_ids == sorted(split.image_ids)
+        rows = split_of(tmp_path / "out", name)
+        assert set(rows["split"]) == {name}
+        for image_id, image in zip(split.image_ids, split.images):
+            stored = dataset.decode((source / image_id).read_bytes())
+            assert np.array_equal(image, stored)
+    again = prepare(source, tmp_path / "again", validation_fraction=0.25, seed=3)
+    monkeypatch.setattr(parts, "ROWS_PER_PART", 2048)
+    whole = prepare(source, tmp_path / "whole", validation_fraction=0.25, seed=3)
+    other = prepare(source, tmp_path / "other", validation_fraction=0.25, seed=4)
+    assert info["data_sha256"] == again["data_sha256"] == whole["data_sha256"]
+    assert other["data_sha256"] != info["data_sha256"]
+
+
+def test_validation_can_be_held_out_beside_a_test_split(ray_cluster, tmp_path):
+    write_classes(tmp_path / "faces" / "train", 20, ("calm", "glad"))
+    write_classes(tmp_path / "faces" / "test", 5, ("calm", "glad"))
+    lines: list[str] = []
+    plan = preparation.plan(source=str(tmp_path / "faces"), output=str(tmp_path / "out"))
+    info = preparation.prepare(plan, say=lines.append)
+    assert list(info["splits"]) == ["train", "test"]
+    assert any("no validation split" in line and "--validation-fraction" in line for line in lines)
+    info = prepare(tmp_path / "faces", tmp_path / "out", validation_fraction=0.2, overwrite=True)
+    assert {name: split["rows"] for name, split in info["splits"].items()} == {
+        "train": 32,
+        "validation": 8,
+        "test": 10,
+    }
+
+
+def test_deduplicate_drops_from_train_what_stands_elsewhere(ray_cluster, hostile, tmp_path):
+    before = prepare(hostile, tmp_path / "before")
+    info = prepare(hostile, tmp_path / "out", deduplicate=True)
+    assert before["duplicates"]["twins_in_train"]["validation"] == 1
+    assert info["duplicates"]["twins_in_train"] == {"validation": 0, "test": 0}
+    ids = list(split_of(tmp_path / "out", "train")["image_id"])
+    assert ids == ["images/train/happy/2.jpg", "images/train/sad/large.png"]
+    quarantine = pd.read_parquet(tmp_path / "out" / "quarantine.parquet")
+    reasons = dict(zip(quarantine["path"], quarantine["reason"]))
+    assert "same picture is in validation" in reasons["images/train/sad/1 again.png"]
+    assert info["quarantined"] + KEPT - 3 == len(HOSTILE) == len(quarantine) + KEPT - 3
+    images = dataset.load_split(dataset.read_info(str(tmp_path / "out")), "train").images
+    assert info["pixel_mean"] == pytest.approx(images.mean() / 255, abs=1e-12)
+
+
+def test_the_duplicates_file_names_every_twin(ray_cluster, hostile, tmp_path):
+    prepare(hostile, tmp_path / "out")
+    twins = pd.read_parquet(tmp_path / "out" / "duplicates.parquet")
+    assert sorted(twins["image_id"]) == [
+        "images/train/happy/1.png",
+        "images/train/happy/same as 1.png",
+        "images/train/sad/1 again.png",
+        "images/validation/happy/twin.png",
+    ]
+    assert twins["conflicting_labels"].all()
+    assert twins["pixel_sha256"].nunique() == 1
+    rows = split_of(tmp_path / "out", "validation").set_index("image_id")
+    assert rows.loc["images/validation/happy/twin.png", "pixel_sha256"] in set(
+        twins["pixel_sha256"]
+    )
+
+
+def test_the_official_test_part_in_validation_is_warned_of(ray_cluster, tmp_path):
+    for path in ("train/a/1.png", "train/b/2.png", "validation/a/PrivateTest_3.png"):
+        (tmp_path / "faces" / path).parent.mkdir(parents=True)
+        (tmp_path / "faces" / path).write_bytes(picture(int(path[-5])))
+    lines: list[str] = []
+    plan = preparation.plan(source=str(tmp_path / "faces"), output=str(tmp_path / "out"))
+    preparation.prepare(plan, say=lines.append)
+    assert any(line.startswith("warning: 1 of validation are named PrivateTest") for line in lines)
+
+
+def test_fer2013_csv_is_prepared_like_the_pictures_it_holds(ray_cluster, tmp_path):
+    lines, tones = ["emotion,pixels,Usage"], {}
+    usages = ["Training"] * 6 + ["PublicTest"] * 2 + ["PrivateTest"] * 2
+    for index, usage in enumerate(usages):
+        tones[f"line-{index + 2:07d}"] = pixels = np.random.default_rng(index).integers(
+            0, 256, 2304
+        )
+        lines.append(f"{3 if index % 2 else 4},{' '.join(map(str, pixels))},{usage}")
+    lines += ["0,1 2 x 4,Training", "9,1 2 3 4,Training"]
+    (tmp_path / "fer2013.csv").write_text("\n".join(lines))
+    info = prepare(tmp_path / "fer2013.csv", tmp_path / "out")
+    assert info["labels"] == ["angry", "happy", "sad"]
+    assert [split["rows"] for split in info["splits"].values()] == [6, 2, 2]
+    assert info["quarantined"] == 2
+    assert info["source"]["kind"] == "pixels"
+    for split in info["splits"]:
+        for row in split_of(tmp_path / "out", split).itertuples():
+            assert row.label == ("happy" if int(row.image_id[-2:]) % 2 else "sad")
+            assert list(row.image) == tones[row.image_id].tolist()
+
+
+def test_a_table_of_paths_is_prepared(ray_cluster, tmp_path):
+    write_classes(tmp_path / "faces", 10, ("calm", "glad"))
+    rows = [
+        (f"faces/{label}/{index:03}.png", label)
+        for label in ("calm", "glad")
+        for index in range(11)
+    ]
+    pd.DataFrame([*rows, rows[0]], columns=["path", "label"]).to_csv(
+        tmp_path / "faces.csv", index=False
+    )
+    info = prepare(tmp_path / "faces.csv", tmp_path / "out", validation_fraction=0.2)
+    assert {name: split["rows"] for name, split in info["splits"].items()} == {
+        "train": 16,
+        "validation": 4,
+    }
+    quarantine = pd.read_parquet(tmp_path / "out" / "quarantine.parquet")
+    assert list(quarantine["path"]) == [
+        "faces/calm/000.png",
+        "faces/calm/010.png",
+        "faces/glad/010.png",
+    ]
+    assert quarantine["reason"][0] == sources.REPEATED
+    assert "No such file" in quarantine["reason"][1]
+
+
+CONTENTS = st.sampled_from(
+    [
+        *(picture(1), picture(2), picture(3, (5, 70)), picture(4, kind="JPEG")),
+        *(picture(5, kind="JPEG")[:300], b"", b"no picture", picture(6)[:40]),
+    ]
+)
+PATHS = st.builds(
+    "/".join,
+    st.lists(
+        st.sampled_from(
+            ["train", "val", "test", "images", "a", "b", "ü", ".x", "Thumbs.db", "1.PNG"]
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.dictionaries(PATHS, CONTENTS, max_size=12), st.booleans(), st.booleans())
+def test_whatever_a_source_holds_rows_and_quarantined_are_the_files_seen(
+    ray_cluster, tmp_path_factory, files, deduplicate, doubled
+):
+    """Zips that Hypothesis builds are refused in one line, or accounted for to the last file."""
+    root = tmp_path_factory.mktemp("any")
+    entries = [*files.items(), *(list(files.items())[:2] if doubled else [])]
+    with warnings.catch_warnings(), zipfile.ZipFile(root / "any.zip", "w") as archive:
+        warnings.simplefilter("ignore")
+        for path, content in entries:
+            archive.writestr(path, content)
+    try:
+        info = prepare(root / "any.zip", root / "out", deduplicate=deduplicate)
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert [path.name for path in root.iterdir()] == ["any.zip"]
+        return
+    kept = sum(split["rows"] for split in info["splits"].values())
+    quarantine = pd.read_parquet(root / "out" / "quarantine.parquet")
+    assert kept + len(quarantine) == len(entries)
+    assert info["quarantined"] == len(quarantine)
+    assert quarantine["reason"].str.len().gt(5).all()
+    frames = [split_of(root / "out", split) for split in info["splits"]]
+    rows = pd.concat(frames)
+    assert rows["image_id"].is_unique
+    assert sorted([*rows["image_id"], *quarantine["path"]]) == sorted(path for path, _ in entries)
+
+
+# ------------------------------------------------------------------ the preview
+
+
+def test_the_preview_shows_samples_balance_and_twins(ray_cluster, hostile, tmp_path):
+    page = preview.check(str(tmp_path / "page.html"))
+    lines: list[str] = []
+    plan = preparation.plan(source=str(hostile), output=str(tmp_path / "out"))
+    preparation.prepare(plan, say=lines.append, finish=preview.writer(page, lines.append))
+    assert lines[-1] == f"preview: {page}"
+    text = Path(page).read_text()
+    assert text.count("<svg") == 3
+    # 8 labelled images as samples, 4 twins once more
+    assert text.count('<img src="data:image/png') == KEPT - 1 + 4
+    assert "images/train/sad/1 again.png" in text
+    assert "1 × the file is empty" in text
+    assert "http:" not in text and "https:" not in text
+
+
+def test_a_place_that_no_preview_can_be_written_to_is_refused(tmp_path):
+    for place, said in [
+        (tmp_path, "is a folder"),
+        (tmp_path / "page.pdf", "does not end in .html"),
+        (tmp_path / "absent" / "page.html", "there is no folder"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            preview.check(str(place))

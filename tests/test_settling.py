@@ -1,0 +1,169 @@
+"""What is held out and what is dropped: by class, equal pictures on one side, by a stated rule."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fer_ray import dataset_summary, settling
+from fer_ray.ledger import RESULTS, Ledger
+from fer_ray.sources import REPEATED, Entry
+
+Row = tuple[str, str, str | None]
+"""Picture, split and label."""
+
+
+def ledger_of(rows: list[Row]) -> Ledger:
+    """A ledger in which these pictures were written."""
+    ledger = Ledger()
+    values = [
+        {
+            "part": f"{split}/part-00000.parquet",
+            "path": f"{index:05}",
+            "split": split,
+            "label": label,
+            "pixel_sha256": hashlib.sha256(picture.encode()).digest(),
+            "row_sha256": b"",
+            "pixel_sum": 0,
+            "pixel_sum_squares": 0,
+        }
+        for index, (picture, split, label) in enumerate(rows)
+    ]
+    ledger.add_results(pa.Table.from_pylist(values, RESULTS))
+    return ledger
+
+
+@pytest.fixture
+def results():
+    """Runs something on a ledger of these rows and gives split and reason of each afterwards."""
+
+    def run(rows: list[Row], change) -> list[tuple[str, str | None]]:
+        ledger = ledger_of(rows)
+        try:
+            change(ledger)
+            return list(ledger.rows("SELECT split, reason FROM results ORDER BY path"))
+        finally:
+            ledger.close()
+
+    return run
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 30).map(str), st.just("train"), st.sampled_from("abc")),
+        min_size=1,
+        max_size=80,
+    ),
+    st.floats(0.01, 0.99),
+    st.integers(0, 5),
+)
+def test_equal_pictures_stay_together_and_each_class_gives_its_share(rows, fraction, seed):
+    ledger = ledger_of(rows)
+    try:
+        settling.hold_out(ledger, fraction=fraction, seed=seed)
+        splits = [split for (split,) in ledger.rows("SELECT split FROM results ORDER BY path")]
+    finally:
+        ledger.close()
+    sides = defaultdict(set)
+    strata: dict[str, str] = {}
+    for (picture, _, label), split in zip(rows, splits):
+        sides[picture].add(split)
+        strata.setdefault(picture, label)  # the first by path decides
+    assert all(len(found) == 1 for found in sides.values())
+    sizes = Counter(picture for picture, _, _ in rows)
+    for stratum in set(strata.values()):
+        members = [picture for picture in sizes if strata[picture] == stratum]
+        held = [picture for picture in members if sides[picture] == {"validation"}]
+        total = sum(sizes[picture] for picture in members)
+        taken = sum(sizes[picture] for picture in held)
+        room = min(max(round(total * fraction), 1), total - 1)
+        if len(members) == 1:
+            assert not held
+        else:
+            assert 0 < len(held) < len(members)
+            smallest = min(sizes[picture] for picture in members)
+            assert taken <= max(room, smallest)
+            left = [sizes[picture] for picture in members if picture not in held]
+            # what is left does not fit any more
+            assert taken + min(left) > room
+
+
+def test_the_seed_decides_and_the_order_of_the_files_does_not(results):
+    rows = [(f"p{index}", "train", "ab"[index % 2]) for index in range(60)]
+
+    def held(rows: list[Row], seed: int) -> set[str]:
+        found = results(rows, lambda one: settling.hold_out(one, fraction=0.2, seed=seed))
+        return {row[0] for row, (split, _) in zip(rows, found) if split == "validation"}
+
+    first = held(rows, 0)
+    assert len(first) == 12
+    assert Counter("ab"[int(picture[1:]) % 2] for picture in first) == {"a": 6, "b": 6}
+    assert held(rows[::-1], 0) == first
+    assert held(rows, 1) != first
+
+
+def test_train_loses_its_twins_and_nothing_else_is_lost(results):
+    rows = [
+        ("a", "train", "happy"),
+        ("a", "train", "sad"),
+        ("a", "validation", "happy"),
+        ("b", "train", "sad"),
+        ("b", "train", "sad"),
+        ("c", "validation", "sad"),
+        ("c", "test", None),
+        ("d", "train", "sad"),
+        ("d", "test", "sad"),
+        ("d", "validation", "sad"),
+    ]
+    found = results(rows, settling.drop_twins)
+    of_validation = "the same picture is in validation (--deduplicate)"
+    of_both = "the same picture is in test and validation (--deduplicate)"
+    dropped = {0: of_validation, 1: of_validation, 7: of_both}
+    assert [reason for _, reason in found] == [dropped.get(index) for index in range(len(rows))]
+    assert [split for split, _ in found] == [split for _, split, _ in rows]
+
+
+def test_duplicates_against_a_case_worked_by_hand():
+    ledger = ledger_of(
+        [
+            ("a", "train", "happy"),
+            ("a", "train", "sad"),
+            ("b", "validation", "sad"),
+            ("b", "validation", "sad"),
+            ("c", "train", "sad"),
+            ("c", "test", None),
+            ("c", "test", None),
+            ("d", "train", "happy"),
+        ]
+    )
+    assert dataset_summary.find_duplicates(ledger) == {
+        "groups": 3,
+        "images": 7,
+        "within": {"train": 1, "validation": 1, "test": 0},
+        "across": 1,
+        "conflicting_labels": 1,
+        "twins_in_train": {"validation": 0, "test": 2},
+    }
+    ledger.close()
+
+
+def test_of_equal_paths_the_first_counts():
+    ledger = Ledger()
+    entries = [
+        Entry(path="1", split="train", label="a", reason="broken"),
+        Entry(path="1", split="train", label="b"),
+        Entry(path="1", split="train", label="c"),
+        Entry(path="0", split="test"),
+    ]
+    ledger.list_files(entries)
+    assert ledger.counts() == {"train": 1, "test": 1}
+    assert ledger.labels("train") == ["b"]
+    assert list(ledger.rejected()) == [("1", REPEATED), ("1", "broken")]
+    assert [path for path, _ in ledger.listing()] == ["0", "1", "1", "1"]
+    ledger.close()

@@ -1,0 +1,244 @@
+"""Tables of paths and labels, and FER-2013's own file of pixels."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fer_ray import pictures, sources
+from fer_ray.errors import UserError
+from fer_ray.sources import kaggle, pixels, tables
+
+# ------------------------------------------------------------------ paths and labels
+
+
+def by_path(source) -> dict[str, tuple[str | None, str | None, str | None]]:
+    return {one.path: (one.split, one.label, one.reason) for one in source.entries()}
+
+
+def write_table(path: Path, frame: pd.DataFrame) -> tables.TableSource:
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path)
+    return tables.TableSource(str(path))
+
+
+@pytest.mark.parametrize("name", ["faces.csv", "faces.parquet"])
+def test_rows_become_entries_or_say_why_not(name, tmp_path):
+    frame = pd.DataFrame(
+        [
+            ("a/1.jpg", "happy", "train"),
+            ("a/2.jpg", "sad", "Val"),
+            ("a/3.jpg", None, "test"),
+            ("a/4.jpg", None, "train"),
+            ("a/5.jpg", "sad", "holdout"),
+            (None, "sad", "train"),
+            ("a/7, é.jpg", "sad", None),
+        ],
+        columns=["path", "Label ", "split"],
+    )
+    assert by_path(write_table(tmp_path / name, frame)) == {
+        "a/1.jpg": ("train", "happy", None),
+        "a/2.jpg": ("validation", "sad", None),
+        "a/3.jpg": ("test", None, None),
+        "a/4.jpg": (None, None, "it has no label"),
+        "a/5.jpg": (None, None, "its split is 'holdout': not train, validation or test"),
+        "row 6": (None, None, "the row names no path"),
+        "a/7, é.jpg": (None, None, "its split is '': not train, validation or test"),
+    }
+
+
+def test_numbers_are_labels_too_and_gaps_do_not_make_them_fractions(tmp_path):
+    frame = pd.DataFrame({"path": ["1.jpg", "2.jpg", "3.jpg"], "label": [0, 3, None]})
+    for name in ("faces.csv", "faces.parquet"):
+        source = write_table(tmp_path / name, frame)
+        assert not source.has_splits
+        labels = {path: label for path, (_, label, _) in by_path(source).items()}
+        assert labels == {"1.jpg": "0", "2.jpg": "3", "3.jpg": None}
+
+
+def test_pictures_are_read_beside_the_table_and_by_absolute_places(tmp_path):
+    (tmp_path / "faces").mkdir()
+    (tmp_path / "faces" / "1.jpg").write_bytes(b"one")
+    source = tables.TableSource(str(tmp_path / "faces.csv"))
+    (tmp_path / "faces.csv").write_text("path,label\n")
+    source = pickle.loads(pickle.dumps(source))
+    absolute = str(tmp_path / "faces" / "1.jpg")
+    for path in ("faces/1.jpg", absolute, f"file://{absolute}"):
+        assert source.read(path, b"") == b"one"
+    for path in ("faces/2.jpg", "nowhere://x/1.jpg", "faces"):
+        with pytest.raises(sources.ReadError, match="cannot be read"):
+            source.read(path, b"")
+    (tmp_path / "faces.csv").unlink()
+    with pytest.raises(UserError, match="is gone"):
+        source.read("faces/2.jpg", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"name,class\nx,y\n", "columns name, class: expected path and label"),
+        ("a.csv", b"", r"\(none\): expected path and label"),
+        ("a.parquet", b"PAR1 this is none", "cannot be read"),
+        ("a.txt", b"path,label\n", "is none of a folder, a .zip, a .csv"),
+    ],
+)
+def test_what_is_no_such_table_is_refused(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said) as caught:
+        pictures.open_pictures(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ fer2013.csv
+
+SQUARE = " ".join(str(tone) for tone in range(16))
+
+
+def pixel_rows(tmp_path: Path, *lines: str, header: str = "emotion,pixels,Usage"):
+    path = tmp_path / "fer2013.csv"
+    path.write_text("\n".join([header, *lines]) + "\n")
+    found = pictures.open_pictures(str(path))
+    assert isinstance(found, pixels.PixelRows)
+    return pickle.loads(pickle.dumps(found))
+
+
+def test_codes_and_usages_are_mapped_by_name(tmp_path):
+    codes = [f"{code},{SQUARE},Training" for code in range(7)]
+    rows = pixel_rows(tmp_path, *codes, f"3,{SQUARE},PublicTest", f"4,{SQUARE},PrivateTest")
+    entries = list(rows.entries())
+    assert [one.label for one in entries[:7]] == [
+        *("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
+    ]
+    assert [one.split for one in entries[-3:]] == ["train", "validation", "test"]
+    assert [one.path for one in entries[:2]] == ["line-0000002", "line-0000003"]
+    for one in entries:
+        assert np.array_equal(rows.grey(one.path, one.at), np.arange(16).reshape(4, 4))
+
+
+def test_the_competition_s_copy_has_its_columns_in_another_order(tmp_path):
+    rows = pixel_rows(tmp_path, f"3, Training,{SQUARE}", header="emotion, Usage, pixels")
+    (one,) = rows.entries()
+    assert (one.split, one.label) == ("train", "happy")
+    assert rows.grey(one.path, one.at).shape == (4, 4)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_quotes_blank_lines_and_line_ends_do_not_move_the_rows(tmp_path, end):
+    path = tmp_path / "fer2013.csv"
+    lines = ["emotion,pixels,Usage", f'0,"{SQUARE}",Training', "", f"1,{SQUARE},Training"]
+    path.write_bytes(end.join(lines).encode())
+    rows = pixels.PixelRows(str(path), "")
+    entries = list(rows.entries())
+    assert [one.path for one in entries] == ["line-0000002", "line-0000004"]
+    assert all(np.array_equal(rows.grey(o.path, o.at).ravel(), range(16)) for o in entries)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (f"7,{SQUARE},Training", "emotion '7' is not 0 to 6"),
+        (f"x,{SQUARE},Training", "emotion 'x' is not 0 to 6"),
+        (f",{SQUARE},Training", "emotion '' is not 0 to 6"),
+        (f"0,{SQUARE},Test", "Usage 'Test' is not Training"),
+        (f"0,{SQUARE}", "2 columns instead of 3"),
+        ("0", "1 columns instead of 3"),
+        (f'0,"{SQUARE},Training', "0 columns instead of 3"),
+        ("0,1 2 3,Training", "3 pixels are no square"),
+        ("0,,Training", "0 pixels are no square"),
+        ("0,1 2 3 x,Training", "a pixel is 'x': not a whole number"),
+        ("0,1 2 3 -4,Training", "a pixel is '-4': not a whole number"),
+        ("0,1 2 3 4.5,Training", "a pixel is '4.5': not a whole number"),
+        ("0,1 2 3 ٣,Training", "a pixel is '٣': not a whole number"),
+        ("0,1 2 3 256,Training", "a pixel is 256: beyond 255"),
+        ("0,1 2 3 99999999999999999999999,Training", "a pixel is 99999999999999999999: beyond"),
+    ],
+)
+def test_a_bad_row_says_what_is_wrong_with_it(tmp_path, line, said):
+    rows = pixel_rows(tmp_path, f"0,{SQUARE},Training", line)
+    good, bad = rows.entries()
+    assert good.reason is None
+    if bad.reason is None:
+        with pytest.raises(sources.ReadError) as caught:
+            rows.grey(bad.path, bad.at)
+        assert said in str(caught.value)
+    else:
+        assert said in bad.reason
+
+
+def test_an_unlabelled_row_of_the_test_part_is_kept(tmp_path):
+    (one,) = pixel_rows(tmp_path, f",{SQUARE},PrivateTest").entries()
+    assert (one.split, one.label, one.reason) == ("test", None, None)
+
+
+def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(pixels, "_LONGEST_LINE", 1000)
+    monkeypatch.setattr(pixels, "_BLOCK", 64)
+    long = "1 " * 5000
+    rows = pixel_rows(tmp_path, f"0,{long},Training", f"1,{SQUARE},Training")
+    first, second = rows.entries()
+    assert first.reason == f"a line of {len(long) + 11:,} bytes is no picture"
+    assert np.array_equal(rows.grey(second.path, second.at).ravel(), range(16))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=300))
+def test_any_bytes_after_the_header_are_rows_or_reasons(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("csv") / "fer2013.csv"
+    path.write_bytes(b"emotion,pixels,Usage\n" + content)
+    rows = pixels.PixelRows(str(path), "")
+    entries = list(rows.entries())
+    assert len(entries) == sum(bool(line.strip()) for line in content.split(b"\n"))
+    for one in entries:
+        if one.reason is None:
+            try:
+                rows.grey(one.path, one.at)
+            except sources.ReadError as error:
+                assert str(error)
+
+
+@given(st.integers(1, 12), st.randoms(use_true_random=False))
+def test_pixels_read_back(side, random):
+    grey = np.array([random.randint(0, 255) for _ in range(side * side)], np.uint8)
+    stream = io.StringIO()
+    np.savetxt(stream, grey[None], fmt="%d")
+    assert np.array_equal(pixels.parse_pixels(stream.getvalue()), grey.reshape(side, side))
+
+
+# ------------------------------------------------------------------ Kaggle
+
+
+def test_without_a_network_kaggle_says_what_to_download(monkeypatch):
+    import kagglehub
+
+    def fail(handle: str) -> str:
+        assert handle == kaggle.HANDLE
+        raise OSError("Network is unreachable\nand more")
+
+    monkeypatch.setattr(kagglehub, "dataset_download", fail)
+    with pytest.raises(UserError, match="where there is a network and give the zip") as caught:
+        pictures.open_pictures("kaggle")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_kaggle_gives_is_read_as_a_folder(tmp_path, monkeypatch):
+    import kagglehub
+
+    for path in ("images/train/sad/1.jpg", "images/train/happy/2.jpg"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"x")
+    monkeypatch.setattr(kagglehub, "dataset_download", lambda handle: str(tmp_path))
+    found = pictures.open_pictures("kaggle")
+    assert {(one.path, one.label) for one in found.entries()} == {
+        ("images/train/sad/1.jpg", "sad"),
+        ("images/train/happy/2.jpg", "happy"),
+    }
+    assert found.describe(iter(()))["path"] == "kaggle"
