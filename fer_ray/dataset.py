@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +41,9 @@ MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """What is decoded. A short list, because some of Pillow's other formats run programs."""
 
-_SOF, _APP1 = (0xC0, 0xC1, 0xC2), 0xE1
-_FIRST_SEGMENT, _LAST_SEGMENT = 0xC4, 0xFE
+_SOF, _SOS = (0xC0, 0xC1), 0xDA
+_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # DHT, DQT, DRI, APP0 (JFIF), COM
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # neither a stuffed byte nor a restart
 _AS_IT_IS = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
 
 SCHEMA = pa.schema(
@@ -278,23 +280,27 @@ def decode(content: bytes) -> np.ndarray:
 
 
 def _is_plain_jpeg(content: bytes) -> bool:
-    """Whether this is a complete JPEG, 8 bits and grey, that says nothing about its rotation.
+    """Whether this is a complete JPEG of one scan, 8 bits and grey, that says nothing else.
 
-    Both libraries then give the same pixels: both call libjpeg-turbo. OpenCV would take a cut
-    file too, its rest grey, so the end has to be there.
+    Both libraries then give the same pixels: both call libjpeg-turbo. OpenCV would also take a
+    file that is cut, or damaged so that a marker stands among the pixels, and say so on standard
+    error only; and it would not turn what EXIF says is rotated.
     """
-    if not (content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9")):
+    if not content.startswith(b"\xff\xd8"):
         return False
-    position = 2
+    position, grey = 2, False
     while position + 9 < len(content) and content[position] == 0xFF:
         marker = content[position + 1]
         length = int.from_bytes(content[position + 2 : position + 4], "big")
+        if marker == _SOS:
+            end = _MARKER.search(content, position + 2 + length)
+            return grey and end is not None and content[end.start() :] == b"\xff\xd9"
         if marker in _SOF:
             bits = content[position + 4]
             height = int.from_bytes(content[position + 5 : position + 7], "big")
             width = int.from_bytes(content[position + 7 : position + 9], "big")
-            return bits == 8 and content[position + 9] == 1 and 0 < height * width <= MAX_PIXELS
-        if marker == _APP1 or not _FIRST_SEGMENT <= marker <= _LAST_SEGMENT or length < 2:
+            grey = bits == 8 and content[position + 9] == 1 and 0 < height * width <= MAX_PIXELS
+        elif marker not in _TABLES or length < 2:
             return False
         position += 2 + length
     return False

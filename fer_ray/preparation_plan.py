@@ -152,7 +152,7 @@ def _held_out(ledger: Ledger, pictures: Pictures, fraction: float | None) -> flo
 def _check_output(output: str, overwrite: bool) -> None:
     if storage.exists(output) and not storage.is_directory(output):
         raise UserError(f"--output: {output} is a file")
-    if storage.list_names(output):
+    if storage.list_names(output) and not storage.is_unfinished(output):
         if not storage.exists(storage.join(output, dataset.INFO_NAME)):
             raise UserError(
                 f"--output: {output} is not empty and not a prepared dataset: "

@@ -158,9 +158,9 @@ def staged_directory(destination: str, *, staging: str | None = None) -> Iterato
     On a local file system the folder lies beside the destination (or in `staging`, which has to
     be on the same file system) and takes its place in one step: a reader sees the old one or the
     new one. What a killed process left there is removed by the next. An object store cannot
-    rename: there the destination is emptied and written directly, and it is the caller's part
-    to write last the file that makes readers trust the folder. When the block fails, what was
-    written is removed.
+    rename: there the destination is emptied and written directly, `is_unfinished` until the
+    block ends, and it is the caller's part to write last the file that makes readers trust the
+    folder. When the block fails, what was written is removed.
 
     Args:
         destination: local path or URI of the folder.
@@ -172,12 +172,14 @@ def staged_directory(destination: str, *, staging: str | None = None) -> Iterato
     destination = absolute(destination)
     if is_uri(destination):
         remove(destination)
-        make_directory(destination)
+        mark = join(destination, _UNFINISHED)
+        write_bytes(mark, b"being written, or broken off while it was\n")
         try:
             yield destination
         except BaseException:
             remove(destination)
             raise
+        remove(mark)
         return
     target = Path(destination)
     parent = Path(absolute(staging)) if staging else target.parent
@@ -188,6 +190,14 @@ def staged_directory(destination: str, *, staging: str | None = None) -> Iterato
             _exchange(unfinished, target)  # the old one is removed with the claim
         else:
             unfinished.rename(target)
+
+
+_UNFINISHED = "_unfinished"
+
+
+def is_unfinished(place: str) -> bool:
+    """Whether a folder in an object store was never written to its end."""
+    return is_uri(place) and exists(join(place, _UNFINISHED))
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
-"""Fixtures that several test modules share: one Ray cluster, the real images."""
+"""Fixtures that several test modules share: one Ray cluster, an S3 server, the real images."""
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 import sys
 import zipfile
 from pathlib import Path
@@ -17,6 +19,13 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # Ray processes would compile e
 os.environ.pop("RAY_ADDRESS", None)
 # the tests' networks are so small that a second thread only makes the first wait for it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# before Ray starts, so that its workers know it too
+with socket.socket() as _free:
+    _free.bind(("127.0.0.1", 0))
+    STORE_PORT = _free.getsockname()[1]
+os.environ["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{STORE_PORT}"
+os.environ |= {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests"}
+os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
@@ -30,6 +39,18 @@ def ray_cluster():
 
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def store():
+    """An S3 server on this machine, which ``s3://`` leads to in all processes of the tests."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", STORE_PORT, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import re
 import runpy
 import shutil
@@ -366,7 +367,7 @@ def test_a_terminated_job_leaves_nothing_and_the_next_one_works(ray_cluster, tmp
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_leaves_all_or_nothing_and_the_next_run_works(tmp_path):
-    """Twenty moments over the whole length of the job, its start and its end among them."""
+    """Twenty random moments, one in each twentieth of the job from Ray's start to its end."""
     source = write_classes(tmp_path / "faces", 300, ("calm", "glad"))
     out = tmp_path / "out"
     command = [sys.executable, str(JOB), "--source", str(source), "--output", str(out)]
@@ -381,7 +382,7 @@ def test_killed_at_any_moment_it_leaves_all_or_nothing_and_the_next_run_works(tm
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path
         )
         try:
-            process.wait(length * (0.3 + 0.8 * moment / 19))
+            process.wait(length * (0.3 + 0.8 * (moment + random.random()) / 20))
         except subprocess.TimeoutExpired:
             processes.kill_with_descendants(process)
         complete = out.exists()
