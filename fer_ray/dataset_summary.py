@@ -157,8 +157,9 @@ def describe(info: dict[str, Any], ledger: Ledger) -> Iterator[str]:
 
 def _describe_duplicates(found: dict[str, Any], ledger: Ledger) -> Iterator[str]:
     twins = ", ".join(f"{count:,} of {name}" for name, count in found["twins_in_train"].items())
+    groups = "group" if found["groups"] == 1 else "groups"
     yield (
-        f"same picture: {found['groups']:,} groups of {found['images']:,} images, "
+        f"same picture: {found['groups']:,} {groups} of {found['images']:,} images, "
         f"{found['across']:,} across splits, {found['conflicting_labels']:,} with conflicting "
         f"labels{'; also in train: ' + twins if twins else ''}"
     )

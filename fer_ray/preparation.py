@@ -105,7 +105,7 @@ def _settle(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
     tasks = list(parts.move_tasks(plan.ledger))
     if not tasks:
         return
-    say(f"sorting the rows of {len(tasks):,} parts into splits")
+    say(f"rewriting {len(tasks):,} parts without the rows that are moved or dropped")
     storage.make_directory(storage.join(staging, "validation"))
     for table in _map(tasks, functools.partial(parts.move_rows, staging=staging)):
         plan.ledger.move(table)

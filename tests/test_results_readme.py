@@ -13,13 +13,16 @@ import pytest
 import sweep_samples
 from conftest import ROOT
 
-from fer_ray import evaluation, evaluation_tables, history, predictions, report
+from fer_ray import dataset, evaluation, evaluation_tables, history, predictions, report
 from fer_ray.sweeps import records, summary
 
 TEXT = (ROOT / "results" / "README.md").read_text()
 SQL = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 SCHEMAS = {
+    "images": dataset.SCHEMA,
+    "quarantine": dataset.QUARANTINE_SCHEMA,
+    "duplicates": dataset.DUPLICATES_SCHEMA,
     "predictions": predictions.schema(["<label>"]),
     **evaluation_tables.SCHEMAS,
     "history": history.SCHEMA,

@@ -6,7 +6,7 @@ from fer_ray.errors import UserError
 from fer_ray.sources.files import first_line
 
 HANDLE = "samaneheslamifar/facial-emotion-expressions"
-"""Its name on Kaggle: FER-2013's images as JPEG files, 28,821 train and 7,066 validation."""
+"""Its name on Kaggle: FER-2013's images as JPEG files in train and validation folders."""
 
 
 def download() -> str:
