@@ -20,6 +20,7 @@ import torch
 
 from fer_ray import (
     benchmark_predict,
+    benchmark_prepare,
     benchmark_processes,
     benchmark_sweeps,
     benchmark_workers,
@@ -100,7 +101,7 @@ def _chosen(only: set[str]) -> tuple[str, ...]:
     for key in only:
         if key not in KEYS:
             raise unknown("--only", key, KEYS)
-    return tuple(key for key in KEYS if key in only or not only)
+    return tuple(key for key in KEYS if key in only or not (only or KEYS[key].on_request))
 
 
 def _check_data(info: DatasetInfo, keys: Sequence[str]) -> None:
@@ -149,7 +150,7 @@ def measure(
     _check_cluster(plan)
     with tempfile.TemporaryDirectory(prefix="fer_ray-benchmark-") as folder:
         run = _Run(plan, folder, say)
-        with benchmark_processes.Watch(run.session) as watch:
+        with benchmark_processes.Watch(run.processes) as watch:
             found = run.everything()
             found["peak_memory_mib"] = _peaks(watch.peaks_mib(), found)
     found["startup_s"] = startup_s | found.get("startup_s", {})
@@ -205,11 +206,15 @@ class _Run:
             config = replace(config, data=_draw_faces(folder))
         self.config, self.info = config, read_info(config.data)
 
+    def processes(self) -> dict[int, str]:
+        """This benchmark's processes, and what each is."""
+        return benchmark_processes.kinds(self.session)
+
     def everything(self) -> dict[str, Any]:
         """What was measured: ``rounds`` by name, and the rest as the workers wrote it."""
         found: dict[str, Any] = {"rounds": {}}
         parts = []
-        if names := self._needs - {"predict", "together", "sweep", "halving"}:
+        if names := self._needs & set(benchmark_workers.MEASURED):
             parts.append(self._alone(sorted(names)))
         if "together" in self._needs:
             parts.append(self._together())
@@ -219,6 +224,15 @@ class _Run:
             parts.append(benchmark_sweeps.overhead(self._own_folder("overhead"), self._say))
         if "halving" in self._needs:
             parts.append(benchmark_sweeps.halving(self._own_folder("halving"), self._say))
+        if "prepare" in self._needs:
+            place, rounds = self._own_folder("prepare"), self._plan.rounds
+            parts.append(
+                benchmark_prepare.against_pillow(
+                    self.info, folder=place, rounds=rounds, say=self._say
+                )
+            )
+        if "prepare_growth" in self._needs:
+            parts.append(benchmark_prepare.growth(self._own_folder("growth"), self._say))
         for part in parts:
             rounds = found["rounds"] | part["rounds"]
             found = part | found | {"rounds": rounds}

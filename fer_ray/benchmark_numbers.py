@@ -24,6 +24,13 @@ class Key:
     """Whose rounds go below."""
     how: str
     """What is compared with what."""
+    on_request: bool = False
+    """Whether it is measured only when it is asked for by name."""
+
+    @property
+    def is_of_model(self) -> bool:
+        """Whether it says something about a model; else about preparation."""
+        return not self.needs.startswith("prepare")
 
     def is_met(self, value: float) -> bool:
         """Whether a value reaches the target."""
@@ -115,6 +122,31 @@ KEYS = {
         needs="halving",
         how="validation accuracy of the grid's best trial less that of ASHA's best",
     ),
+    "prepare_over_pillow": Key(
+        target=5.0,
+        needs="prepare",
+        ours="prepare",
+        other="prepare_plain",
+        how="images/s of preparing a zip of JPEGs with all CPUs, from its listing to dataset.json, "
+        "over one process that opens each with Pillow, hashes the pixels and writes Parquet",
+        on_request=True,
+    ),
+    "prepare_speed_kept": Key(
+        target=0.8,
+        needs="prepare_growth",
+        ours="prepare_many",
+        other="prepare_few",
+        how="images/s of preparing 600,000 drawn faces over those of 30,000",
+        on_request=True,
+    ),
+    "prepare_memory_growth": Key(
+        target=1.2,
+        at_most=True,
+        needs="prepare_growth",
+        how="peak memory of a process while 600,000 drawn faces are prepared over that with "
+        "30,000, for the kind of process whose memory grows most, Ray's own among them",
+        on_request=True,
+    ),
 }
 """The numbers, by their name in the result."""
 
@@ -134,7 +166,7 @@ def numbers(keys: Sequence[str], found: Mapping[str, Any]) -> dict[str, float]:
         key = KEYS[name]
         if name == "input_us_per_image":
             values[name] = 1e6 / statistics.median(rounds["input_one_thread"])
-        elif name in ("sweep_overhead_s", "asha_saving", "asha_loss"):
+        elif name in found:
             values[name] = found[name]
         elif name == "epoch_first_over_later":
             first, *later = found["epochs_s"]

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DRIVER, WORKER = "driver", "training worker"
@@ -65,6 +65,20 @@ def kinds(session: str) -> dict[int, str]:
     return found
 
 
+def started_by(ancestor: int) -> dict[int, str]:
+    """What a process and all that it started are, by their ids; it is the driver.
+
+    Args:
+        ancestor: its id.
+    """
+    lines, parents = {}, {}
+    for process in _all():
+        with contextlib.suppress(OSError):
+            lines[process], parents[process] = _command_line(process), int(_stat(process)[1])
+    own = {p: line for p, line in lines.items() if _root(p, {ancestor}, parents) is not None}
+    return {p: DRIVER if p == ancestor else _kind(line) or "other" for p, line in own.items()}
+
+
 def cpu_seconds(session: str) -> dict[str, float]:
     """CPU seconds that the living processes of each kind have used so far."""
     used: dict[str, float] = defaultdict(float)
@@ -81,10 +95,14 @@ def is_rays_own(kind: str) -> bool:
 
 
 class Watch:
-    """Notes, while it runs, the most memory that a process of each kind has held."""
+    """Notes, while it runs, the most memory that a process of each kind has held.
 
-    def __init__(self, session: str) -> None:
-        self._session = session
+    Args:
+        look: gives the processes to watch, and the kind of each.
+    """
+
+    def __init__(self, look: Callable[[], dict[int, str]]) -> None:
+        self._kinds = look
         self._peaks: dict[int, tuple[str, float]] = {}
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -110,7 +128,7 @@ class Watch:
             self._look()
 
     def _look(self) -> None:
-        for process, kind in kinds(self._session).items():
+        for process, kind in self._kinds().items():
             with contextlib.suppress(OSError, IndexError):  # gone, or a zombie: it holds nothing
                 # the kernel keeps the peak: nothing between two looks is missed
                 text = Path(f"/proc/{process}/status").read_text()

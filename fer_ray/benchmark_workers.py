@@ -80,6 +80,10 @@ class WatchedFeed:
             yield batch
 
 
+MEASURED = ("train", "epochs", "input", "input_naive", "stream")
+"""What `alone` can measure."""
+
+
 def alone(settings: dict[str, Any]) -> None:
     """What one worker measures: its start, the epochs of a real run, training, input.
 

@@ -171,14 +171,27 @@ def benchmarks(reference: Path) -> str:
     found = [json.loads(path.read_text()) for path in sorted(reference.glob("benchmarks/*.json"))]
     if not found:
         return "Nothing is measured yet."
-    names = [f"`{one['model']['name']}`, {one['model']['pixels']} px" for one in found]
+    parts = []
+    for of_models in (True, False):
+        keys = {n: key for n, key in benchmark_numbers.KEYS.items() if key.is_of_model is of_models}
+        records = [one for one in found if keys.keys() & one.keys()]
+        if records:
+            parts.append("\n".join([*_rows(records, keys), "", *map(_conditions, records)]))
+    return "\n\n".join(parts)
+
+
+def _rows(records: list[dict[str, Any]], keys: dict[str, benchmark_numbers.Key]) -> list[str]:
+    """A table: one row a number, one column a record."""
+    names = ["measured"]
+    if any(key.is_of_model for key in keys.values()):
+        names = [f"`{one['model']['name']}`, {one['model']['pixels']} px" for one in records]
     lines = ["| " + " | ".join(["number", "to reach", *names]) + " |"]
-    lines.append("| --- " * (2 + len(found)) + "|")
-    for name, key in benchmark_numbers.KEYS.items():
+    lines.append("| --- " * (2 + len(records)) + "|")
+    for name, key in keys.items():
         bound = f"{'≤' if key.at_most else '≥'} {key.target:g}"
-        values = [_verdict(key, one.get(name)) for one in found]
+        values = [_verdict(key, one.get(name)) for one in records]
         lines.append("| " + " | ".join([f"`{name}`", bound, *values]) + " |")
-    return "\n".join([*lines, "", *(_conditions(one) for one in found)])
+    return lines
 
 
 def _verdict(key: benchmark_numbers.Key, value: float | None) -> str:
@@ -193,6 +206,12 @@ def _conditions(record: dict[str, Any]) -> str:
     hardware, versions = record["hardware"], record["versions"]
     device = hardware.get("gpu") or f"{hardware['processor']}, {hardware['cores']} cores"
     rounds = min(len(values) for values in record["rounds"].values())
+    if "prepare" in record["rounds"]:
+        rounds = len(record["rounds"]["prepare"])
+        return (
+            f"Preparation: {rounds} rounds each beside Pillow, {record['images']:,} images; one "
+            f"run with few and one with many; {device}; ray {versions['ray']}."
+        )
     return (
         f"`{record['model']['name']}`: {record['model']['multiply_adds'] / 1e6:,.0f} M "
         f"multiply-adds, batch {record['batch']}, {rounds} rounds each, {record['images']:,} "

@@ -22,6 +22,7 @@ from fer_ray import (
     benchmark_loops,
     benchmark_numbers,
     benchmark_predict,
+    benchmark_prepare,
     benchmark_processes,
     benchmark_sweeps,
     preparation,
@@ -46,7 +47,12 @@ MEASURED = {
         "predict_plain": [10.0],
         "workers": [150.0, 190.0],
         "workers_plain": [200.0, 200.0],
+        "prepare": [30.0, 60.0, 50.0],
+        "prepare_plain": [10.0, 8.0, 20.0],
+        "prepare_many": [45.0],
+        "prepare_few": [50.0],
     },
+    "prepare_memory_growth": 1.1,
     "epochs_s": [5.0, 3.0, 4.0, 100.0],
     "sweep_overhead_s": 1.5,
     "asha_saving": 0.25,
@@ -64,6 +70,9 @@ WORKED_BY_HAND = {
     "sweep_overhead_s": 1.5,
     "asha_saving": 0.25,
     "asha_loss": -0.001,
+    "prepare_over_pillow": 5.0,
+    "prepare_speed_kept": 0.9,
+    "prepare_memory_growth": 1.1,
 }
 
 
@@ -253,7 +262,7 @@ def test_the_kinds_of_processes(monkeypatch):
 
 def test_this_process_is_older_than_this_test_and_has_held_memory():
     assert 0 < time.time() - benchmark_processes.started_at() < 24 * 3600
-    with benchmark_processes.Watch("no such session") as watch:
+    with benchmark_processes.Watch(lambda: benchmark_processes.kinds("no such")) as watch:
         peaks = watch.peaks_mib()
     assert set(peaks) == {"driver"} and 10 < peaks["driver"] < 100_000
 
@@ -389,6 +398,20 @@ def test_sweeps_are_measured_without_a_data_set(ray_cluster, small_sweeps):
 
 
 @pytest.mark.slow
+def test_preparation_is_measured_on_request(ray_cluster, monkeypatch, capfd):
+    monkeypatch.setattr(benchmark_prepare, "_FEW", 30)
+    monkeypatch.setattr(benchmark_prepare, "_MANY", 60)
+    only = [name for name, key in KEYS.items() if not key.is_of_model]
+    plan = benchmark.plan(on_drawn_faces(num_workers=1), only=only, rounds=1)
+    result = benchmark.measure(plan, start_ray=lambda: None, say=lambda line: None)
+    assert list(result["targets"]) == only and all(result[name] > 0 for name in only)
+    few, many = result["prepare_growth"]["peak_mib"]
+    assert {"driver", "raylet", "gcs_server"} <= few.keys() & many.keys()
+    assert result["prepare_memory_growth"] == max(many[k] / few[k] for k in few.keys() & many)
+    assert len(result["rounds"]["prepare"]) == len(result["rounds"]["prepare_plain"]) == 1
+
+
+@pytest.mark.slow
 def test_a_whole_benchmark(ray_cluster, tmp_path, small_sweeps):
     data = str(tmp_path / "faces")
     prepared = preparation.plan(source="synthetic", output=data, num_images=400)
@@ -402,12 +425,13 @@ def test_a_whole_benchmark(ray_cluster, tmp_path, small_sweeps):
     assert {path.name for path in set(Path(tmp_path).iterdir()) - before} == {"out"}
     result = json.loads(Path(output).read_text())
     assert result == json.loads(json.dumps(returned))
-    for key in KEYS:
+    default = {name for name, key in KEYS.items() if not key.on_request}
+    for key in default:
         assert type(result[key]) is float and math.isfinite(result[key]), key
         assert result[key] > 0 or key == "asha_loss", key
     assert result["asha"]["full"]["epochs"] == 12 >= result["asha"]["halved"]["epochs"] > 4
     assert result["sweep"]["trials"] == 2
-    assert result["met"].keys() == result["targets"].keys() == KEYS.keys()
+    assert result["met"].keys() == result["targets"].keys() == default
     for rounds in result["rounds"].values():
         assert len(rounds) == 1 and rounds[0] > 0
     # the precision is float32, which is not what a user gets by default

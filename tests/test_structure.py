@@ -21,7 +21,13 @@ ORDER = [
     *("predictions", "inference"),
     *("evaluation", "evaluation_tables", "figures", "pages", "preview", "report", "sweeps"),
     *("benchmark_processes", "benchmark_numbers", "benchmark_loops", "benchmark_input"),
-    *("benchmark_workers", "benchmark_predict", "benchmark_sweeps", "benchmark"),
+    *(
+        "benchmark_workers",
+        "benchmark_predict",
+        "benchmark_sweeps",
+        "benchmark_prepare",
+        "benchmark",
+    ),
     *("augmentation_page", "reference_sweeps", "reference"),
 ]
 """The flow of the data: a module may import those before it. cli may import any, lazily."""
