@@ -6,25 +6,27 @@ with --show-augmentations, draws what each augmentation does.
 
 from __future__ import annotations
 
+import argparse
+
 from fer_ray import cli
 
 
+def parser() -> argparse.ArgumentParser:
+    """The flags of this job; tests read commands in documents and manifests with it."""
+    made = cli.JobParser(description=__doc__)
+    add = made.add_argument
+    add("--data", default="", metavar="DIR", help="prepared data set; without it, drawn faces")
+    add("--output", default="", metavar="FILE.json", help="where to write it")
+    add("--only", nargs="+", default=[], metavar="KEY", help="measure these numbers and no others")
+    add("--rounds", type=cli.integer(1), default=5, help="rounds of each side")
+    add("--round-s", type=float, default=3.0, help="seconds of a round, about")
+    add("--show-augmentations", metavar="FILE.html", help="only write this page of pictures")
+    cli.add_config_flags(made)
+    return made
+
+
 def main() -> None:
-    parser = cli.JobParser(description=__doc__)
-    parser.add_argument(
-        "--data", default="", metavar="DIR", help="prepared data set; without it, drawn faces"
-    )
-    parser.add_argument("--output", default="", metavar="FILE.json", help="where to write it")
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="KEY", help="measure these numbers and no others"
-    )
-    parser.add_argument("--rounds", type=cli.integer(1), default=5, help="rounds of each side")
-    parser.add_argument("--round-s", type=float, default=3.0, help="seconds of a round, about")
-    parser.add_argument(
-        "--show-augmentations", metavar="FILE.html", help="only write this page of pictures"
-    )
-    cli.add_config_flags(parser)
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     config = cli.config_from_flags(arguments, data=arguments.data)
 
     if arguments.show_augmentations:

@@ -7,13 +7,15 @@ DIR instead, makes the report of a sweep.
 
 from __future__ import annotations
 
+import argparse
+
 from fer_ray import cli
 
 
-def main() -> None:
-    """Parses, checks, evaluates, and prints the comparison and where the report lies."""
-    parser = cli.JobParser(prog="evaluate.py", description=__doc__.partition("\n\n")[2])
-    add = parser.add_argument
+def parser() -> argparse.ArgumentParser:
+    """The flags of this job; tests read commands in documents and manifests with it."""
+    made = cli.JobParser(prog="evaluate.py", description=__doc__.partition("\n\n")[2])
+    add = made.add_argument
     add("--predictions", nargs="+", metavar="DIR", help="folders of predictions")
     add("--sweep", metavar="DIR", help="a sweep of jobs/tune.py: makes its report")
     add("--runs", metavar="DIR", help="the runs' storage: adds learning curves")
@@ -22,12 +24,18 @@ def main() -> None:
     add("--baseline", metavar="RUN", help="compare with this run only, not every pair")
     add("--bootstrap", type=cli.integer(100, 100_000), default=2_000, help="resamples")
     add("--seed", type=cli.integer(0), default=0, help="of the resampling")
-    flags = parser.parse_args()
+    return made
+
+
+def main() -> None:
+    """Parses, checks, evaluates, and prints the comparison and where the report lies."""
+    made = parser()
+    flags = made.parse_args()
     if bool(flags.predictions) == bool(flags.sweep):
-        parser.error("give exactly one of --predictions and --sweep")
+        made.error("give exactly one of --predictions and --sweep")
     if flags.sweep:
         if flags.runs or flags.data or flags.baseline:
-            parser.error("--runs, --data and --baseline go with --predictions, not with --sweep")
+            made.error("--runs, --data and --baseline go with --predictions, not with --sweep")
         report_sweep(flags.sweep, flags.output)
         return
 

@@ -5,19 +5,28 @@ Trains one model data-parallel on Ray, or resumes the run of that name.
 
 from __future__ import annotations
 
+import argparse
+
 from fer_ray import cli
 
 
+def parser() -> argparse.ArgumentParser:
+    """The flags of this job; tests read commands in documents and manifests with it."""
+    made = cli.JobParser(description=__doc__)
+    add = made.add_argument
+    add("--data", required=True, metavar="DIR", help="prepared data set")
+    add("--run", metavar="NAME", help="name of the run; by default the model's")
+    add("--storage", default="results/runs", metavar="DIR", help="folder of runs")
+    add("--from-sweep", metavar="DIR", help="with the settings of its winner")
+    add("--list-models", action=cli.ListModels, help="print what each costs")
+    cli.add_config_flags(made)
+    return made
+
+
 def main() -> None:
-    parser = cli.JobParser(description=__doc__)
-    parser.add_argument("--data", required=True, metavar="DIR", help="prepared data set")
-    parser.add_argument("--run", metavar="NAME", help="name of the run; by default the model's")
-    parser.add_argument("--storage", default="results/runs", metavar="DIR", help="folder of runs")
-    parser.add_argument("--from-sweep", metavar="DIR", help="with the settings of its winner")
-    parser.add_argument("--list-models", action=cli.ListModels, help="print what each costs")
-    cli.add_config_flags(parser)
-    winner = cli.take_sweep(parser)
-    arguments = parser.parse_args()
+    made = parser()
+    winner = cli.take_sweep(made)
+    arguments = made.parse_args()
     config = cli.config_from_flags(arguments, data=arguments.data)
 
     from fer_ray import training

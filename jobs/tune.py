@@ -6,12 +6,15 @@ Trains many variants of one model on Ray Tune, or goes on with the sweep of that
 
 from __future__ import annotations
 
+import argparse
+
 from fer_ray import cli
 
 
-def main() -> None:
-    parser = cli.JobParser(description=__doc__)
-    add = parser.add_argument
+def parser() -> argparse.ArgumentParser:
+    """The flags of this job; tests read commands in documents and manifests with it."""
+    made = cli.JobParser(description=__doc__)
+    add = made.add_argument
     add("--data", required=True, metavar="DIR", help="prepared data set")
     add("--sweep", required=True, metavar="PRESET|FILE", help="normalization, augmentation, search")
     add("--run", metavar="NAME", help="name of the sweep; by default the preset's or the file's")
@@ -23,9 +26,13 @@ def main() -> None:
     add("--gpus-per-trial", type=cli.number(0.0, 64.0), default=0.0, help="such as 0.25")
     add("--time-budget-s", type=cli.number(0.0), default=0.0, help="then stop, to go on later")
     add("--tensorboard", action="store_true", help="write TensorBoard's files too")
-    cli.add_config_flags(parser)
-    parser.set_defaults(**{"scaling.num_workers": 1})  # one process a trial
-    flags = parser.parse_args()
+    cli.add_config_flags(made)
+    made.set_defaults(**{"scaling.num_workers": 1})  # one process a trial
+    return made
+
+
+def main() -> None:
+    flags = parser().parse_args()
     config = cli.config_from_flags(flags, data=flags.data)
 
     from fer_ray.sweeps import planning, summary, tuning

@@ -127,7 +127,7 @@ def test_files_and_functions_stay_short():
 def test_jobs_are_thin_and_open_with_their_command():
     for job in JOBS:
         text = job.read_text()
-        assert text.count("\n") <= 55, job.name
+        assert text.count("\n") <= 65, job.name
         first = ast.get_docstring(ast.parse(text)).splitlines()[0]
         assert f"python jobs/{job.name} " in first
 
