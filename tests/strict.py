@@ -56,6 +56,6 @@ def json_schema(openapi: dict[str, Any]) -> dict[str, Any]:
         kept["properties"] = {
             name: json_schema(one) for name, one in openapi.get("properties", {}).items()
         }
-        extra = openapi.get("additionalProperties", not openapi.get("properties"))
+        extra = openapi.get("additionalProperties", False)
         kept["additionalProperties"] = json_schema(extra) if isinstance(extra, dict) else extra
     return kept

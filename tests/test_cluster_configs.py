@@ -176,7 +176,7 @@ def is_spot(name: str, node: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("name", CLOUDS)
 def test_workers_come_only_when_asked_for_and_may_be_on_demand(name):
     text = (CLUSTER / f"{name}.yaml").read_text()
-    comment = re.findall(r"(?:^  #.*\n)+", text.split("tried first.\n")[1], re.M)[0]
+    comment = re.findall(r"(?:^  #.*\n)+", text.split("Ray's source).\n")[1], re.M)[0]
     without = text.replace(comment, re.sub(r"^  # ", "  ", comment, flags=re.M))
     for written, names in ((text, {"gpu_spot"}), (without, {"gpu_spot", "gpu_on_demand"})):
         (config,) = strict.load_all(written)
@@ -185,8 +185,9 @@ def test_workers_come_only_when_asked_for_and_may_be_on_demand(name):
         assert types["head"]["max_workers"] == 0
         assert {types[one]["min_workers"] for one in names} == {0}
         assert is_spot(name, types["gpu_spot"]["node_config"])
-    assert not is_spot(name, types["gpu_on_demand"]["node_config"])
-    assert types["gpu_on_demand"]["priority"] < types["gpu_spot"].get("priority", 0)
+    spot, on_demand = types["gpu_spot"], types["gpu_on_demand"]
+    assert not is_spot(name, on_demand["node_config"])
+    assert spot["resources"] == on_demand["resources"], "else it is no replacement"
 
 
 def test_machines_that_one_has_all_join():

@@ -1,0 +1,203 @@
+"""The manifests for KubeRay: strictly what its schemas allow, locked, with shared memory."""
+
+from __future__ import annotations
+
+import copy
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import strict
+import yaml
+from commands import check, job_commands
+
+ROOT = Path(__file__).resolve().parents[1]
+MANIFESTS = ROOT / "cluster" / "kuberay"
+SCHEMAS = ROOT.parent / "shared" / "kuberay"
+JOBS = ("train", "tune", "predict")
+NAMES = ("cluster", *JOBS)
+FILES = {"RayCluster": "ray.io_rayclusters.yaml", "RayJob": "ray.io_rayjobs.yaml"}
+
+
+@cache
+def validator(kind: str) -> jsonschema.Draft202012Validator:
+    """Checks manifests of a kind as an API server does that is asked to be strict."""
+    file = SCHEMAS / FILES[kind]
+    if not file.exists():
+        pytest.skip(f"KubeRay's schemas are not at {SCHEMAS.relative_to(ROOT.parent)}")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast on these files
+    definition = yaml.load(file.read_text(), Loader=loader)
+    (version,) = (one for one in definition["spec"]["versions"] if one["name"] == "v1")
+    schema = strict.json_schema(version["schema"]["openAPIV3Schema"])
+    # the API server's own, which a custom resource's schema does not repeat
+    names = {"name": {"type": "string"}, "namespace": {"type": "string"}}
+    schema["properties"]["metadata"] = {
+        "type": "object",
+        "required": ["name"],
+        "additionalProperties": False,
+        "properties": {**names, "labels": {"type": "object"}, "annotations": {"type": "object"}},
+    }
+    return jsonschema.Draft202012Validator(schema)
+
+
+def manifest(name: str) -> dict[str, Any]:
+    return copy.deepcopy(strict.load(MANIFESTS / f"{name}.yaml"))
+
+
+def cluster_of(made: dict[str, Any]) -> dict[str, Any]:
+    return made["spec"].get("rayClusterSpec", made["spec"])
+
+
+def pods(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The pod templates' specifications of a manifest, by what they are for."""
+    cluster = cluster_of(made)
+    found = {group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}
+    found["head"] = cluster["headGroupSpec"]["template"]
+    if made["kind"] == "RayJob":
+        found["submitter"] = made["spec"]["submitterPodTemplate"]
+    return {name: template["spec"] for name, template in found.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kuberay_takes_the_manifest(name):
+    made = manifest(name)
+    assert made["apiVersion"] == "ray.io/v1" and made["metadata"]["namespace"] == "fer-ray"
+    validator(made["kind"]).validate(made)
+
+
+WRONG = {
+    "unknown field": (lambda spec: spec.update(enableAutoscaling=True), "enableAutoscaling"),
+    "unknown mode": (lambda spec: spec["authOptions"].update(mode="tokens"), "'tokens'"),
+    "no pods": (lambda spec: spec["headGroupSpec"].pop("template"), "'template' is a required"),
+    "number for text": (
+        lambda spec: spec["headGroupSpec"]["rayStartParams"].update({"num-cpus": 2}),
+        "2 is not of type 'string'",
+    ),
+    "unknown field of a pod": (
+        lambda spec: spec["headGroupSpec"]["template"]["spec"].update(securityContexts={}),
+        "securityContexts",
+    ),
+    "unknown field of a container": (
+        lambda spec: spec["workerGroupSpecs"][0]["template"]["spec"]["containers"][0].update(
+            volumeMount=[]
+        ),
+        "volumeMount",
+    ),
+    "no such quantity": (
+        lambda spec: spec["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"][
+            "limits"
+        ].update(memory="12 GB"),
+        "'12 GB'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["cluster", "train"])
+@pytest.mark.parametrize("case", WRONG)
+def test_kuberay_would_notice(case, name):
+    made = manifest(name)
+    change, says = WRONG[case]
+    change(cluster_of(made))
+    messages = [error.message for error in validator(made["kind"]).iter_errors(made)]
+    messages += [
+        below.message
+        for error in validator(made["kind"]).iter_errors(made)
+        for below in error.context or []
+    ]
+    assert any(says in message for message in messages), messages
+
+
+def test_a_key_that_stands_twice_would_be_noticed():
+    text = (MANIFESTS / "cluster.yaml").read_text()
+    twice = text.replace("    mode: token", "    mode: token\n    mode: disabled", 1)
+    with pytest.raises(yaml.YAMLError, match="mode given twice"):
+        strict.load_all(twice)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_jobs_run_on_the_cluster_of_cluster_yaml(name):
+    assert cluster_of(manifest(name)) == manifest("cluster")["spec"]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_command_is_one_that_the_job_takes(name):
+    entrypoint = manifest(name)["spec"]["entrypoint"]
+    (command,) = job_commands(entrypoint)
+    assert command[0] == f"/app/jobs/{name}.py"
+    flags = vars(check(command))
+    assert all(str(flags[one]).startswith("s3://BUCKET/") for one in ("data",) if flags.get(one))
+    places = [word for word in command if "/" in word and not word.startswith("/app/")]
+    assert places and all(place.startswith("s3://BUCKET/") for place in places)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_is_asked_for_and_workers_scale_from_none(name):
+    cluster = cluster_of(manifest(name))
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["enableInTreeAutoscaling"] is True
+    (group,) = cluster["workerGroupSpecs"]
+    assert group["minReplicas"] == group["replicas"] == 0 < group["maxReplicas"]
+    (worker,) = group["template"]["spec"]["containers"]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    (version,) = re.findall(r"^ray==(\S+)", (ROOT / "requirements.lock").read_text(), re.M)
+    assert cluster["rayVersion"] == version
+
+
+def unprivileged(pod: dict[str, Any]) -> bool:
+    """Whether a namespace that enforces the restricted profile admits the pod."""
+    whole, (container,) = pod["securityContext"], pod["containers"]
+    own = container["securityContext"]
+    return (
+        whole.get("runAsNonRoot") is True
+        and whole.get("runAsUser", 0) > 0
+        and whole.get("seccompProfile") == {"type": "RuntimeDefault"}
+        and own.get("allowPrivilegeEscalation") is False
+        and own.get("capabilities") == {"drop": ["ALL"]}
+        and not own.get("privileged")
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pods_have_no_privileges(name):
+    for pod in pods(manifest(name)).values():
+        assert unprivileged(pod)
+        for change in ({"runAsNonRoot": False}, {"runAsUser": 0}, {"seccompProfile": {}}):
+            assert not unprivileged(
+                {**pod, "securityContext": {**pod["securityContext"], **change}}
+            )
+
+
+def size(quantity: str) -> int:
+    number, unit = re.fullmatch(r"(\d+)(Ki|Mi|Gi)", quantity).groups()
+    return int(number) * 2 ** {"Ki": 10, "Mi": 20, "Gi": 30}[unit]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_object_store_fits_into_shared_memory_and_that_into_the_pod(name):
+    cluster = cluster_of(manifest(name))
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        (mount,) = (one for one in container["volumeMounts"] if one["mountPath"] == "/dev/shm")
+        (volume,) = (one for one in pod["volumes"] if one["name"] == mount["name"])
+        assert volume["emptyDir"]["medium"] == "Memory"
+        shared = size(volume["emptyDir"]["sizeLimit"])
+        store = int(group["rayStartParams"]["object-store-memory"])
+        assert store < shared < size(container["resources"]["limits"]["memory"]) / 2
+
+
+def test_the_namespace_admits_only_such_pods_and_few_connections():
+    found = strict.load_all((MANIFESTS / "namespace.yaml").read_text())
+    namespace, *accounts, policy = found
+    labels = namespace["metadata"]["labels"]
+    assert labels == {"pod-security.kubernetes.io/enforce": "restricted"}
+    named = {one["metadata"]["name"] for one in accounts}
+    used = {
+        pod.get("serviceAccountName") for name in NAMES for pod in pods(manifest(name)).values()
+    }
+    assert used - {None} == named
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    assert {one["metadata"]["namespace"] for one in (*accounts, policy)} == {"fer-ray"}
