@@ -57,9 +57,12 @@ benchmark: .venv/ready ## what this machine achieves beside plain loops; 10 minu
 reference: .venv/ready ## keep the results of results/ in results/reference, and the README's table
 	$(BIN)/python -m fer_ray.reference collect
 
-lock: ## resolve the newest versions into requirements.lock
+lock: ## resolve the newest versions into requirements.lock, and cluster/gcp.lock
 	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-header --upgrade --output-file requirements.lock
+	echo google-api-python-client | $(BIN)/uv pip compile --quiet - --constraints requirements.lock \
+		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--output-file cluster/gcp.lock
 
 clean: ## remove .venv and the demo's results
 	rm -rf .venv $(DEMO)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,40 @@ def test_every_job_gives_its_parser_without_doing_its_work(name, tmp_path, monke
 def test_the_commands_in_documents_are_ones_that_the_jobs_take(document):
     for command in commands_of(document):
         check(command)
+
+
+def expanded_makefile() -> str:
+    """The Makefile's recipes, its own variables put in, as the shell would get them."""
+    text = re.sub(r"\\\n\s*", " ", (ROOT / "Makefile").read_text())
+    values = dict(re.findall(r"^([A-Z_]+) [:?]= (.*)$", text, re.M))
+    for _ in values:  # values name others
+        text = re.sub(r"\$\((\w+)\)", lambda found: values.get(found[1], found[0]), text)
+    recipes = [line.strip() for line in text.splitlines() if line.startswith("\t")]
+    return "\n".join(recipes).replace("$$model", "custom_cnn")  # what a loop goes over
+
+
+def test_the_commands_of_the_makefile_are_ones_that_the_jobs_take():
+    commands = list(job_commands(expanded_makefile()))
+    assert {Path(command[0]).stem for command in commands} >= {"train", "benchmark"}
+    for command in commands:
+        if "--list-models" not in command:  # which prints them, and ends
+            check(command)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_opens_with_a_command_that_it_takes(name):
+    line = ast.get_docstring(ast.parse((ROOT / "jobs" / f"{name}.py").read_text())).splitlines()[0]
+    (command,) = job_commands(line)
+    assert Path(command[0]).stem == name
+    check(command)
+
+
+def test_the_command_that_local_py_prints_is_one_that_the_job_takes():
+    text = (ROOT / "cluster" / "local.py").read_text()
+    (example,) = re.findall(r'_EXAMPLE = """(.*?)"""', text, re.S)
+    (command,) = job_commands(example.replace("\\\\", "\\"))
+    assert "--cpus-per-worker" in command
+    check(command)
 
 
 def test_the_documents_show_every_job_but_the_benchmark():
