@@ -1,0 +1,77 @@
+"""What cluster/README.md says of troubles, brought about on two nodes of this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_cluster import ROOT, Cluster, cluster, local  # noqa: F401 (the fixture)
+
+RAY = Path(sys.executable).parent / "ray"
+
+
+def says(message: str) -> str:
+    """A message, which the README has to quote."""
+    text = " ".join((ROOT / "cluster" / "README.md").read_text().split())
+    assert message in text, "the README does not quote it"
+    return message
+
+
+def ray_job(cluster: Cluster, *arguments: str, **environment: str) -> str:  # noqa: F811
+    """What `ray job …` prints of a command that may fail."""
+    settings = {**local.access(cluster.folder), "RAY_API_SERVER_ADDRESS": cluster.jobs}
+    done = subprocess.run(
+        [str(RAY), "job", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **settings, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    return done.stdout
+
+
+SUBMIT = ("submit", "--working-dir", ".")
+
+
+@pytest.mark.slow
+def test_without_the_token(cluster):  # noqa: F811
+    command = (*SUBMIT, "--", "python", "-V")
+    output = ray_job(cluster, *command, RAY_AUTH_MODE="disabled")
+    assert says("Authentication required: Unauthorized: Missing authentication token") in output
+    wrong = {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": "0" * 64}
+    output = ray_job(cluster, *command, **wrong)
+    assert says("Authentication failed: Forbidden: Invalid authentication token") in output
+
+
+@pytest.mark.slow
+def test_a_python_without_the_dependencies(cluster):  # noqa: F811
+    # -S: without the packages that are installed beside it
+    bare = (sys.executable, "-S", "jobs/train.py", "--data", "/nowhere")
+    output = ray_job(cluster, *SUBMIT, "--", *bare)
+    assert says("ModuleNotFoundError: No module named 'pyarrow'") in output
+
+
+@pytest.mark.slow
+def test_more_gpus_than_there_are(cluster, tmp_path):  # noqa: F811
+    data = str(tmp_path / "faces")
+    source = ["--source", "synthetic", "--num-images", "200", "--output", data]
+    cluster.succeed("python", "jobs/prepare.py", *source)
+    train = ["python", "jobs/train.py", "--data", data, "--storage", str(tmp_path), "--use-gpu"]
+    (job,) = re.findall(
+        r"Job '(raysubmit_\w+)' submitted", ray_job(cluster, *SUBMIT, "--no-wait", "--", *train)
+    )
+    waits = says("--use-gpu: 2 GPUs wanted, the cluster has 0: waiting for it to grow")
+    deadline = time.monotonic() + 120
+    log = ""
+    while waits not in log:
+        assert time.monotonic() < deadline and "\ntrain.py: " not in log, log
+        time.sleep(1)
+        log = ray_job(cluster, "logs", job)
+    assert "was stopped" in ray_job(cluster, "stop", job)
