@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 from typing import Any
 
@@ -14,6 +16,7 @@ from test_cluster_configs import CLUSTER, prepared, read
 boto3 = pytest.importorskip("boto3", reason="boto3 is absent")
 moto = pytest.importorskip("moto", reason="moto is absent")
 
+ACCOUNTS = itertools.count(100_000_000_001)
 HOME = "203.0.113.7/32"
 """Where the user connects from."""
 
@@ -64,8 +67,9 @@ class Account:
             make(name, resolve(resources[name]["Properties"], self.known))
 
     def _Bucket(self, name: str, given: dict[str, Any]) -> None:
-        self.s3.create_bucket(Bucket="fer-ray-1")
-        self.known |= {name: "fer-ray-1", f"{name}.Arn": "arn:aws:s3:::fer-ray-1"}
+        bucket = f"fer-ray-{os.environ['MOTO_ACCOUNT_ID']}"  # names are unique in the world
+        self.s3.create_bucket(Bucket=bucket)
+        self.known |= {name: bucket, f"{name}.Arn": f"arn:aws:s3:::{bucket}"}
 
     def _ManagedPolicy(self, name: str, given: dict[str, Any]) -> None:
         made = self.iam.create_policy(
@@ -104,16 +108,24 @@ class Account:
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
-    """An empty AWS account, and a home for the key that Ray makes."""
+    """An empty AWS account, and a home for the key that Ray makes.
+
+    Other tests keep their buckets in moto too, in this process: nothing is reset, and the account
+    is a new one.
+    """
     from ray.autoscaler._private.aws import utils
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "none")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    monkeypatch.setenv("MOTO_ACCOUNT_ID", f"{next(ACCOUNTS)}")
     monkeypatch.setenv("HOME", str(tmp_path))
-    with moto.mock_aws():
-        utils.resource_cache.cache_clear()
-        yield read("aws")["provider"]["region"]
+    mock = moto.mock_aws()
+    mock.start(reset=False)
     utils.resource_cache.cache_clear()
+    yield read("aws")["provider"]["region"]
+    utils.resource_cache.cache_clear()
+    mock.stop(remove_data=False)
 
 
 def launched(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
