@@ -71,12 +71,12 @@ class Source(Protocol):
 
 def junk_reason(path: str) -> str | None:
     """Why a file is not a picture at all, judged by its path; None where it may be one."""
-    parts = path.split("/")
-    if "__MACOSX" in parts[:-1]:
+    name = path.rpartition("/")[2]
+    if name.lower() in _SYSTEM_FILES or name == ".DS_Store":
         return "a file of the operating system"
-    if parts[-1].lower() in _SYSTEM_FILES or parts[-1] == ".DS_Store":
+    if "__MACOSX/" in path and "__MACOSX" in path.split("/"):
         return "a file of the operating system"
-    if any(part.startswith(".") for part in parts):
+    if path.startswith(".") or "/." in path:
         return "a hidden file"
     return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import hashlib
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -40,6 +41,9 @@ _WHOLLY_64 = 2**32 - 1
 
 _AT = struct.Struct("<QQQLH")
 """An entry's `at`: offset of its local header, bytes packed, bytes unpacked, CRC-32, method."""
+
+_PLAIN = re.compile(r"(?:[^./\\\0][^/\\\0]*/)*[^./\\\0][^/\\\0]*\Z")
+"""A path whose components are neither empty nor begin with a dot."""
 
 _BLOCK = 2**20
 _SLACK = 128
@@ -204,23 +208,32 @@ def _entry(record: bytes, shift: int) -> Entry | None:
     raw = record[_RECORD.size : name_end]
     # as zipfile does; bytes that are no UTF-8 in spite of the flag are shown escaped
     name = raw.decode("utf-8", "backslashreplace") if flags & _UTF8 else raw.decode("cp437")
-    # some Windows programs write the other slash
-    name = name.replace("\\", "/").split("\0")[0]
-    if name.endswith("/"):
+    # the way round is only taken where it has to be: a million names add up
+    path, leads_out = (name, False) if _PLAIN.match(name) else _mended(name)
+    if path is None:
         return None
-    path = "/".join(part for part in name.split("/") if part not in ("", "."))
     if _WHOLLY_64 in (packed, size, offset):
         extra = record[name_end : name_end + extra_length]
         size, packed, offset = _wide(extra, size, packed, offset)
     at = _AT.pack(offset + shift, packed, size, crc, method)
     reason = None
-    if name.startswith("/") or ".." in path.split("/"):
+    if leads_out:
         reason = "its path points outside the zip"
     elif flags & _ENCRYPTED:
         reason = "it is encrypted"
     elif method not in (_STORED, _DEFLATED, _BZIP2):
         reason = f"packed by a method that is not read ({method}): stored, deflate, bzip2 are"
     return Entry(path=path or "(no name)", size=size, at=at, reason=reason)
+
+
+def _mended(name: str) -> tuple[str | None, bool]:
+    """An entry's path, None for a folder, and whether it points outside the zip."""
+    # some Windows programs write the other slash
+    name = name.replace("\\", "/").split("\0")[0]
+    if name.endswith("/"):
+        return None, False
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return "/".join(parts), name.startswith("/") or ".." in parts
 
 
 def _wide(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int, int]:
