@@ -41,6 +41,7 @@ def train(
     report: Report,
     provenance: dict[str, Any] | None = None,
     resume: Checkpoint | None = None,
+    until: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> None:
     """Trains to the end of the schedule, or until it is stopped early.
@@ -54,12 +55,13 @@ def train(
         provenance: hardware and versions, kept in its checkpoints.
         report: called by every worker after each epoch.
         resume: a checkpoint of the same run to go on from.
+        until: the epoch after which to pause; None: none.
         say: takes a line now and then within a long epoch; None: nobody wants to know.
     """
     labels = {"run": run, "provenance": provenance or {}}
     trainer = Trainer(config, info, feed, group=group, labels=labels, resume=resume)
     trainer.say = say
-    trainer.fit(report)
+    trainer.fit(report, until)
 
 
 class Trainer:
@@ -127,9 +129,9 @@ class Trainer:
                     self.model, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
 
-    def fit(self, report: Report) -> None:
+    def fit(self, report: Report, until: int | None = None) -> None:
         """Runs the epochs that are left and reports each; raises `NotFinite` on every worker."""
-        while not self._finished():
+        while not self._finished() and (until is None or len(self.history) < until):
             epoch, start = len(self.history), time.perf_counter()
             trained = self._train_epoch(epoch)
             train_s = time.perf_counter() - start

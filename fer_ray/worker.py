@@ -34,9 +34,9 @@ def work(settings: dict[str, Any]) -> None:
     Args:
         settings: ``config`` (`TrainConfig.to_dict`), ``run``, ``folder`` of the run, and either
             ``images``, a reference to pixels and labels of each split, or ``pieces`` of each
-            split and ``spare_cpus``, to stream them. ``say``: False for no lines of progress.
-            ``note_group``: whether to
-            leave the id of the workers' placement group in `PLACEMENT_GROUP`.
+            split and ``spare_cpus``, to stream them. ``until``: the epoch after which to pause.
+            ``say``: False for no lines of progress. ``note_group``: whether to leave the id of
+            the workers' placement group in `PLACEMENT_GROUP`.
     """
     import ray.train
     import ray.train.torch
@@ -56,6 +56,8 @@ def work(settings: dict[str, Any]) -> None:
     with _last_checkpoint(settings["folder"]) as resume:
         if resume and say:
             say(f"going on after epoch {resume.epoch}")
+        if resume and rank == 0:  # a crash may have come between the checkpoint and its row
+            write_history(storage.join(settings["folder"], HISTORY), resume.history)
         try:
             loop.train(
                 config,
@@ -66,6 +68,7 @@ def work(settings: dict[str, Any]) -> None:
                 report=_reporter(rank, settings["folder"], config.schedule.epochs, say),
                 provenance=provenance.describe(group.device),
                 resume=resume,
+                until=settings.get("until"),
                 say=say,
             )
         except loop.NotFinite as error:
