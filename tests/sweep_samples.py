@@ -160,7 +160,7 @@ def search(folder: Path, *, trials: int = 40, epochs: int = 9, **settings: Any) 
         full = history(round(float(score), 4), epochs)[:reached]
         ended: dict[str, Any] = {"status": FINISHED, "history": full}
         if reached < epochs:
-            reason = f"ASHA: below the best third after epoch {reached}"
+            reason = f"ASHA: not in the best third after epoch {reached}"
             ended |= {"status": STOPPED, "reason": reason}
         if number == 7:
             ended = {"status": FAILED, "reason": "the loss is not finite at step 12", "history": []}

@@ -37,8 +37,9 @@ FOLDERS = {
     "sources": ["files", "folders", "zips", "layouts", "tables", "pixels", "kaggle"],
     "transforms": ["normalization", "randomness", "parameters", "library", "device", "mixing"],
     "sweeps": [
-        *("space", "records", "planning", "images", "importance", "search", "analysis"),
-        *("winner", "words", "summary", "figures", "report", "trial", "progress", "tuning"),
+        *("space", "records", "planning", "images", "importance", "halving"),
+        *("preflight", "search", "analysis", "winner", "words", "summary", "figures", "report"),
+        *("trial", "progress", "tuning"),
     ],
 }
 """The flow within the folders."""

@@ -1,14 +1,13 @@
-"""Which trials a search tries and stops, also after an interruption."""
+"""What a search tries, also after an interruption."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 
 from fer_ray.sweeps import records
-from fer_ray.sweeps.records import FINISHED, STOPPED, Trial
-from fer_ray.sweeps.search import Halving, Planner, Suggestions, first_rung
+from fer_ray.sweeps.halving import Halving
+from fer_ray.sweeps.records import FAILED, FINISHED, UNFINISHED, Trial
+from fer_ray.sweeps.search import Planner, Suggestions
 from fer_ray.sweeps.space import Range
 
 RANGES = {
@@ -22,10 +21,6 @@ def rows(*scores: float) -> list[dict]:
     return [{"epoch": e, "validation_accuracy": score} for e, score in enumerate(scores, 1)]
 
 
-def live(number: int) -> SimpleNamespace:
-    return SimpleNamespace(trial_id=f"by tune {number}", config={"number": number})
-
-
 @pytest.fixture
 def sweep(tmp_path):
     for number in range(6):
@@ -33,101 +28,75 @@ def sweep(tmp_path):
     return str(tmp_path)
 
 
-def test_halving_stops_what_is_below_the_best_third_and_writes_it_down(sweep):
-    scheduler = Halving(sweep, 9, [])
-    assert first_rung(9) == 1
-    scores, decisions = [0.5, 0.6, 0.4, 0.7], []
-    for number, score in enumerate(scores):
-        scheduler.on_trial_add(None, live(number))
-        (row,) = rows(score)
-        decisions.append(scheduler.on_trial_result(None, live(number), row))
-    # the first has none to be compared with; 0.4 is below the best third of 0.5 and 0.6
-    assert decisions == ["CONTINUE", "CONTINUE", "STOP", "CONTINUE"]
-    assert [records.read_trial(sweep, n).status == STOPPED for n in range(4)] == [
-        *(False, False, True, False)
-    ]
-    assert "epoch 1" in (records.read_trial(sweep, 2).reason or "")
-
-
-def test_halving_lets_the_last_epoch_pass(sweep):
-    scheduler = Halving(sweep, 3, [])
-    for number, score in ((0, 0.9), (1, 0.1)):
-        scheduler.on_trial_add(None, live(number))
-        row = {"epoch": 3, "validation_accuracy": score}
-        assert scheduler.on_trial_result(None, live(number), row) == "CONTINUE"
-
-
-def test_halving_goes_on_with_what_earlier_sittings_saw_and_counts_each_once(sweep):
-    earlier = [
-        Trial(number=0, arm=None, options={}, history=rows(0.5, 0.6), status=FINISHED),
-        Trial(number=1, arm=None, options={}, history=rows(0.7)),
-    ]
-    scheduler = Halving(sweep, 9, earlier)
-    scheduler.on_trial_add(None, live(1))  # it goes on under another id of Ray Tune's
-    (_, second) = rows(0.7, 0.1)
-    assert scheduler.on_trial_result(None, live(1), second) == "CONTINUE"
-    scheduler.on_trial_add(None, live(2))
-    assert scheduler.on_trial_result(None, live(2), rows(0.6)[0]) == "STOP"
-    scheduler.on_trial_add(None, live(3))
-    assert scheduler.on_trial_result(None, live(3), rows(0.8)[0]) == "CONTINUE"
-
-
-def test_suggestions_stay_in_their_ranges_and_follow_the_seed():
-    first, again = Suggestions(RANGES, seed=3), Suggestions(RANGES, seed=3)
-    asked = [first.ask(number) for number in range(8)]
-    assert asked == [again.ask(number) for number in range(8)]
+def test_suggestions_stay_in_their_ranges_and_follow_seed_number_and_what_is_known():
+    suggestions = Suggestions(RANGES, seed=3)
+    asked = [suggestions.ask(number, []) for number in range(8)]
+    other = Suggestions(RANGES, seed=3)
+    assert other.ask(5, []) == asked[5] and other.ask(0, []) == asked[0]
+    assert Suggestions(RANGES, seed=4).ask(5, []) != asked[5]
+    assert len({str(one) for one in asked}) == 8
     for chosen in asked:
         assert 0.001 <= chosen["optimizer.learning_rate"] <= 1
         assert chosen["model.width"] in (4, 8, 12, 16)
         assert chosen["transforms.normalization"] in ("none", "minmax")
 
 
-def test_suggestions_remember_and_lean_to_what_was_good():
-    suggestions = Suggestions(RANGES, seed=0)
-    for number in range(30):
-        width, minmax = 4 * (1 + number % 4), number % 2
-        chosen = {
-            "optimizer.learning_rate": 0.1,
-            "model.width": width,
-            "transforms.normalization": ("none", "minmax")[minmax],
-        }
-        score = 0.9 if minmax else 0.1
-        suggestions.remember(
-            Trial(number=number, arm=None, options=chosen, history=rows(score), status=FINISHED)
-        )
-    asked = [suggestions.ask(100 + number) for number in range(20)]
-    assert sum(one["transforms.normalization"] == "minmax" for one in asked) >= 15
-
-
-def test_an_unfinished_trial_is_remembered_with_its_options_and_told_later():
-    suggestions = Suggestions(RANGES, seed=0)
+def known(number: int, *scores: float, status: str = UNFINISHED) -> Trial:
+    """Of every width, each with both normalizations."""
     chosen = {
-        "optimizer.learning_rate": 0.02,
-        "model.width": 8,
-        "transforms.normalization": "none",
+        "optimizer.learning_rate": 0.1,
+        "model.width": 4 * (1 + number // 2 % 4),
+        "transforms.normalization": ("none", "minmax")[number % 2],
     }
-    suggestions.remember(Trial(number=0, arm=None, options=chosen))
-    over = Trial(number=0, arm=None, options=chosen, history=rows(0.4), status=FINISHED)
-    suggestions.tell(over)
-    (known,) = suggestions._study.trials
-    assert known.params == chosen and known.value == 0.4
-    suggestions.tell(over)  # a second time it is not counted
-    assert len(suggestions._study.trials) == 1
+    return Trial(number=number, arm=None, options=chosen, history=rows(*scores), status=status)
 
 
-def test_the_planner_hands_out_what_waits_then_what_is_new_then_nothing(sweep):
-    made = iter([Trial(number=6, arm=None, options={})])
-    ended: list[int] = []
-    planner = Planner(
-        sweep,
-        [2, 4],
-        num_new=1,
-        suggest=lambda: next(made),
-        ended=lambda trial: ended.append(trial.number),
-    )
-    handed = [planner.suggest(str(n)) for n in range(4)]
-    assert handed == [{"number": 2}, {"number": 4}, {"number": 6}, Planner.FINISHED]
-    planner.on_trial_complete("0", None)  # the time budget was used up
-    records.end(sweep, 4, FINISHED)
+def share_of_minmax(trials: list[Trial]) -> float:
+    suggestions = Suggestions(RANGES, seed=0)
+    asked = [suggestions.ask(100 + number, trials) for number in range(20)]
+    return sum(one["transforms.normalization"] == "minmax" for one in asked) / 20
+
+
+def test_suggestions_lean_to_what_was_good_and_to_what_was_promoted():
+    finished = [known(n, 0.9 if n % 2 else 0.1, status=FINISHED) for n in range(32)]
+    assert share_of_minmax(finished) >= 0.75
+    assert share_of_minmax(finished[::-1]) == share_of_minmax(finished)
+    paused = [known(n, 0.9 if n % 2 else 0.1) for n in range(32)]
+    assert share_of_minmax(paused) >= 0.75
+    # of two that are paused, what came further is better, whatever its score
+    further = [known(n, *([0.2] * 3 if n % 2 else [0.5])) for n in range(32)]
+    assert share_of_minmax(further) >= 0.75
+
+
+def test_what_has_no_result_yet_counts_as_bad_and_what_failed_not_at_all():
+    half = [known(n, 0.5) for n in range(16)]
+    begun = [known(n) for n in range(17, 64, 2)]
+    assert share_of_minmax(half + begun) < share_of_minmax(half)
+    failed = [known(n, status=FAILED) for n in range(16, 64)]
+    assert share_of_minmax(half + failed) == share_of_minmax(half)
+
+
+def test_the_planner_hands_out_jobs_and_waits_for_those_that_train(sweep):
+    for number in (0, 1):
+        records.end(sweep, number, FINISHED)
+    halving = Halving((1, 3), 7, records.read_all(sweep))
+    made: list[int] = []
+
+    def make(number: int) -> Trial:
+        made.append(number)
+        records.create(sweep, Trial(number=number, arm=None, options={}))
+        return records.read_trial(sweep, number)
+
+    planner = Planner(sweep, halving, make)
+    handed = [planner.suggest(str(n)) for n in range(6)]
+    assert handed == [*({"number": n, "until": 1} for n in (2, 3, 4, 5, 6)), None]
+    assert made == [6]
+    records.end(sweep, 3, FAILED)
     planner.on_trial_complete("1", None)
-    assert ended == [4]
+    planner.on_trial_complete("0", None, error=True)  # not written down yet
+    assert {n: halving.trials[n].status for n in (2, 3)} == {2: FAILED, 3: FAILED}
+    for trial_id, number in (("2", 4), ("3", 5), ("4", 6)):
+        assert planner.suggest("then") is None
+        records.end(sweep, number, FAILED)
+        planner.on_trial_complete(trial_id, None)
+    assert planner.suggest("then") == Planner.FINISHED

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,8 @@ from processes import descendants, kill_with_descendants
 from fer_ray import checkpoint, storage, worker
 from fer_ray.config import TrainConfig
 from fer_ray.errors import UserError
-from fer_ray.sweeps import images, planning, progress, records, trial, tuning
+from fer_ray.sweeps import images, planning, preflight, progress, records, trial, tuning
+from fer_ray.sweeps.halving import Halving, Job
 from fer_ray.sweeps.planning import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +122,7 @@ def test_what_never_fits_is_refused_before_anything_is_written(data, tmp_path, s
 def test_trials_at_once_are_what_fits(data, tmp_path):
     def at_once(scaling: dict, **limits) -> int:
         made = plan(data, tmp_path, config=config(data, scaling=scaling), limits=limits)
-        return tuning.trials_at_once(made, print)
+        return preflight.trials_at_once(made, print)
 
     assert at_once({}) == 2
     assert at_once({"cpus_per_worker": 0.5}) == 4
@@ -222,11 +224,9 @@ def test_a_live_table_is_erased_whole_and_never_wraps(swept, data, monkeypatch, 
     folder, *_ = swept
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "40")
-    trials = records.read_all(str(folder))
-    shown = progress.Progress(
-        str(folder), config(data), num_trials=9, earlier=trials, say=lambda line: None
-    )
-    shown._running[0] = {"epoch": 0}
+    halving = Halving((2,), 9, records.read_all(str(folder)))
+    shown = progress.Progress(str(folder), config(data), halving, say=lambda line: None)
+    shown.on_trial_start(0, [], tuned(0, 2))
     shown._draw()
     drawn = capsys.readouterr().out.splitlines()
     assert len(drawn) == len(shown.table()) == 2
@@ -234,6 +234,36 @@ def test_a_live_table_is_erased_whole_and_never_wraps(swept, data, monkeypatch, 
     assert max(map(len, shown.table())) > 40, "nothing had to be cut"
     shown.close()
     assert capsys.readouterr().out == "\x1b[2F\x1b[J"
+
+
+def tuned(number: int, until: int) -> SimpleNamespace:
+    """What Ray Tune calls a trial."""
+    return SimpleNamespace(config={"number": number, "until": until})
+
+
+def test_the_table_tells_what_is_paused_and_what_was_promoted(tmp_path):
+    sweep, said = str(tmp_path), []
+    row = {**dict.fromkeys(records.METRICS, 0.5), "learning_rate": 0.1, "images_per_s": 900.0}
+    for number in range(4):
+        made = records.Trial(number=number, arm=None, options={"schedule.seed": 0})
+        records.create(sweep, made)
+    history = [{**row, "epoch": epoch} for epoch in (1, 2)]
+    for number in range(3):
+        records.save(records.folder_of(sweep, number), 1, history[:1], lambda place: None)
+    halving = Halving((1, 3, 9), 9, records.read_all(sweep))
+    shown = progress.Progress(sweep, small.config(), halving, say=said.append)
+    for number, until in ((0, 3), (3, 1)):
+        assert halving.next() == Job(number=number, until=until)
+        shown.on_trial_start(0, [], tuned(number, until))
+    shown.on_trial_result(0, [], tuned(0, 3), history[1])
+    first, second, last = shown.table()
+    assert first == "  trial 0, promoted: epoch 2/3 of 9, 50.00%, 900 images/s"
+    assert second == "  trial 3: epoch 0/1 of 9"
+    # 1 of trial 0, 1 of trial 3, 5 new trials, 2 more to epoch 3, 1 to the end
+    assert last.startswith("  0 of 9 trials over, 2 paused; 17 epochs to run, about ")
+    records.save(records.folder_of(sweep, 3), 1, history[:1], lambda place: None)
+    shown.on_trial_complete(0, [], tuned(3, 1))
+    assert said[0] == "trial 3 paused: 50.00% after 1 epochs, 0 s"
 
 
 def test_another_sweep_under_the_same_name_is_refused_and_shown(swept, data):
@@ -411,9 +441,51 @@ def test_a_search_stops_trials_and_goes_on_with_more(data, tmp_path):
     assert summary["winner"]["settings"]["schedule.epochs"] == 9
 
 
+SEARCHING = [*COMMAND[:4], *("--epochs", "9", "--num-trials", "6", "--max-concurrent", "1")]
+SEARCHING += [*COMMAND[8:-1], "searched.toml"]
+
+
+def search_job(data: str, folder: Path) -> subprocess.Popen:
+    (folder / "searched.toml").write_text(SEARCH)
+    command = [*SEARCHING, "--data", data, "--storage", str(folder / "sweeps")]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
 @pytest.mark.slow
-def test_trials_of_several_workers_are_stopped_without_leaving_their_workers(data, tmp_path):
-    """A trainer in a trial that ASHA stops must not keep its CPUs: the next would wait for ever."""
+def test_a_search_that_is_killed_between_two_rungs_goes_on_as_if_it_had_not_been(data, tmp_path):
+    """One trial at a time: the same drawn, promoted and left behind, with the same numbers."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    done = search_job(data, whole)
+    printed, errors = done.communicate(timeout=300)
+    assert done.returncode == 0, errors
+    assert "ASHA promotes about one in 3 after epoch 1 and 3" in printed
+    assert "paused" in printed and "not in the best third after epoch 1" in printed
+    first = search_job(data, broken)
+    trials = broken / "sweeps/searched/trials"
+    wait_for(lambda: any(trials.glob("*/checkpoint_000002/checkpoint.json")) or first.poll() == 0)
+    kill_with_descendants(first)
+    stood = {trial.number: trial for trial in records.read_all(str(broken / "sweeps/searched"))}
+    assert not any(trial.is_over for trial in stood.values()), "too late to show anything"
+    assert sum(len(trial.history) == 1 for trial in stood.values()) >= 2, "some are paused"
+    second = search_job(data, broken)
+    printed, errors = second.communicate(timeout=300)
+    assert second.returncode == 0, errors
+    assert "(0 trials are over, " in printed
+    assert same_results(whole / "sweeps/searched", broken / "sweeps/searched")
+    found = rows(broken / "sweeps/searched")
+    assert not found.duplicated(["trial", "epoch"]).any() and found["trial"].nunique() == 6
+    for number, before in stood.items():  # what was trained before was not trained again
+        kept = found[found["trial"] == number]["seconds"].tolist()[: len(before.history)]
+        assert kept == [row["seconds"] for row in before.history]
+
+
+@pytest.mark.slow
+def test_trials_of_several_workers_pause_and_go_on_without_leaving_their_workers(data, tmp_path):
+    """A trainer in a trial that pauses must not keep its CPUs: the next would wait for ever."""
     settings = config(
         data,
         schedule={"epochs": 4},
@@ -431,8 +503,11 @@ def test_trials_of_several_workers_are_stopped_without_leaving_their_workers(dat
     assert any("1 at once" in line for line in said)
     found = rows(Path(made.folder))
     ends = found.groupby("trial").tail(1)
-    assert len(ends) == 4 and "stopped" in set(ends["status"])
+    assert len(ends) == 4 and set(ends["status"]) == {"finished", "stopped"}
+    assert (ends[ends["status"] == "finished"]["epoch"] == 4).all()
+    assert (ends[ends["status"] == "stopped"]["epoch"] == 1).all()
     assert not found.duplicated(["trial", "epoch"]).any()
+    assert any("paused" in line for line in said)
     wait_for(lambda: not descendants(os.getpid(), "ray::RayTrainWorker"), 30)
 
 

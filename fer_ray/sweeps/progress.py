@@ -13,6 +13,7 @@ from ray.tune import Callback
 
 from fer_ray.config import TrainConfig
 from fer_ray.sweeps import records
+from fer_ray.sweeps.halving import Halving
 from fer_ray.sweeps.records import Trial
 from fer_ray.sweeps.trial import free_workers
 
@@ -39,9 +40,8 @@ class Progress(Callback):
         self,
         sweep: str,
         base: TrainConfig,
+        halving: Halving,
         *,
-        num_trials: int,
-        earlier: list[Trial],
         say: Callable[[str], None],
     ) -> None:
         """Begins where the records of earlier sittings end.
@@ -49,14 +49,14 @@ class Progress(Callback):
         Args:
             sweep: the sweep's folder.
             base: its base settings.
-            num_trials: trials of all sittings, those still to be suggested included.
-            earlier: all trials that are written down.
+            halving: knows all trials that are written down, and what there is to do.
             say: takes lines that stay.
         """
         self._sweep, self._base, self._say = sweep, base, say
-        self._num_trials, self._epochs = num_trials, base.schedule.epochs
-        self._trials = {trial.number: trial for trial in earlier}
+        self._halving = halving
+        self._trials = dict(halving.trials)
         self._running: dict[int, dict[str, Any]] = {}
+        self._until: dict[int, int] = {}
         self._live = sys.stdout.isatty()
         self._drawn = 0
         self._start = self._said = self._wrote = time.monotonic()
@@ -75,6 +75,7 @@ class Progress(Callback):
         self._trials[number] = records.read_trial(self._sweep, number)
         history = self._trials[number].history
         self._running[number] = dict(history[-1]) if history else {"epoch": 0}
+        self._until[number] = trial.config["until"]
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
@@ -84,7 +85,7 @@ class Progress(Callback):
         self._epochs_here += 1
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._over(trial.config["number"])
+        self._ended(trial.config["number"])
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Its process died too often: nothing in it could write that down."""
@@ -92,7 +93,7 @@ class Progress(Callback):
         lines = [line.strip() for line in str(trial.get_error() or "").splitlines()]
         reason = next((line for line in reversed(lines) if line), "no reason given")
         records.end(self._sweep, number, records.FAILED, f"its process died: {reason}")
-        self._over(number)
+        self._ended(number)
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
         if self._interrupted:
@@ -109,12 +110,15 @@ class Progress(Callback):
             records.write_trials(self._sweep, self._base)
             self._wrote = time.monotonic()
 
-    def _over(self, number: int) -> None:
-        if self._base.scaling.num_workers > 1:
-            self._to_free[number] = time.monotonic() + _FREE_FOR_S
+    def _ended(self, number: int) -> None:
         self._running.pop(number, None)
         trial = self._trials[number] = records.read_trial(self._sweep, number)
-        if not trial.is_over:  # the time budget is used up
+        came_to_it = trial.is_over or len(trial.history) >= self._until.get(number, 0)
+        was_killed = trial.status == records.FAILED or not came_to_it
+        # never what may be promoted: it would lose its new workers
+        if was_killed and self._base.scaling.num_workers > 1:
+            self._to_free[number] = time.monotonic() + _FREE_FOR_S
+        if not came_to_it:  # the time budget is used up
             return
         self._erase()
         self._say(line_of(trial))
@@ -152,7 +156,9 @@ class Progress(Callback):
         """The running trials, one a line, then how many are over and when the sweep will end."""
         lines = [self._row(number, row) for number, row in sorted(self._running.items())]
         over = [trial for trial in self._trials.values() if trial.is_over]
-        counts = [f"{len(over)} of {self._num_trials} trials over"]
+        counts = [f"{len(over)} of {self._halving.num_trials} trials over"]
+        paused = len(self._halving.paused())
+        counts += [f"{paused} paused"] * bool(paused)
         for status in (records.STOPPED, records.FAILED):
             number = sum(trial.status == status for trial in over)
             counts += [f"{number} {status}"] * bool(number)
@@ -166,28 +172,24 @@ class Progress(Callback):
         return [*lines, f"  {', '.join(counts)}; {self._left()}"]
 
     def _row(self, number: int, row: Mapping[str, Any]) -> str:
-        text = f"  {_name(self._trials[number])}: epoch {row['epoch']}/{self._epochs}"
+        rungs, until = self._halving.rungs, self._until[number]
+        promoted = ", promoted" if until > rungs[0] else ""
+        text = f"  {_name(self._trials[number])}{promoted}: epoch {row['epoch']}/{until}"
+        if until < rungs[-1]:
+            text += f" of {rungs[-1]}"
         if row["epoch"]:
             text += f", {row['validation_accuracy']:.2%}, {row['images_per_s']:,.0f} images/s"
         return text
 
     def _left(self) -> str:
-        left = self.epochs_left()
+        left = self._halving.epochs_left({one: row["epoch"] for one, row in self._running.items()})
         if not self._epochs_here or self._first_epoch_at is None:
             return f"{left:,} epochs to run"
         spent_s = max(time.monotonic() - self._first_epoch_at, _SHORTEST_ESTIMATE_S)
         seconds = left * spent_s / self._epochs_here
         at = time.strftime("%H:%M", time.localtime(time.time() + seconds))
-        return f"{left:,} epochs to run, at most {duration(seconds)}, until {at}"
-
-    def epochs_left(self) -> int:
-        """Epochs to run if no trial is stopped before its last."""
-        left = (self._num_trials - len(self._trials)) * self._epochs
-        for number, trial in self._trials.items():
-            if not trial.is_over:
-                done = self._running.get(number, {}).get("epoch", len(trial.history))
-                left += self._epochs - done
-        return left
+        about = "at most" if len(self._halving.rungs) == 1 else "about"
+        return f"{left:,} epochs to run, {about} {duration(seconds)}, until {at}"
 
 
 def _name(trial: Trial) -> str:
@@ -200,8 +202,8 @@ def _score(trial: Trial) -> float:
 
 
 def line_of(trial: Trial) -> str:
-    """How a trial ended, in one line."""
-    text = f"{_name(trial)} {trial.status}"
+    """How a trial ended, or that it pauses, in one line."""
+    text = f"{_name(trial)} {trial.status if trial.is_over else 'paused'}"
     if trial.history:
         spent_s = sum(row["seconds"] for row in trial.history)
         text += f": {_score(trial):.2%} after {len(trial.history)} epochs, {duration(spent_s)}"

@@ -33,7 +33,7 @@ TRIALS = "trials.parquet"
 SUMMARY = "summary.json"
 FORMAT = 1
 FINISHED, STOPPED, FAILED, UNFINISHED = "finished", "stopped", "failed", "unfinished"
-"""What becomes of a trial: trained to its end, stopped by the scheduler, failed, to go on."""
+"""What becomes of a trial: trained to its end, left behind by ASHA, failed, to go on."""
 
 _FOLDER = "trials"
 _TRIAL, _HISTORY, _END = "trial.json", "history.parquet", "end.json"
@@ -156,10 +156,15 @@ def _upload(place: str, write: Callable[[Path], None]) -> None:
             pafs.copy_files(str(file), f"{path}/{file.name}", destination_filesystem=fs)
 
 
-def last_checkpoint(folder: str) -> Checkpoint | None:
-    """Where an unfinished trial goes on from."""
-    found = checkpoint.in_run(folder)
-    return max(found, key=lambda one: one.epoch, default=None)
+def resume(folder: str) -> Checkpoint | None:
+    """Where an unfinished trial goes on from.
+
+    The history is written again: a crash may have come between a checkpoint and its row.
+    """
+    found = max(checkpoint.in_run(folder), key=lambda one: one.epoch, default=None)
+    if found:
+        write_history(storage.join(folder, _HISTORY), found.history)
+    return found
 
 
 def read_trial(sweep: str, number: int) -> Trial:

@@ -24,26 +24,26 @@ ERROR = "error.txt"
 
 
 def run(config: dict[str, Any], *, settings: dict[str, Any]) -> None:
-    """Trains one trial, or goes on with it; how it ends is written into its folder.
+    """Trains a trial up to an epoch, or goes on with it; how it ends is written into its folder.
 
     What the trial itself is to blame for (not finite, out of memory, any exception) ends it as
     failed and is no failure to Ray Tune: a retry would end in the same way. Only a process that
     dies is tried again.
 
     Args:
-        config: ``number`` of the trial.
+        config: ``number`` of the trial, and ``until``, the epoch after which it pauses.
         settings: ``sweep`` (folder), ``config`` (`TrainConfig.to_dict`, the base's), ``info``
             (`DatasetInfo`) and ``images``, references to pixels and labels of each split.
     """
-    sweep, number = settings["sweep"], config["number"]
+    sweep, number, until = settings["sweep"], config["number"], config["until"]
     try:
         trial = records.read_trial(sweep, number)
         if trial.is_over:
             return
         train_config = trial.config(TrainConfig.from_dict(settings["config"]))
         several = train_config.scaling.num_workers > 1
-        (_with_workers if several else _alone)(sweep, number, train_config, settings)
-        records.end(sweep, number, records.FINISHED, _stopped_early(sweep, number, train_config))
+        (_with_workers if several else _alone)(sweep, number, train_config, settings, until)
+        _finish(sweep, number, train_config, until)
     except _WorkersLost:
         raise  # as with a process that dies, Ray Tune tries again
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -61,7 +61,9 @@ def run(config: dict[str, Any], *, settings: dict[str, Any]) -> None:
             torch.cuda.empty_cache()  # others share the device
 
 
-def _alone(sweep: str, number: int, config: TrainConfig, settings: dict[str, Any]) -> None:
+def _alone(
+    sweep: str, number: int, config: TrainConfig, settings: dict[str, Any], until: int
+) -> None:
     """One process, one device or a part of it."""
     import ray
     from ray import tune
@@ -87,7 +89,8 @@ def _alone(sweep: str, number: int, config: TrainConfig, settings: dict[str, Any
         run=f"trial {number}",
         report=report,
         provenance=provenance.describe(device),
-        resume=records.last_checkpoint(folder),
+        resume=records.resume(folder),
+        until=until,
         say=None,
     )
 
@@ -97,16 +100,19 @@ def _reported(row: dict[str, Any]) -> dict[str, Any]:
     return {"epoch": row["epoch"], **{name: row[name] for name in records.METRICS}}
 
 
-def _with_workers(sweep: str, number: int, config: TrainConfig, settings: dict[str, Any]) -> None:
+def _with_workers(
+    sweep: str, number: int, config: TrainConfig, settings: dict[str, Any], until: int
+) -> None:
     """A data-parallel run within the trial: for what does not fit one device."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
     folder = records.folder_of(sweep, number)
-    given = {"config": config.to_dict(), "run": f"trial {number}", "folder": folder}
+    given: dict[str, Any] = {"config": config.to_dict(), "run": f"trial {number}", "folder": folder}
+    given |= {"until": until, "say": False, "note_group": True}
     try:
         training.run_trainer(
             worker.work,
-            {**given, "images": settings["images"], "say": False, "note_group": True},
+            {**given, "images": settings["images"]},
             # who stops the trial removes its workers: they must not be replaced
             replace(config.scaling, max_failures=0),
             storage_place=storage.parent_of(folder),
@@ -140,15 +146,18 @@ def free_workers(sweep: str, number: int) -> None:
         remove_placement_group(PlacementGroup(found))
 
 
-def _stopped_early(sweep: str, number: int, config: TrainConfig) -> str | None:
-    """Why a trial finished before its last epoch; None where it did not."""
+def _finish(sweep: str, number: int, config: TrainConfig, until: int) -> None:
+    """Writes down that a trial has finished, and why before its last epoch, unless it pauses."""
     history, schedule = records.read_trial(sweep, number).history, config.schedule
-    if len(history) >= schedule.epochs:
-        return None
-    spent_s = sum(row["seconds"] for row in history)
-    if schedule.time_limit_s and spent_s > schedule.time_limit_s:
-        return f"--time-limit-s {schedule.time_limit_s:g}"
-    return f"no better for {schedule.patience} epochs"
+    reason = None
+    if len(history) < schedule.epochs:
+        if len(history) == until:
+            return
+        spent_s = sum(row["seconds"] for row in history)
+        reason = f"no better for {schedule.patience} epochs"
+        if schedule.time_limit_s and spent_s > schedule.time_limit_s:
+            reason = f"--time-limit-s {schedule.time_limit_s:g}"
+    records.end(sweep, number, records.FINISHED, reason)
 
 
 def _first_line(error: BaseException) -> str:

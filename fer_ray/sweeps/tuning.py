@@ -1,7 +1,8 @@
 """Runs a sweep on Ray Tune, or goes on with it.
 
 A sweep is a folder, ``<storage>/<run>/`` (`records`). Trials that are over are kept, the others
-go on from their last checkpoints.
+go on from their last checkpoints. What Ray Tune calls a trial is one of `halving`'s jobs here: a
+trial that pauses ends there, and one that is promoted begins again from its checkpoint.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from fer_ray import storage
-from fer_ray.errors import UserError
-from fer_ray.sweeps import images, records
+from fer_ray.sweeps import images, preflight, records
+from fer_ray.sweeps.halving import Halving, rungs
 from fer_ray.sweeps.planning import SweepPlan
 from fer_ray.sweeps.records import Trial
-from fer_ray.sweeps.space import GRID, SEARCH
+from fer_ray.sweeps.space import GRID
 
 
 def fit(plan: SweepPlan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -40,15 +41,17 @@ def fit(plan: SweepPlan, *, say: Callable[[str], None] = print) -> dict[str, Any
     """
     from fer_ray.sweeps import summary
 
-    at_once = trials_at_once(plan, say)
+    at_once = preflight.trials_at_once(plan, say)
     storage.write_json(storage.join(plan.folder, records.SWEEP), plan.to_dict())
     if plan.space.method == GRID:
         _create_grid(plan)
-    earlier = records.read_all(plan.folder)
-    say(_announcement(plan, earlier, at_once))
+    halving = _halving(plan)
+    say(preflight.announcement(plan, halving, at_once))
     try:
-        if sum(trial.is_over for trial in earlier) < plan.num_trials:
-            _run_trials(plan, earlier, at_once, say)
+        if not halving.is_over:
+            _run_trials(plan, halving, at_once, say)
+        if halving.is_over:
+            _leave_behind(plan, halving, say)
     finally:
         trials = records.write_trials(plan.folder, plan.config)
         made = summary.write(plan.folder)
@@ -71,68 +74,24 @@ def _create_grid(plan: SweepPlan) -> None:
             number += 1
 
 
-def _announcement(plan: SweepPlan, earlier: list[Trial], at_once: int) -> str:
-    """The preflight: what there is to do, and how much of it at once."""
-    epochs, space = plan.config.schedule.epochs, plan.space
-    shape = f"{plan.num_trials} trials"
-    if space.method == GRID:
-        shape = f"{len(space.arms)} arms x {len(plan.seeds)} seeds = {shape}"
-    over = [trial for trial in earlier if trial.is_over]
-    done = sum(len(trial.history) for trial in earlier if not trial.is_over)
-    left = (plan.num_trials - len(over)) * epochs - done
-    most = " at most" if space.method == SEARCH else ""
-    text = (
-        f"sweep {plan.run!r}: {shape} of {epochs} epochs{most} on {plan.train_images:,} images; "
-        f"{at_once} at once; {left:,} epochs to run{most}"
-    )
-    if over or done:
-        text += f" ({len(over)} trials are over, {done:,} epochs of the others are done)"
-    return text
+def _halving(plan: SweepPlan) -> Halving:
+    """Where the sweep stands; a grid has one rung, so that every trial trains to its end."""
+    epochs = plan.config.schedule.epochs
+    places = (epochs,) if plan.space.method == GRID else rungs(epochs)
+    return Halving(places, plan.num_trials, records.read_all(plan.folder))
 
 
-def _wanted(plan: SweepPlan) -> dict[str, float]:
-    """What one trial reserves."""
-    scaling = plan.config.scaling
-    wanted = {"CPU": scaling.num_workers * scaling.cpus_per_worker}
-    if scaling.use_gpu:
-        wanted["GPU"] = plan.limits.gpus_per_trial or float(scaling.num_workers)
-    return wanted
+def _leave_behind(plan: SweepPlan, halving: Halving, say: Callable[[str], None]) -> None:
+    """Ends what was not promoted: nothing else can change that any more."""
+    from fer_ray.sweeps.progress import line_of
 
-
-def trials_at_once(plan: SweepPlan, say: Callable[[str], None]) -> int:
-    """How many trials run side by side.
-
-    A trial of one process has to fit a node; the workers of others may be spread.
-
-    Raises:
-        UserError: where none ever fits.
-    """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted = _wanted(plan)
-    if plan.config.scaling.num_workers > 1:
-        nodes = [ray.cluster_resources()]
-    # 1e-9: three times 0.1 fits into 0.3
-    fitting = sum(
-        min(int(node.get(kind, 0.0) / amount + 1e-9) for kind, amount in wanted.items())
-        for node in nodes
-    )
-    if not fitting:
-        has = ", ".join(
-            f"{max(node.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in wanted
-        )
-        asked = ", ".join(f"{amount:g} {kind}s" for kind, amount in wanted.items())
-        message = f"--cpus-per-worker, --gpus-per-trial: a trial wants {asked}, a node has {has}"
-        if not os.environ.get("RAY_ADDRESS"):
-            raise UserError(message)
-        say(f"{message}: waiting for the cluster to grow")
-        fitting = 1
-    return min(fitting, plan.limits.max_concurrent or fitting, plan.num_trials)
+    for number, reason in halving.left_behind().items():
+        records.end(plan.folder, number, records.STOPPED, reason)
+        say(line_of(records.read_trial(plan.folder, number)))
 
 
 def _run_trials(
-    plan: SweepPlan, earlier: list[Trial], at_once: int, say: Callable[[str], None]
+    plan: SweepPlan, halving: Halving, at_once: int, say: Callable[[str], None]
 ) -> None:
     """One sitting of Ray Tune. Its own state is not kept: the records are enough."""
     from ray import tune
@@ -141,20 +100,16 @@ def _run_trials(
 
     _quieten_tune()
     limits, scaling = plan.limits, plan.config.scaling
-    shown = progress.Progress(
-        plan.folder, plan.config, num_trials=plan.num_trials, earlier=earlier, say=say
-    )
+    shown = progress.Progress(plan.folder, plan.config, halving, say=say)
     callbacks: list[Any] = [shown]
     if limits.tensorboard:
         callbacks.append(progress.TensorBoard(str(Path(plan.folder) / "tensorboard")))
-    planner, scheduler = _search(plan, earlier)
     with tempfile.TemporaryDirectory() as temporary:
         tuner = tune.Tuner(
             _trainable(plan),
             tune_config=tune.TuneConfig(
-                search_alg=planner,
-                scheduler=scheduler,
-                num_samples=plan.num_trials - sum(trial.is_over for trial in earlier),
+                search_alg=_planner(plan, halving),
+                num_samples=-1,  # until the planner says that there is nothing more
                 max_concurrent_trials=at_once,
                 time_budget_s=limits.time_budget_s or None,
                 reuse_actors=scaling.num_workers == 1,
@@ -220,7 +175,7 @@ def _trainable(plan: SweepPlan) -> Any:
         "info": plan.info,
         "images": images.share(plan),
     }
-    wanted = _wanted(plan)
+    wanted = preflight.wanted(plan)
     if plan.config.scaling.num_workers > 1:
         # its workers reserve what they need; a trial has to reserve something: a byte
         wanted = {"memory": 1.0}
@@ -228,30 +183,16 @@ def _trainable(plan: SweepPlan) -> Any:
     return tune.with_resources(tune.with_parameters(trial.run, settings=settings), reserved)
 
 
-def _search(plan: SweepPlan, earlier: list[Trial]) -> tuple[Any, Any]:
-    """Who says which trial comes next and which is stopped, with what is known already."""
-    from fer_ray.sweeps.search import Halving, Planner, Suggestions
+def _planner(plan: SweepPlan, halving: Halving) -> Any:
+    """Who tells Ray Tune what to train next; the trials of a grid are written down already."""
+    from fer_ray.sweeps.search import Planner, Suggestions
 
-    waiting = [trial.number for trial in earlier if not trial.is_over]
-    if plan.space.method == GRID:
-        return Planner(plan.folder, waiting), None
     suggestions = Suggestions(plan.space.ranges, seed=plan.config.schedule.seed)
-    for trial in earlier:
-        suggestions.remember(trial)
-    following = iter(range(len(earlier), plan.num_trials))
 
-    def suggest() -> Trial:
-        number = next(following)
-        chosen = {**suggestions.ask(number), "schedule.seed": plan.seeds[0]}
-        made = Trial(number=number, arm=None, options=chosen)
+    def make(number: int) -> Trial:
+        chosen = suggestions.ask(number, halving.trials.values())
+        made = Trial(number=number, arm=None, options={**chosen, "schedule.seed": plan.seeds[0]})
         records.create(plan.folder, made)
         return made
 
-    planner = Planner(
-        plan.folder,
-        waiting,
-        num_new=plan.num_trials - len(earlier),
-        suggest=suggest,
-        ended=suggestions.tell,
-    )
-    return planner, Halving(plan.folder, plan.config.schedule.epochs, earlier)
+    return Planner(plan.folder, halving, make)

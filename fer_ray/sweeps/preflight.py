@@ -1,0 +1,76 @@
+"""What a sweep asks of the cluster, and what it says before it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from fer_ray.errors import UserError
+from fer_ray.sweeps.halving import REDUCTION, Halving
+from fer_ray.sweeps.planning import SweepPlan
+from fer_ray.sweeps.space import GRID
+
+
+def announcement(plan: SweepPlan, halving: Halving, at_once: int) -> str:
+    """What there is to do, and how much of it at once."""
+    epochs, space = plan.config.schedule.epochs, plan.space
+    over = [trial for trial in halving.trials.values() if trial.is_over]
+    done = sum(len(trial.history) for trial in halving.trials.values() if not trial.is_over)
+    left = f"{halving.epochs_left({}):,} epochs to run"
+    if space.method == GRID:
+        shape = (
+            f"{len(space.arms)} arms x {len(plan.seeds)} seeds = {plan.num_trials} trials of "
+            f"{epochs} epochs"
+        )
+    else:
+        most = (plan.num_trials - len(over)) * epochs - done
+        pauses = " and ".join(map(str, halving.rungs[:-1]))
+        shape = f"{plan.num_trials} trials of at most {epochs} epochs"
+        if pauses:
+            shape += f", of which ASHA promotes about one in {REDUCTION} after epoch {pauses}"
+            left = f"about {left}, at most {most:,}"
+    text = (
+        f"sweep {plan.run!r}: {shape}, on {plan.train_images:,} images; {at_once} at once; {left}"
+    )
+    if over or done:
+        text += f" ({len(over)} trials are over, {done:,} epochs of the others are done)"
+    return text
+
+
+def wanted(plan: SweepPlan) -> dict[str, float]:
+    """What one trial reserves."""
+    scaling = plan.config.scaling
+    amounts = {"CPU": scaling.num_workers * scaling.cpus_per_worker}
+    if scaling.use_gpu:
+        amounts["GPU"] = plan.limits.gpus_per_trial or float(scaling.num_workers)
+    return amounts
+
+
+def trials_at_once(plan: SweepPlan, say: Callable[[str], None]) -> int:
+    """How many trials run side by side.
+
+    A trial of one process has to fit a node; the workers of others may be spread.
+
+    Raises:
+        UserError: where none ever fits.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    asked = wanted(plan)
+    if plan.config.scaling.num_workers > 1:
+        nodes = [ray.cluster_resources()]
+    # 1e-9: three times 0.1 fits into 0.3
+    fitting = sum(
+        min(int(node.get(kind, 0.0) / amount + 1e-9) for kind, amount in asked.items())
+        for node in nodes
+    )
+    if not fitting:
+        has = ", ".join(f"{max(node.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in asked)
+        wants = ", ".join(f"{amount:g} {kind}s" for kind, amount in asked.items())
+        message = f"--cpus-per-worker, --gpus-per-trial: a trial wants {wants}, a node has {has}"
+        if not os.environ.get("RAY_ADDRESS"):
+            raise UserError(message)
+        say(f"{message}: waiting for the cluster to grow")
+        fitting = 1
+    return min(fitting, plan.limits.max_concurrent or fitting, plan.num_trials)
