@@ -1,4 +1,4 @@
-"""Finding and killing the processes that a test started, and no others."""
+"""Finding, killing and waiting for the processes that a test started, and no others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -41,3 +43,11 @@ def kill_with_descendants(started: subprocess.Popen) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     started.wait()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 180) -> None:
+    """Waits until something comes about; fails where it does not."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import small
-from processes import descendants, kill_with_descendants
+from processes import descendants, kill_with_descendants, wait_for
 
 from fer_ray import checkpoint, storage, worker
 from fer_ray.config import TrainConfig
@@ -263,7 +262,7 @@ def test_the_table_tells_what_is_paused_and_what_was_promoted(tmp_path):
     assert last.startswith("  0 of 9 trials over, 2 paused; 17 epochs to run, about ")
     records.save(records.folder_of(sweep, 3), 1, history[:1], lambda place: None)
     shown.on_trial_complete(0, [], tuned(3, 1))
-    assert said[0] == "trial 3 paused: 50.00% after 1 epochs, 0 s"
+    assert said[0] == "trial 3 paused: 50.00% after 1 epoch, 0 s"
 
 
 def test_another_sweep_under_the_same_name_is_refused_and_shown(swept, data):
@@ -293,13 +292,6 @@ def job(data: str, folder: Path, *more: str) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-def wait_for(condition, seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
 
 
 def is_under_way(folder: Path) -> bool:
@@ -462,7 +454,7 @@ def test_a_search_that_is_killed_between_two_rungs_goes_on_as_if_it_had_not_been
     done = search_job(data, whole)
     printed, errors = done.communicate(timeout=300)
     assert done.returncode == 0, errors
-    assert "ASHA promotes about one in 3 after epoch 1 and 3" in printed
+    assert "ASHA promotes about one in 3 after epochs 1 and 3" in printed
     assert "paused" in printed and "not in the best third after epoch 1" in printed
     first = search_job(data, broken)
     trials = broken / "sweeps/searched/trials"

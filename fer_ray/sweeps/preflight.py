@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fer_ray.errors import UserError
 from fer_ray.sweeps.halving import REDUCTION, Halving
@@ -24,10 +24,10 @@ def announcement(plan: SweepPlan, halving: Halving, at_once: int) -> str:
         )
     else:
         most = (plan.num_trials - len(over)) * epochs - done
-        pauses = " and ".join(map(str, halving.rungs[:-1]))
+        pauses = halving.rungs[:-1]
         shape = f"{plan.num_trials} trials of at most {epochs} epochs"
         if pauses:
-            shape += f", of which ASHA promotes about one in {REDUCTION} after epoch {pauses}"
+            shape += f", of which ASHA promotes about one in {REDUCTION} after {_epochs(pauses)}"
             left = f"about {left}, at most {most:,}"
     text = (
         f"sweep {plan.run!r}: {shape}, on {plan.train_images:,} images; {at_once} at once; {left}"
@@ -35,6 +35,12 @@ def announcement(plan: SweepPlan, halving: Halving, at_once: int) -> str:
     if over or done:
         text += f" ({len(over)} trials are over, {done:,} epochs of the others are done)"
     return text
+
+
+def _epochs(numbers: Sequence[int]) -> str:
+    """Such as ``epochs 3 and 10``."""
+    plural = "s" if len(numbers) > 1 else ""
+    return f"epoch{plural} {' and '.join(map(str, numbers))}"
 
 
 def wanted(plan: SweepPlan) -> dict[str, float]:

@@ -206,7 +206,8 @@ def line_of(trial: Trial) -> str:
     text = f"{_name(trial)} {trial.status if trial.is_over else 'paused'}"
     if trial.history:
         spent_s = sum(row["seconds"] for row in trial.history)
-        text += f": {_score(trial):.2%} after {len(trial.history)} epochs, {duration(spent_s)}"
+        epochs = "1 epoch" if len(trial.history) == 1 else f"{len(trial.history)} epochs"
+        text += f": {_score(trial):.2%} after {epochs}, {duration(spent_s)}"
     return f"{text} ({trial.reason})" if trial.reason else text
 
 
