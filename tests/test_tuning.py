@@ -263,6 +263,10 @@ def test_the_table_tells_what_is_paused_and_what_was_promoted(tmp_path):
     records.save(records.folder_of(sweep, 3), 1, history[:1], lambda place: None)
     shown.on_trial_complete(0, [], tuned(3, 1))
     assert said[0] == "trial 3 paused: 50.00% after 1 epoch, 0 s"
+    said.clear()
+    shown.on_trial_complete(0, [], tuned(1, 3))  # the time budget ended before it began
+    shown.on_trial_complete(0, [], tuned(0, 3))
+    assert not said
 
 
 def test_another_sweep_under_the_same_name_is_refused_and_shown(swept, data):
@@ -487,7 +491,7 @@ def test_trials_of_several_workers_pause_and_go_on_without_leaving_their_workers
         data,
         tmp_path,
         'method = "search"\nspace.optimizer.learning_rate = [0.05, 0.00001]',
-        num_trials=4,
+        num_trials=3,
         config=settings,
     )
     said: list[str] = []
@@ -495,7 +499,7 @@ def test_trials_of_several_workers_pause_and_go_on_without_leaving_their_workers
     assert any("1 at once" in line for line in said)
     found = rows(Path(made.folder))
     ends = found.groupby("trial").tail(1)
-    assert len(ends) == 4 and set(ends["status"]) == {"finished", "stopped"}
+    assert len(ends) == 3 and set(ends["status"]) == {"finished", "stopped"}
     assert (ends[ends["status"] == "finished"]["epoch"] == 4).all()
     assert (ends[ends["status"] == "stopped"]["epoch"] == 1).all()
     assert not found.duplicated(["trial", "epoch"]).any()

@@ -113,7 +113,8 @@ class Progress(Callback):
     def _ended(self, number: int) -> None:
         self._running.pop(number, None)
         trial = self._trials[number] = records.read_trial(self._sweep, number)
-        came_to_it = trial.is_over or len(trial.history) >= self._until.get(number, 0)
+        until = self._until.pop(number, self._halving.rungs[-1])
+        came_to_it = trial.is_over or len(trial.history) >= until
         was_killed = trial.status == records.FAILED or not came_to_it
         # never what may be promoted: it would lose its new workers
         if was_killed and self._base.scaling.num_workers > 1:
