@@ -154,6 +154,12 @@ def test_what_was_broken_off_goes_on_before_anything_else():
     assert halving.next() == Job(number=2, until=9), "its end was not written down"
 
 
+def test_a_trial_whose_folder_was_lost_is_drawn_again():
+    halving = Halving(RUNGS, 3, [trial(0, 0.1), trial(2, 0.1)])
+    assert halving.next() == Job(number=1, until=1)
+    assert halving.next() is None
+
+
 def test_more_trials_compete_with_those_that_were_left_behind():
     search = Search(9, [float(n % 5) for n in range(18)], num_workers=1)
     for number in search.run().left_behind():

@@ -196,8 +196,8 @@ class Halving:
         for number in self._idle():
             if not self._entered[number]:
                 return number, 0
-        known = len(self._entered)
-        return (known, 0) if known < self.num_trials else None
+        unknown = (number for number in range(self.num_trials) if number not in self._entered)
+        return next(((number, 0) for number in unknown), None)
 
     def _last_chance(self) -> tuple[int, int] | None:
         """The best of those that came furthest, where no trial has come to its end."""
