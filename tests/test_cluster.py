@@ -15,16 +15,19 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pandas as pd
 import pytest
+from processes import wait_for
 
 from fer_ray import predictions
 from fer_ray.errors import UserError
 from fer_ray.labels import FER2013_LABELS, probability_column
+from fer_ray.sweeps import records
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "cluster" / "local.py"
@@ -163,11 +166,17 @@ class Cluster:
     def token(self) -> str:
         return (self.folder / local.TOKEN).read_text()
 
-    def submit(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
-        """`ray job submit` of this project, as a user would, followed to its end."""
+    def submit(
+        self, *command: str, flags: Sequence[str] = (), **environment: str
+    ) -> subprocess.CompletedProcess:
+        """`ray job submit` of this project, as a user would, followed to its end by default."""
+        job = ["submit", "--working-dir", ".", *flags, "--", *command]
+        return self.ray_job(*job, **environment)
+
+    def ray_job(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         ray = Path(sys.executable).parent / "ray"
         return subprocess.run(
-            [str(ray), "job", "submit", "--working-dir", ".", "--", *command],
+            [str(ray), "job", *arguments],
             cwd=ROOT,
             env={
                 **os.environ,
@@ -275,6 +284,42 @@ def check_results(place: Path) -> None:
         ("both", "validation"),
     ]
     assert json.loads((place / "runs" / "both" / "run.json").read_text())["num_workers"] == 2
+
+
+SEARCH = """
+method = "search"
+space.optimizer.learning_rate = { low = 0.001, high = 0.2, log = true }
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_goes_on_when_it_is_submitted_again(cluster, tmp_path):
+    """Nothing is lost and no epoch is trained twice, with trials on both nodes."""
+    data, sweeps = str(tmp_path / "faces"), str(tmp_path / "sweeps")
+    prepare = ["--source", "synthetic", "--num-images", "300", "--output", data]
+    cluster.succeed("python", "jobs/prepare.py", *prepare)
+    (tmp_path / "searched.toml").write_text(SEARCH)
+    tune = ["python", "jobs/tune.py", "--data", data, "--storage", sweeps]
+    tune += ["--sweep", str(tmp_path / "searched.toml"), "--num-trials", "6", "--epochs", "9"]
+    tune += ["--width", "4", "--global-batch-size", "16", "--cpus-per-worker", "2"]
+    done = cluster.submit(*tune, flags=["--no-wait", "--submission-id", "stopped-sweep"])
+    assert done.returncode == 0, done.stdout
+    # a promoted trial is between two rungs
+    trials = tmp_path / "sweeps/searched/trials"
+    wait_for(lambda: any(trials.glob("*/checkpoint_000002/checkpoint.json")))
+    done = cluster.ray_job("stop", "stopped-sweep")
+    assert done.returncode == 0 and "stopped" in done.stdout, done.stdout
+    before = records.read_all(f"{sweeps}/searched")
+    assert not all(trial.is_over for trial in before), "too late to show anything"
+
+    log = cluster.succeed(*tune)
+    assert "2 at once" in log and "epochs of the others are done" in log
+    found = records.read_trials(f"{sweeps}/searched")
+    assert found["trial"].nunique() == 6 and not found.duplicated(["trial", "epoch"]).any()
+    assert set(found["status"]) == {"finished", "stopped"}
+    for trial in before:
+        kept = found[found["trial"] == trial.number]["seconds"].tolist()
+        assert kept[: len(trial.history)] == [row["seconds"] for row in trial.history]
 
 
 @pytest.mark.slow
