@@ -540,3 +540,14 @@ def test_a_checkpoint_is_kept_whole_and_the_one_before_it_goes(tmp_path):
         assert storage.list_names(storage.join(place, "checkpoint_000002")) == [
             *("checkpoint.json", "model.safetensors")
         ]
+
+
+def test_what_a_crash_left_between_a_checkpoint_and_its_row_is_made_good(tmp_path, monkeypatch):
+    """Where nothing is left to train, nobody else would write the row."""
+    row = {**dict.fromkeys(records.METRICS, 0.5), "learning_rate": 0.1, "epoch": 1}
+    folder = records.folder_of(str(tmp_path), 3)
+    records.create(str(tmp_path), records.Trial(number=3, arm=None, options={}))
+    found = [SimpleNamespace(epoch=1, history=[row])]
+    monkeypatch.setattr(checkpoint, "in_run", lambda place: found)
+    assert records.resume(folder) is found[0]
+    assert [one["epoch"] for one in records.read_trial(str(tmp_path), 3).history] == [1]

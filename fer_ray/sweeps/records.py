@@ -157,12 +157,9 @@ def _upload(place: str, write: Callable[[Path], None]) -> None:
 
 
 def resume(folder: str) -> Checkpoint | None:
-    """Where an unfinished trial goes on from.
-
-    The history is written again: a crash may have come between a checkpoint and its row.
-    """
+    """Where an unfinished trial goes on from; its history is made to match."""
     found = max(checkpoint.in_run(folder), key=lambda one: one.epoch, default=None)
-    if found:
+    if found:  # a crash may have come between a checkpoint and its row
         write_history(storage.join(folder, _HISTORY), found.history)
     return found
 
