@@ -21,7 +21,7 @@ from fer_ray import storage
 from fer_ray.labels import SPLITS
 from fer_ray.sources import REPEATED, Entry
 
-_MEMORY = "96MiB"
+_MEMORY = "48MiB"
 """What DuckDB may hold of it in memory; the rest is on the disk."""
 _BATCH = 8192
 

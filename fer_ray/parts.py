@@ -21,6 +21,9 @@ from fer_ray.sources import ReadError
 ROWS_PER_PART = 2048
 """The most rows of a part: parts of equal size keep all CPUs busy."""
 
+MANY_PARTS = 64
+"""From so many on, parts are twice as long: Ray keeps account of each task in memory."""
+
 ROWS_PER_GROUP = 256
 """The most rows of a row group, the unit in which a stream shuffles."""
 
@@ -43,8 +46,12 @@ def write_tasks(ledger: Ledger, image_size: int) -> Iterator[dict[str, Any]]:
 
     The files of a part are packed: all tasks of a large source are in memory at once.
     """
-    most = max(1, min(ROWS_PER_PART, BYTES_PER_PART // image_size**2))
-    for split, total in ledger.counts().items():
+    counts = ledger.counts()
+    rows_per_part = ROWS_PER_PART
+    if sum(counts.values()) > MANY_PARTS * ROWS_PER_PART:
+        rows_per_part *= 2
+    most = max(1, min(rows_per_part, BYTES_PER_PART // image_size**2))
+    for split, total in counts.items():
         rows = ledger.rows(
             'SELECT path, label, "at" FROM listed WHERE reason IS NULL AND split = ? ORDER BY path',
             split,
