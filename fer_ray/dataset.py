@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
 _SOF, _SOS = (0xC0, 0xC1), 0xDA
 _TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # DHT, DQT, DRI, APP0 (JFIF), COM
+_FRAME = struct.Struct(">BBHBHHB")
+"""A segment's mark, kind and length; and in a SOF bits, height, width and channels."""
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # neither a stuffed byte nor a restart
 _AS_IT_IS = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
 
@@ -289,17 +292,15 @@ def _is_plain_jpeg(content: bytes) -> bool:
     if not content.startswith(b"\xff\xd8"):
         return False
     position, grey = 2, False
-    while position + 9 < len(content) and content[position] == 0xFF:
-        marker = content[position + 1]
-        length = int.from_bytes(content[position + 2 : position + 4], "big")
+    while position + _FRAME.size <= len(content):
+        start, marker, length, bits, height, width, channels = _FRAME.unpack_from(content, position)
+        if start != 0xFF:
+            return False
         if marker == _SOS:
             end = _MARKER.search(content, position + 2 + length)
             return grey and end is not None and content[end.start() :] == b"\xff\xd9"
         if marker in _SOF:
-            bits = content[position + 4]
-            height = int.from_bytes(content[position + 5 : position + 7], "big")
-            width = int.from_bytes(content[position + 7 : position + 9], "big")
-            grey = bits == 8 and content[position + 9] == 1 and 0 < height * width <= MAX_PIXELS
+            grey = bits == 8 and channels == 1 and 0 < height * width <= MAX_PIXELS
         elif marker not in _TABLES or length < 2:
             return False
         position += 2 + length
@@ -358,6 +359,5 @@ def pixel_sha256(grey: np.ndarray) -> str:
 
 def pixel_digest(grey: np.ndarray) -> bytes:
     """`pixel_sha256` as 32 bytes."""
-    digest = hashlib.sha256(f"{grey.shape[0]}x{grey.shape[1]}:".encode())
-    digest.update(np.ascontiguousarray(grey).data)
-    return digest.digest()
+    height, width = grey.shape
+    return hashlib.sha256(f"{height}x{width}:".encode() + grey.tobytes()).digest()

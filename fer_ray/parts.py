@@ -256,7 +256,8 @@ class _Rows:
 
     def moments(self) -> list[list[int]]:
         """The sum of each image's pixels, and that of their squares."""
-        tones = np.arange(256, dtype=np.int64)
-        # by their histograms: many times as fast as wide enough sums over the pixels
-        counts = [np.bincount(image.ravel(), minlength=256) for image in self.images]
-        return (np.reshape(counts, (-1, 256)) @ np.stack([tones, tones**2], axis=1)).tolist()
+        # rounded: OpenCV squares a root
+        return [
+            [int(cv2.sumElems(image)[0]), round(cv2.norm(image, cv2.NORM_L2SQR))]
+            for image in self.images
+        ]

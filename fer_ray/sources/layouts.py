@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from fer_ray.errors import UserError
 from fer_ray.sources.files import Entry, Source, junk_reason
@@ -38,6 +39,8 @@ class _Seen:
     """What one look through the paths has found, in bounded memory."""
 
     num_files: int = 0
+    folders: set[str] = field(default_factory=set)
+    """Those whose files have been looked at; some, when there are very many."""
     refused: Counter[str] = field(default_factory=Counter)
     """Files that cannot be read at all, by reason."""
     train_tops: set[tuple[str, ...]] = field(default_factory=set)
@@ -52,7 +55,12 @@ class _Seen:
     def take(self, path: str) -> None:
         """Notes one path."""
         self.num_files += 1
-        folders = tuple(path.split("/")[:-1])
+        folder = path.rpartition("/")[0]
+        if folder in self.folders:  # another file of it says nothing new
+            return
+        if len(self.folders) < _MOST_FOLDERS:
+            self.folders.add(folder)
+        folders = tuple(folder.split("/")) if folder else ()
         for depth, name in enumerate(folders[: _MAX_LEVELS_ABOVE + 1]):
             if name == "train":
                 self.train_tops.add(folders[:depth])
@@ -92,14 +100,19 @@ def located(source: Source, layout: Layout) -> Iterator[Entry]:
 
     Only ``test`` may hold files without a class folder: their label is unknown.
     """
+    known = functools.lru_cache(_MOST_FOLDERS)(lambda folder: locate(f"{folder}/_", layout))
     for entry in source.entries():
+        path, size, at = entry.path, entry.size, entry.at
         if entry.reason:
             yield entry
-        elif reason := junk_reason(entry.path):
-            yield replace(entry, reason=reason)
+        elif reason := junk_reason(path):
+            yield Entry(path=path, size=size, at=at, reason=reason)
         else:
-            split, label, reason = locate(entry.path, layout)
-            yield replace(entry, split=split, label=label, reason=reason or None)
+            folder = path.rpartition("/")[0]
+            split, label, reason = known(folder) if folder else locate(path, layout)
+            yield Entry(
+                path=path, size=size, at=at, split=split, label=label, reason=reason or None
+            )
 
 
 def locate(path: str, layout: Layout) -> tuple[str | None, str | None, str]:
