@@ -46,13 +46,15 @@ lint: .venv/ready ## style, format and types
 models: .venv/ready ## parameters and multiply-adds of every model and setting
 	$(BIN)/python jobs/train.py --list-models
 
-benchmark: .venv/ready ## what this machine achieves beside plain loops; 10 minutes a model, 20 for preparation
+benchmark: .venv/ready ## what this machine achieves beside plain loops; 10 minutes a model, 10 for preparation, 10 for sweeps
 	mkdir -p results/benchmarks
 	for model in custom_cnn efficientnet_b2; do \
 		$(BIN)/python jobs/benchmark.py --model $$model --output results/benchmarks/$$model.json || exit $$?; \
 	done
 	$(BIN)/python jobs/benchmark.py --output results/benchmarks/preparation.json \
 		--only prepare_over_pillow prepare_speed_kept prepare_memory_growth
+	$(BIN)/python jobs/benchmark.py --output results/benchmarks/sweeps.json \
+		--only sweep_overhead_s asha_saving asha_loss
 
 reference: .venv/ready ## keep the results of results/ in results/reference, and the README's table
 	$(BIN)/python -m fer_ray.reference collect

@@ -71,7 +71,7 @@ def plan(
     Args:
         config: what to measure; without `data`, on drawn faces.
         output: place of the JSON file.
-        only: some of `KEYS`; none for all.
+        only: some of `KEYS`; none for those of the model.
         rounds: of each side, 1 or more.
         round_s: seconds of each, above 0.
 
@@ -101,7 +101,7 @@ def _chosen(only: set[str]) -> tuple[str, ...]:
     for key in only:
         if key not in KEYS:
             raise unknown("--only", key, KEYS)
-    return tuple(key for key in KEYS if key in only or not (only or KEYS[key].on_request))
+    return tuple(key for key in KEYS if key in only or (KEYS[key].of_model and not only))
 
 
 def _check_data(info: DatasetInfo, keys: Sequence[str]) -> None:

@@ -171,19 +171,25 @@ def benchmarks(reference: Path) -> str:
     found = [json.loads(path.read_text()) for path in sorted(reference.glob("benchmarks/*.json"))]
     if not found:
         return "Nothing is measured yet."
-    parts = []
-    for of_models in (True, False):
-        keys = {n: key for n, key in benchmark_numbers.KEYS.items() if key.is_of_model is of_models}
-        records = [one for one in found if keys.keys() & one.keys()]
-        if records:
-            parts.append("\n".join([*_rows(records, keys), "", *map(_conditions, records)]))
+    of_model = {name: key for name, key in benchmark_numbers.KEYS.items() if key.of_model}
+    of_models = [one for one in found if of_model.keys() & one.keys()]
+    parts = [_part(of_models, of_model)] if of_models else []
+    parts += [
+        _part([one], {name: benchmark_numbers.KEYS[name] for name in one["targets"]})
+        for one in found
+        if one not in of_models
+    ]
     return "\n\n".join(parts)
+
+
+def _part(records: list[dict[str, Any]], keys: dict[str, benchmark_numbers.Key]) -> str:
+    return "\n".join([*_rows(records, keys), "", *map(_conditions, records)])
 
 
 def _rows(records: list[dict[str, Any]], keys: dict[str, benchmark_numbers.Key]) -> list[str]:
     """A table: one row a number, one column a record."""
     names = ["measured"]
-    if any(key.is_of_model for key in keys.values()):
+    if all(key.of_model for key in keys.values()):
         names = [f"`{one['model']['name']}`, {one['model']['pixels']} px" for one in records]
     lines = ["| " + " | ".join(["number", "to reach", *names]) + " |"]
     lines.append("| --- " * (2 + len(records)) + "|")
@@ -205,17 +211,19 @@ def _conditions(record: dict[str, Any]) -> str:
     """What a benchmark ran on and with."""
     hardware, versions = record["hardware"], record["versions"]
     device = hardware.get("gpu") or f"{hardware['processor']}, {hardware['cores']} cores"
-    rounds = min(len(values) for values in record["rounds"].values())
-    if "prepare" in record["rounds"]:
-        rounds = len(record["rounds"]["prepare"])
+    ran_on = f"{device}; torch {versions['torch']}, ray {versions['ray']}."
+    rounds = {name: len(values) for name, values in record["rounds"].items()}
+    if "sweep" in record or "asha" in record:
+        return f"Sweeps: once each, on drawn faces; {ran_on}"
+    if "prepare" in rounds:
         return (
-            f"Preparation: {rounds} rounds each beside Pillow, {record['images']:,} images; one "
-            f"run with few and one with many; {device}; ray {versions['ray']}."
+            f"Preparation: {rounds['prepare']} rounds each beside Pillow, {record['images']:,} "
+            f"images; few and many drawn faces once each; {ran_on}"
         )
     return (
         f"`{record['model']['name']}`: {record['model']['multiply_adds'] / 1e6:,.0f} M "
-        f"multiply-adds, batch {record['batch']}, {rounds} rounds each, {record['images']:,} "
-        f"images; {device}; torch {versions['torch']}, ray {versions['ray']}."
+        f"multiply-adds, batch {record['batch']}, {min(rounds.values())} rounds each, "
+        f"{record['images']:,} images; {ran_on}"
     )
 
 

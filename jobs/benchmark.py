@@ -17,7 +17,13 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--data", default="", metavar="DIR", help="prepared data set; without it, drawn faces")
     add("--output", default="", metavar="FILE.json", help="where to write it")
-    add("--only", nargs="+", default=[], metavar="KEY", help="measure these numbers and no others")
+    add(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="measure these numbers (the model's)",
+    )
     add("--rounds", type=cli.integer(1), default=5, help="rounds of each side")
     add("--round-s", type=float, default=3.0, help="seconds of a round, about")
     add("--show-augmentations", metavar="FILE.html", help="only write this page of pictures")

@@ -66,3 +66,37 @@ def test_the_markers_are_needed(tmp_path):
     assert reference.update(readme, "runs", "new")
     assert readme.read_text() == f"a\n{begin}\nnew\n{end}\nb\n"
     assert not reference.update(readme, "runs", "new")
+
+
+def benchmark_record(folder, name: str, values: dict[str, float], **more) -> None:
+    record = {
+        **values,
+        "targets": dict.fromkeys(values, 1.0),
+        "model": {"name": "custom_cnn", "pixels": 48, "multiply_adds": 142e6},
+        "batch": 128,
+        "images": 1000,
+        "rounds": {},
+        "hardware": {"processor": "Nimble", "cores": 2},
+        "versions": {"torch": "2", "ray": "3"},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({**record, **more}))
+
+
+def test_benchmarks_of_models_of_preparation_and_of_sweeps_have_tables_of_their_own(tmp_path):
+    folder = tmp_path / "benchmarks"
+    rounds = {"train": [1.0] * 5, "train_plain": [1.0] * 5}
+    benchmark_record(folder, "custom_cnn", {"train_over_plain": 0.9}, rounds=rounds)
+    rounds = {"prepare": [4.0] * 3, "prepare_plain": [1.0] * 3}
+    benchmark_record(folder, "preparation", {"prepare_over_pillow": 5.5}, rounds=rounds)
+    benchmark_record(folder, "sweeps", {"asha_saving": 0.3, "asha_loss": 0.01}, asha={})
+    first, second, third = reference.benchmarks(tmp_path).split("\n\n| number")
+    assert "| `train_over_plain` | ≥ 0.95 | 0.90 (missed) |" in first
+    assert "| `stream_over_naive` | ≥ 2 | not measured |" in first and "asha" not in first
+    assert first.splitlines()[-1].startswith("`custom_cnn`: 142 M multiply-adds, batch 128, 5 rou")
+    assert "| `prepare_over_pillow` | ≥ 5 | 5.50 |" in second
+    assert "Preparation: 3 rounds each beside Pillow, 1,000 images" in second
+    assert "| `asha_saving` | ≤ 0.4 | 0.30 |" in third and "0.01 (missed)" in third
+    assert third.splitlines()[-1] == (
+        "Sweeps: once each, on drawn faces; Nimble, 2 cores; torch 2, ray 3."
+    )
