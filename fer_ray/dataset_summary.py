@@ -136,14 +136,21 @@ def _quarantined(rows: list[tuple[str, str]]) -> pa.Table:
     return pa.table(columns, schema=dataset.QUARANTINE_SCHEMA)
 
 
+def _shown(label: str) -> str:
+    """A label on one line of a table."""
+    plain = "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in label)
+    return plain if len(plain) <= 24 else f"{plain[:23]}…"
+
+
 def describe(info: dict[str, Any], ledger: Ledger) -> Iterator[str]:
     """What was prepared, as a small table and a few lines, for people."""
     unlabelled = any(split["unlabelled"] for split in info["splits"].values())
-    columns = [*info["labels"], *(["unlabelled"] if unlabelled else []), "total"]
+    columns = [*map(_shown, info["labels"]), *(["unlabelled"] if unlabelled else []), "total"]
     yield "split".ljust(12) + "".join(name.rjust(max(9, len(name) + 2)) for name in columns)
     for name, split in info["splits"].items():
-        counts = {**split["classes"], "unlabelled": split["unlabelled"], "total": split["rows"]}
-        cells = (f"{counts[column]:,}".rjust(max(9, len(column) + 2)) for column in columns)
+        counts = [split["classes"][label] for label in info["labels"]]
+        counts += [*([split["unlabelled"]] if unlabelled else []), split["rows"]]
+        cells = (f"{n:,}".rjust(max(9, len(name) + 2)) for n, name in zip(counts, columns))
         yield name.ljust(12) + "".join(cells)
     yield f"pixel mean {info['pixel_mean']:.5f}, standard deviation {info['pixel_std']:.5f}"
     yield from _describe_duplicates(info["duplicates"], ledger)

@@ -176,8 +176,8 @@ def move_rows(batch: pa.Table, *, staging: str) -> pa.Table:
     fs, path = storage.filesystem(storage.join(staging, task["part"]))
     table = pq.read_table(path, filesystem=fs, partitioning=None)
     assert table["image_id"].to_pylist() == targets["path"], f"{task['part']} holds other rows"
-    fs.delete_file(path)
-    name = task["part"].split("/", 1)[1]
+    # under another name, and the old part stays: a task that Ray runs again finds it
+    name = task["part"].split("/", 1)[1].replace(".parquet", "-settled.parquet")
     moved = [_MOVED.empty_table()]
     for split in SPLITS:
         chosen = [index for index, target in enumerate(targets["split"]) if target == split]

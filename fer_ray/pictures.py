@@ -101,7 +101,8 @@ def open_pictures(given: str) -> Pictures:
     if given == "kaggle":
         return FilePictures(open_files(kaggle.download()), given)
     place = storage.absolute(given)
-    if place.lower().endswith((".csv", ".parquet")) and not storage.is_directory(place):
+    name = storage.name_of(place).lower()
+    if name.endswith((".csv", ".parquet")) and not storage.is_directory(place):
         return _table(place, given)
     try:
         return FilePictures(open_files(place), given)
@@ -115,7 +116,7 @@ def _table(place: str, given: str) -> Pictures:
     if not storage.exists(place):
         raise UserError(f"--source: {place} does not exist")
     names = tables.columns_of(place)
-    if place.lower().endswith(".csv") and set(names) >= pixels.COLUMNS:
+    if not tables.is_parquet(place) and set(names) >= pixels.COLUMNS:
         return pixels.PixelRows(place, given)
     if set(names) >= set(tables.COLUMNS):
         return TablePictures(tables.TableSource(place), given)

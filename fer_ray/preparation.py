@@ -55,9 +55,9 @@ def prepare(
     try:
         with storage.staged_directory(plan.output) as staging:
             _write_parts(plan, staging, say)
-            if not ledger.one(f"SELECT count(*) FROM {KEPT} AND split = 'train'")[0]:
-                raise UserError(f"--source: no train image can be used: {ledger.reasons()[0][0]}")
+            _check_train(ledger)
             _settle(plan, staging, say)
+            _check_train(ledger)
             _verify_parts(ledger, staging, plan.output)
             dataset_summary.write_quarantine(ledger, staging)
             info = _summarize(plan)
@@ -72,6 +72,11 @@ def prepare(
     finally:
         ledger.close()
     return info
+
+
+def _check_train(ledger: Ledger) -> None:
+    if not ledger.one(f"SELECT count(*) FROM {KEPT} AND split = 'train'")[0]:
+        raise UserError(f"--source: no train image can be used: {ledger.reasons()[0][0]}")
 
 
 def _write_parts(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
@@ -106,9 +111,12 @@ def _settle(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
     if not tasks:
         return
     say(f"rewriting {len(tasks):,} parts without the rows that are moved or dropped")
-    storage.make_directory(storage.join(staging, "validation"))
+    if plan.held_out:
+        storage.make_directory(storage.join(staging, "validation"))
     for table in _map(tasks, functools.partial(parts.move_rows, staging=staging)):
         plan.ledger.move(table)
+    for task in tasks:
+        storage.remove(storage.join(staging, task["part"]))
 
 
 def _map(
@@ -183,10 +191,10 @@ def _warnings(plan: Plan, info: dict[str, Any]) -> Iterator[str]:
             "part is mixed in, so that figures on it are of no official split"
         )
     if "validation" not in info["splits"]:
-        yield (
-            "warning: there is no validation split, which jobs/train.py needs: "
-            "--validation-fraction 0.1 holds one out of train"
-        )
+        help_ = "no class has enough different pictures to hold one out of train"
+        if not plan.held_out:
+            help_ = "--validation-fraction 0.1 holds one out of train"
+        yield f"warning: there is no validation split, which jobs/train.py needs: {help_}"
     for label in info["labels"]:
         if not info["splits"]["train"]["classes"][label]:
             yield f"warning: no image of train is left of the class {label}"

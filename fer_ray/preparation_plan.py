@@ -72,7 +72,7 @@ def plan(
     else:
         if num_images is not None:
             raise UserError("--num-images: only --source synthetic has a choice of how many")
-        _check_apart(storage.absolute(source), output)
+        _check_apart(source if source == "kaggle" else storage.absolute(source), output)
         pictures = open_pictures(source)
     ledger = Ledger()
     try:
@@ -152,6 +152,10 @@ def _held_out(ledger: Ledger, pictures: Pictures, fraction: float | None) -> flo
 def _check_output(output: str, overwrite: bool) -> None:
     if storage.exists(output) and not storage.is_directory(output):
         raise UserError(f"--output: {output} is a file")
+    if not storage.is_uri(output) and Path(output).is_mount():
+        raise UserError(
+            f"--output: {output} is a mount point, which cannot be replaced: give a folder below it"
+        )
     if storage.list_names(output) and not storage.is_unfinished(output):
         if not storage.exists(storage.join(output, dataset.INFO_NAME)):
             raise UserError(
@@ -161,13 +165,13 @@ def _check_output(output: str, overwrite: bool) -> None:
         if not overwrite:
             raise UserError(f"--output: {output} exists: --overwrite replaces it")
     if not storage.is_uri(output):
-        above = next(path for path in Path(output).parents if path.exists())
+        above = next(path for path in Path(os.path.realpath(output)).parents if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UserError(f"--output: {above} is not a folder that can be written to")
 
 
 def _check_apart(source: str, output: str) -> None:
-    if storage.is_uri(source) or storage.is_uri(output):
+    if source == "kaggle" or storage.is_uri(source) or storage.is_uri(output):
         return
     inner, outer = Path(source).resolve(), Path(output).resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):

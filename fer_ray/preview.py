@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +45,12 @@ def check(place: str) -> str:
     place = storage.absolute(place)
     if storage.is_directory(place):
         raise UserError(f"--preview: {place} is a folder; a file's name is wanted")
-    if not place.lower().endswith((".html", ".htm")):
+    if not storage.name_of(place).lower().endswith((".html", ".htm")):
         raise UserError(f"--preview: {place} does not end in .html")
     if not storage.is_uri(place) and not Path(place).parent.is_dir():
         raise UserError(f"--preview: there is no folder {Path(place).parent}")
+    if not storage.is_uri(place) and not os.access(Path(place).parent, os.W_OK):
+        raise UserError(f"--preview: {Path(place).parent} cannot be written to")
     return place
 
 

@@ -91,7 +91,9 @@ def drop_twins(ledger: Ledger) -> None:
     """
     ledger.execute(
         "UPDATE results SET reason = 'the same picture is in ' || twins.splits || "
+        "CASE WHEN labels = label OR labels IS NULL THEN '' ELSE ', labelled ' || labels END || "
         "' (--deduplicate)' FROM (SELECT pixel_sha256, "
+        "string_agg(DISTINCT label, ' and ' ORDER BY label) AS labels, "
         "string_agg(DISTINCT split, ' and ' ORDER BY split) AS splits FROM results "
         "WHERE reason IS NULL AND split <> 'train' GROUP BY pixel_sha256) AS twins "
         "WHERE results.pixel_sha256 = twins.pixel_sha256 AND results.split = 'train' "

@@ -34,10 +34,23 @@ def is_uri(place: str) -> bool:
 
 
 def absolute(place: str) -> str:
-    """A local path made absolute (``~`` expanded); a URI as it is, without a closing slash."""
-    if is_uri(place):
-        return join(place)
-    return str(Path(place).expanduser().absolute())
+    """A local path made absolute (``~`` expanded); a URI as it is, without a closing slash.
+
+    Raises:
+        UserError: for a place that cannot be one.
+    """
+    try:
+        if "\0" in place.encode().decode():
+            raise ValueError("it has a null character")
+        if not is_uri(place):
+            return str(Path(place).expanduser().absolute())
+    except (UnicodeEncodeError, RuntimeError, ValueError) as error:
+        raise UserError(f"{place!r} is no place: {error}") from error
+    if not _without_query(place)[0].partition("://")[2].strip("/") and not place.startswith(
+        "file:"
+    ):
+        raise UserError(f"{place}: names no bucket")
+    return join(place)
 
 
 def join(place: str, *parts: str) -> str:
@@ -54,7 +67,8 @@ def name_of(place: str) -> str:
 def parent_of(place: str) -> str:
     """The place that holds another."""
     base, query = _without_query(place)
-    return base.rstrip("/").rsplit("/", 1)[0] + query
+    above = base.rstrip("/").rsplit("/", 1)[0]
+    return (above or "/") + query
 
 
 def _without_query(place: str) -> tuple[str, str]:
@@ -181,15 +195,23 @@ def staged_directory(destination: str, *, staging: str | None = None) -> Iterato
             raise
         remove(mark)
         return
-    target = Path(destination)
+    target = Path(os.path.realpath(destination))  # a link stays, and leads to the new folder
+    replaces = target.exists()
     parent = Path(absolute(staging)) if staging else target.parent
     with claimed_directory(parent, f".{target.name}.unfinished-") as unfinished:
         yield str(unfinished)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
+        if replaces and target.exists():
             _exchange(unfinished, target)  # the old one is removed with the claim
-        else:
+            return
+        try:
             unfinished.rename(target)
+        except OSError as error:
+            if not target.exists():
+                raise
+            raise UserError(
+                f"{target} was made by another meanwhile: it is not replaced"
+            ) from error
 
 
 _UNFINISHED = "_unfinished"
@@ -220,11 +242,13 @@ def claimed_directory(parent: Path, prefix: str) -> Iterator[Path]:
     token = uuid.uuid4().hex[:8]
     made = parent / f".claim-{token}"  # until it is locked it must not be taken for a left one
     made.mkdir()
+    folder = parent / f"{prefix}{token}"
     with _locked(made):
-        folder = made.rename(parent / f"{prefix}{token}")
         try:
+            made.rename(folder)
             yield folder
         finally:
+            shutil.rmtree(made, ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -16,6 +16,8 @@ from processes import kill_with_descendants
 
 from fer_ray import dataset, preparation, storage
 from fer_ray.errors import UserError
+from fer_ray.pictures import open_pictures
+from fer_ray.sources import open_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,6 +76,21 @@ def test_tables_in_a_store_are_read(bucket, ray_cluster, tmp_path):
         "validation": 1,
         "test": 1,
     }
+
+
+def test_a_key_with_a_doubled_slash_is_quarantined_and_nothing_loops(bucket):
+    client = boto3.client("s3")
+    for key in ("odd/a/1.png", "odd/b/1.png", "odd//x.png"):
+        client.put_object(Bucket="faces", Key=key, Body=b"x")
+    found = {one.path: one.reason for one in open_files(f"{bucket}/odd").entries()}
+    assert found == {"a/1.png": None, "b/1.png": None, "//": "below a folder without a name"}
+
+
+def test_a_query_after_the_name_changes_no_kind(bucket, store):
+    host, port = store.get_host_and_port()
+    query = f"?scheme=http&endpoint_override={host}:{port}"
+    assert open_files(f"{bucket}/faces.zip{query}").kind == "zip"
+    assert open_pictures(f"{bucket}/faces.csv{query}").has_splits
 
 
 def test_what_is_not_in_the_store_is_one_line(bucket, tmp_path):

@@ -332,6 +332,7 @@ def test_every_other_mistake_shows_when_the_plan_is_made(hostile, tmp_path):
         ({"source": "synthetic", "output": str(occupied / "thesis.txt")}, "is a file"),
         ({"source": "synthetic", "output": f"{occupied}/thesis.txt/x"}, "is not a folder that"),
         ({"source": str(hostile), "output": str(hostile / "out")}, "within the other"),
+        ({"source": "synthetic", "output": "/proc"}, "is a mount point"),
     ]:
         with pytest.raises(UserError, match=said) as caught:
             preparation.plan(**{"output": out, **given})

@@ -222,3 +222,35 @@ def test_a_place_that_no_preview_can_be_written_to_is_refused(tmp_path):
     ]:
         with pytest.raises(UserError, match=said):
             preview.check(str(place))
+
+
+def test_deduplicating_all_of_train_is_refused(ray_cluster, tmp_path):
+    for split in ("train", "test"):
+        for number, label in enumerate(("calm", "glad")):
+            folder = tmp_path / "faces" / split / label
+            folder.mkdir(parents=True)
+            (folder / "1.png").write_bytes(picture(number))
+    with pytest.raises(UserError, match="no train image can be used: the same picture is in test"):
+        prepare(tmp_path / "faces", tmp_path / "out", deduplicate=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_label_called_total_has_a_column_of_its_own(ray_cluster, tmp_path):
+    write_classes(tmp_path / "faces" / "train", 3, ("glad", "total"))
+    lines: list[str] = []
+    plan = preparation.plan(source=str(tmp_path / "faces"), output=str(tmp_path / "out"))
+    preparation.prepare(plan, say=lines.append)
+    (row,) = [line.split() for line in lines if line.startswith("train ")]
+    assert row == ["train", "3", "3", "6"]
+
+
+def test_what_is_dropped_leaves_no_empty_split(ray_cluster, tmp_path):
+    write_classes(tmp_path / "faces" / "train", 3, ("calm", "glad"))
+    write_classes(tmp_path / "faces" / "test", 1, ("calm", "glad"))
+    info = prepare(tmp_path / "faces", tmp_path / "out", deduplicate=True)
+    assert set(info["splits"]) == {"train", "test"}
+    assert not (tmp_path / "out" / "validation").exists()
+    for split in ("train", "test"):
+        listed = {Path(file).name for file in info["splits"][split]["files"]}
+        assert {path.name for path in (tmp_path / "out" / split).iterdir()} == listed
+        assert len(split_of(tmp_path / "out", split)) == info["splits"][split]["rows"]

@@ -123,8 +123,9 @@ def test_train_loses_its_twins_and_nothing_else_is_lost(results):
     ]
     found = results(rows, settling.drop_twins)
     of_validation = "the same picture is in validation (--deduplicate)"
+    of_another = "the same picture is in validation, labelled happy (--deduplicate)"
     of_both = "the same picture is in test and validation (--deduplicate)"
-    dropped = {0: of_validation, 1: of_validation, 7: of_both}
+    dropped = {0: of_validation, 1: of_another, 7: of_both}
     assert [reason for _, reason in found] == [dropped.get(index) for index in range(len(rows))]
     assert [split for split, _ in found] == [split for _, split, _ in rows]
 

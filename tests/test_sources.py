@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 import zipfile
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 
 from fer_ray import sources
 from fer_ray.errors import UserError
 from fer_ray.sources import files as source_files
-from fer_ray.sources import layouts
+from fer_ray.sources import folders, layouts
 
 
 def write_folder(root: Path, files: dict[str, bytes]) -> str:
@@ -192,9 +194,52 @@ def test_what_a_folder_holds_beside_files_is_reported_and_never_opened(tmp_path)
     }
     assert {one.path: one.reason for one in located(source) if one.reason} == {
         "train/happy/\\xff.jpg": "the file's name is not UTF-8",
+        "train/circle": "a link to a folder that is read already",
         "train/happy/broken.jpg": "a broken link",
         "train/happy/pipe.jpg": "not a plain file",
     }
+
+
+def test_links_that_lead_round_in_circles_are_told_and_not_followed(tmp_path):
+    root = Path(write_folder(tmp_path / "faces", faces("train/happy/1.jpg", "train/sad/2.jpg")))
+    (root / "train/happy/me").symlink_to("me")
+    (root / "train/happy/x").symlink_to("../sad")
+    (root / "train/sad/y").symlink_to("../happy")
+    found = {one.path: one.reason for one in sources.open_files(str(root)).entries()}
+    assert found["train/happy/1.jpg"] is None and found["train/sad/2.jpg"] is None
+    assert found["train/happy/me"] == "a broken link"
+    assert len(found) < 10
+    assert "a link to a folder that is read already" in found.values()
+
+
+def test_very_many_folders_are_looked_through_quickly():
+    class Many:
+        place, kind = "many", "folder"
+
+        def entries(self):
+            for number in range(60_000):
+                yield sources.Entry(path=f"person{number // 3}/session{number}/1.jpg")
+
+    start = time.monotonic()
+    with pytest.raises(UserError, match="no train images"):
+        layouts.find(Many())
+    assert time.monotonic() - start < 10
+
+
+def test_a_pipe_that_a_table_names_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero"):
+        with pytest.raises(sources.ReadError, match="not a plain file"):
+            folders.read_file(pafs.LocalFileSystem(), "", path)
+
+
+def test_an_entry_that_can_be_read_has_the_name_before_one_that_cannot(tmp_path):
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
+        archive.writestr("/a.png", b"out")
+        archive.writestr("a.png", b"in")
+    files, others = sources.list_files(sources.open_files(str(tmp_path / "two.zip")))
+    assert [(one.path, one.reason) for one in files] == [("a.png", None)]
+    assert [one.reason for one in others] == ["its path points outside the zip"]
 
 
 def test_a_folder_s_fingerprint_follows_paths_and_sizes(tmp_path):

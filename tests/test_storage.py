@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -45,6 +46,46 @@ def test_files_and_folders_through_a_uri(tmp_path):
     assert not storage.exists(place)
     with pytest.raises(ValueError):
         storage.write_json(place, float("nan"))
+
+
+def test_a_link_stays_and_leads_to_what_is_new(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for content in ("first", "second"):
+        with storage.staged_directory(str(tmp_path / "link")) as staging:
+            Path(staging, "file").write_text(content)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "real" / "file").read_text() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path):
+    target = tmp_path / "out"
+    with (
+        pytest.raises(UserError, match="was made by another meanwhile"),
+        storage.staged_directory(str(target)) as staging,
+    ):
+        Path(staging, "file").touch()
+        target.mkdir()
+        (target / "precious").touch()
+    assert [path.name for path in target.iterdir()] == ["precious"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_too_long_a_name_leaves_nothing(tmp_path):
+    with pytest.raises(OSError), storage.staged_directory(str(tmp_path / ("x" * 240))):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["~no-such-user/x", "c/\udcff", "s3://", "a\0b"])
+def test_what_is_no_place_is_a_user_error(place):
+    with pytest.raises(UserError):
+        storage.filesystem(place)
+
+
+def test_the_folder_of_a_file_at_the_top_is_the_top():
+    assert storage.parent_of("/x.csv") == "/"
 
 
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):

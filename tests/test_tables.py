@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -242,3 +244,41 @@ def test_what_kaggle_gives_is_read_as_a_folder(tmp_path, monkeypatch):
         ("images/train/happy/2.jpg", "happy"),
     }
     assert found.describe(iter(()))["path"] == "kaggle"
+
+
+def test_rows_that_do_not_fit_the_header_say_so_and_lose_nothing(tmp_path):
+    place = tmp_path / "faces.csv"
+    place.write_text("path,label\n1.png,v1.0\na,b.png,sad\n2.png,7.0\n" + "x" * 5000 + ",sad\n")
+    found = [(one.label, one.reason) for one in tables.TableSource(str(place)).entries()]
+    assert found == [
+        ("v1.0", None),
+        (None, "it has 3 cells, the header has 2"),
+        ("7", None),
+        (None, "its path has 5,000 characters"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('path,label\n1.png,"happy\n2.png,sad\n', "a quote that is not closed"),
+        ("path,label,label\n1.png,happy,sad\n", "more than one column label"),
+    ],
+)
+def test_a_table_that_would_lose_rows_is_refused(content, said, tmp_path):
+    (tmp_path / "faces.csv").write_text(content)
+    with pytest.raises(UserError, match=said):
+        list(tables.TableSource(str(tmp_path / "faces.csv")).entries())
+
+
+def test_labels_are_composed_and_binary_columns_are_text(tmp_path):
+    table = pa.table({"path": [b"1.png"], "label": [b"gl\x75\xcc\x88cklich"]})
+    pq.write_table(table, tmp_path / "faces.parquet")
+    (entry,) = tables.TableSource(str(tmp_path / "faces.parquet")).entries()
+    assert (entry.path, entry.label) == ("1.png", "gl\N{LATIN SMALL LETTER U WITH DIAERESIS}cklich")
+
+
+def test_a_nul_in_a_path_is_that_row_s(tmp_path):
+    (tmp_path / "faces.csv").write_text("path,label\n")
+    with pytest.raises(sources.ReadError, match="cannot be read"):
+        tables.TableSource(str(tmp_path / "faces.csv")).read("b\0/2.png", b"")

@@ -118,9 +118,66 @@ def test_a_zip_from_windows_has_its_slashes_mended(tmp_path):
     path = tmp_path / "windows.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("train\\happy\\1.jpg", "./train/sad/2.jpg", "train\\folder\\"):
-            archive.writestr(zipfile.ZipInfo(name), b"1")
-    names = [name for name, _ in everything(path)]
-    assert names == ["train/happy/1.jpg", "train/sad/2.jpg"]
+            archive.writestr(zipfile.ZipInfo(name), b"" if name.endswith("\\") else b"1")
+        archive.writestr(zipfile.ZipInfo("train/full/"), b"lost?")
+    assert everything(path) == [
+        ("train/happy/1.jpg", b"1"),
+        ("train/sad/2.jpg", b"1"),
+        ("train/full", "a folder with content"),
+    ]
+
+
+def test_a_directory_that_says_another_number_of_entries_is_refused(tmp_path):
+    path = tmp_path / "short.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("1.jpg", "2.jpg"):
+            archive.writestr(name, b"x")
+    content = bytearray(path.read_bytes())
+    end = content.rfind(b"PK\5\6")
+    content[end + 10 : end + 12] = (1).to_bytes(2, "little")
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="2 entries and says 1"):
+        everything(path)
+
+
+def test_a_comment_that_looks_like_the_zip_s_end_is_a_comment(tmp_path):
+    path = tmp_path / "comment.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("1.jpg", b"x")
+        archive.comment = b"PK\5\6" + b"\0" * 30
+    assert everything(path) == [("1.jpg", b"x")]
+
+
+def test_names_in_utf_8_are_read_without_the_flag_too(tmp_path):
+    path = tmp_path / "plain.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("glücklich.jpg", b"x")
+    content = path.read_bytes()
+    for mark, offset in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
+        at = content.find(mark) + offset
+        flags = int.from_bytes(content[at : at + 2], "little") & ~0x800
+        content = content[:at] + flags.to_bytes(2, "little") + content[at + 2 :]
+    path.write_bytes(content)
+    assert everything(path) == [("glücklich.jpg", b"x")]
+
+
+def test_an_impossible_offset_is_one_entry_s(tmp_path):
+    path = tmp_path / "far.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("1.jpg", "2.jpg"):
+            archive.writestr(name, b"x")
+    content = path.read_bytes()
+    at = content.find(b"PK\1\2")
+    extra = b"\1\0\x08\0" + b"\xff" * 8
+    record = bytearray(content[at : at + 46 + 5])
+    record[42:46] = b"\xff" * 4
+    record[30:32] = len(extra).to_bytes(2, "little")
+    content = content[:at] + bytes(record) + extra + content[at + 51 :]
+    end = content.rfind(b"PK\5\6")
+    length = int.from_bytes(content[end + 12 : end + 16], "little") + len(extra)
+    content = content[: end + 12] + length.to_bytes(4, "little") + content[end + 16 :]
+    path.write_bytes(content)
+    assert everything(path) == [("1.jpg", "its place is beyond the zip"), ("2.jpg", b"x")]
 
 
 def test_entries_that_point_outside_are_refused(tmp_path):

@@ -31,12 +31,12 @@ def open_files(place: str, *, flag: str = "--source") -> Source:
         return FolderSource(place)
     if not storage.exists(place):
         raise UserError(f"{flag}: {place} does not exist")
-    if not place.lower().endswith(".zip"):
+    if not storage.name_of(place).lower().endswith(".zip"):
         raise UserError(f"{flag}: {place} is neither a folder nor a .zip")
     return ZipSource(place)
 
 
-REPEATED = "another file has the same path"
+REPEATED = "another file or row has the same path"
 """The reason of the second and further entries of one path."""
 
 
@@ -50,9 +50,14 @@ def list_files(source: Source) -> tuple[list[Entry], list[Entry]]:
     files: dict[str, Entry] = {}
     others: list[Entry] = []
     for entry in source.entries():
-        reason = junk_reason(entry.path) or (REPEATED if entry.path in files else None)
-        if reason:
+        known = files.get(entry.path)
+        if reason := junk_reason(entry.path):
             others.append(Entry(path=entry.path, reason=reason))
-        else:
+        elif known is None:
             files[entry.path] = entry
+        elif known.reason and not entry.reason:  # what can be read has the name
+            others.append(known)
+            files[entry.path] = entry
+        else:
+            others.append(Entry(path=entry.path, reason=entry.reason or REPEATED))
     return [files[path] for path in sorted(files)], sorted(others, key=lambda one: one.path)

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +17,8 @@ import pyarrow.fs as pafs
 from fer_ray import storage
 from fer_ray.errors import UserError
 from fer_ray.sources.files import Entry, ReadError, check_size, first_line
+
+NOT_PLAIN = "not a plain file"
 
 
 class FolderSource:
@@ -41,7 +44,7 @@ class FolderSource:
         """One file's content; see `Source.read`."""
         try:
             return read_file(*self._filesystem, path)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, ValueError) as error:
             if not storage.is_directory(self.place):
                 raise UserError(
                     f"--source: {self.place} is gone, or not on all machines"
@@ -68,14 +71,18 @@ def read_file(fs: pafs.FileSystem, root: str, path: str) -> bytes:
     """A file below a folder.
 
     Raises:
-        ReadError: when it is too large.
+        ReadError: when it is too large, or a pipe or device.
         OSError: when it cannot be read.
     """
     full = f"{root}/{path}" if root else path
     if isinstance(fs, pafs.LocalFileSystem):
-        with io.FileIO(full) as local:  # half the time of Path.open
-            check_size(os.fstat(local.fileno()).st_size)
-            return local.read()
+        # not waiting: a pipe would; half the time of Path.open
+        with io.FileIO(os.open(full, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as local:
+            status = os.fstat(local.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ReadError(NOT_PLAIN)
+            check_size(status.st_size)
+            return local.read(status.st_size)
     with fs.open_input_file(full) as file:
         check_size(file.size())
         return file.read()
@@ -85,27 +92,47 @@ def _walk(fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
     """Every file of a store, one folder's listing at a time."""
     folders = [root]
     while folders:
-        for info in fs.get_file_info(pafs.FileSelector(folders.pop())):
-            if info.type == pafs.FileType.Directory:
+        folder = folders.pop()
+        for info in fs.get_file_info(pafs.FileSelector(folder)):
+            path = info.path[len(root) :].strip("/")
+            if info.path.strip("/") == folder.strip("/"):  # of a key with a doubled slash
+                yield Entry(path=f"{path}//", reason="below a folder without a name")
+            elif info.type == pafs.FileType.Directory:
                 folders.append(info.path)
             else:
-                yield Entry(path=info.path[len(root) :].strip("/"), size=info.size or 0)
+                yield Entry(path=path, size=info.size or 0)
 
 
 def _walk_local(fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
     """Every file below a local folder; pyarrow's own listing omits broken links in silence."""
     folders = [root or "/"]
+    seen: set[tuple[int, int]] = set()  # else links could lead round in circles
     while folders:
         folder = folders.pop()
+        seen.add(_identity(Path(folder)))
         with os.scandir(folder) as found:
             for item in found:
                 path = item.path[len(root) :].strip("/")
-                if item.is_dir():
-                    # a link to a folder above would lead round in circles
-                    if not (item.is_symlink() and _leads_up(item.path, folder)):
-                        folders.append(item.path)
-                else:
+                if not _is_folder(item):
                     yield _local_entry(item, path)
+                elif item.is_symlink() and (
+                    _leads_up(item.path, folder) or _identity(item) in seen
+                ):
+                    yield Entry(path=path, reason="a link to a folder that is read already")
+                else:
+                    folders.append(item.path)
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _identity(item: os.DirEntry[str] | Path) -> tuple[int, int]:
+    status = item.stat()
+    return status.st_dev, status.st_ino
 
 
 def _local_entry(item: os.DirEntry[str], path: str) -> Entry:
@@ -117,7 +144,7 @@ def _local_entry(item: os.DirEntry[str], path: str) -> Entry:
     except OSError:
         return Entry(path=path, reason="a broken link")
     if not stat.S_ISREG(status.st_mode):
-        return Entry(path=path, reason="not a plain file")
+        return Entry(path=path, reason=NOT_PLAIN)
     return Entry(path=path, size=status.st_size)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ class _Seen:
     classes: list[dict[tuple[str, ...], set[str]]] = field(
         default_factory=lambda: [{} for _ in range(_MAX_LEVELS_ABOVE + 1)]
     )
-    """At each depth the folders that hold files, by what lies above them."""
+    """At each depth the folders that hold files, by what lies above them; `_MOST_FOLDERS`."""
+    num_classes: list[int] = field(default_factory=lambda: [0] * (_MAX_LEVELS_ABOVE + 1))
 
     def take(self, path: str) -> None:
         """Notes one path."""
@@ -68,10 +70,10 @@ class _Seen:
             if name in SPLIT_FOLDERS:
                 self.other_split = self.other_split or "/".join(folders[: depth + 1])
         depth = len(folders) - 1
-        if 0 <= depth <= _MAX_LEVELS_ABOVE:
+        if 0 <= depth <= _MAX_LEVELS_ABOVE and self.num_classes[depth] < _MOST_FOLDERS:
             names = self.classes[depth].setdefault(folders[:depth], set())
-            if sum(map(len, self.classes[depth].values())) < _MOST_FOLDERS:
-                names.add(folders[depth])
+            self.num_classes[depth] += folders[depth] not in names
+            names.add(folders[depth])
 
 
 def find(source: Source) -> Layout:
@@ -125,18 +127,23 @@ def locate(path: str, layout: Layout) -> tuple[str | None, str | None, str]:
             return None, None, "not in a class folder"
         if len(parts) > depth + 2:
             return None, None, "deeper than class/file"
-        return "train", parts[depth], ""
+        return "train", _label(parts[depth]), ""
     split = SPLIT_FOLDERS.get(parts[depth]) if inside else None
     if split is None:
         return None, None, "not below a train, validation or test folder"
     below = parts[depth + 1 :]
     if len(below) == 2:
-        return split, below[0], ""
+        return split, _label(below[0]), ""
     if len(below) > 2:
         return None, None, "deeper than split/class/file"
     if split == "test":
         return split, None, ""
     return None, None, "not in a class folder"
+
+
+def _label(folder: str) -> str:
+    """A class folder's name; composed, as a Mac would not write it (Unicode's NFC)."""
+    return unicodedata.normalize("NFC", folder)
 
 
 def _one_top(place: str, found: set[tuple[str, ...]]) -> tuple[str, ...]:

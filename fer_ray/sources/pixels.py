@@ -68,8 +68,12 @@ class PixelRows:
             ReadError: for pixels that are no square of numbers from 0 to 255.
         """
         offset, length = _AT.unpack(at)
-        line = self._file.read_at(length, offset)
-        return parse_pixels(_cells(line)[self._columns.index("pixels")])
+        try:
+            line = self._file.read_at(length, offset)
+            pixels = _cells(line)[self._columns.index("pixels")]
+        except (OSError, pa.ArrowException, IndexError) as error:
+            raise ReadError(f"cannot be read: {first_line(error)}") from error
+        return parse_pixels(pixels)
 
     def describe(self, listing: Iterator[tuple[str, int]]) -> dict[str, Any]:
         """What ``dataset.json`` says about the source."""
@@ -86,7 +90,7 @@ class PixelRows:
         emotion, usage = (cells[self._columns.index(name)].strip() for name in ("emotion", "usage"))
         split = USAGES.get(usage.lower())
         if split is None:
-            reason = f"Usage {usage!r} is not Training, PublicTest or PrivateTest"
+            reason = f"Usage {usage[:40]!r} is not Training, PublicTest or PrivateTest"
             return Entry(path=path, size=size, reason=reason)
         at = _AT.pack(offset, size)
         if not emotion and split == "test":

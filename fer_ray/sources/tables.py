@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import unicodedata
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -24,8 +25,10 @@ COLUMNS = ("path", "label")
 """What a table has to have; ``split`` may stand beside them."""
 
 _ROWS = 4096
-_GAPS = re.compile(r"(?<=\d)\.0$")
-"""What pandas appends to whole numbers in a column with gaps."""
+_REASON = "\0"  # no column's name: why the row cannot be used
+_GAPS = re.compile(r"^([+-]?\d+)\.0$")
+"""What pandas makes of whole numbers in a column with gaps."""
+_LONGEST_PATH, _LONGEST_LABEL = 4096, 255
 
 
 class TableSource:
@@ -58,7 +61,7 @@ class TableSource:
             if path.startswith("/"):
                 return read_file(pafs.LocalFileSystem(), "", path)
             return read_file(*self._folder, path)
-        except (OSError, pa.ArrowException, UserError) as error:
+        except (OSError, pa.ArrowException, UserError, ValueError) as error:
             if not storage.exists(self.place):
                 raise UserError(
                     f"--source: {self.place} is gone, or not on all machines"
@@ -85,7 +88,7 @@ def columns_of(place: str) -> list[str]:
     """
     try:
         fs, path = storage.filesystem(place)
-        if place.lower().endswith(".parquet"):
+        if is_parquet(place):
             with fs.open_input_file(path) as file:
                 names = pq.read_schema(file).names
         else:
@@ -94,7 +97,16 @@ def columns_of(place: str) -> list[str]:
             names = next(csv.reader(io.StringIO(head)), [])
     except (OSError, pa.ArrowException, csv.Error) as error:
         raise UserError(f"--source: {place} cannot be read: {first_line(error)}") from error
-    return [str(name).strip().lower() for name in names]
+    found = [str(name).strip().lower() for name in names]
+    for name in (*COLUMNS, "split"):
+        if found.count(name) > 1:
+            raise UserError(f"--source: {place} has more than one column {name}")
+    return found
+
+
+def is_parquet(place: str) -> bool:
+    """Whether a place is that of a Parquet file, by its name."""
+    return storage.name_of(place).lower().endswith(".parquet")
 
 
 def _rows(place: str) -> Iterator[dict[str, Any]]:
@@ -102,7 +114,7 @@ def _rows(place: str) -> Iterator[dict[str, Any]]:
     fs, path = storage.filesystem(place)
     names = columns_of(place)
     try:
-        if place.lower().endswith(".parquet"):
+        if is_parquet(place):
             with fs.open_input_file(path) as file:
                 for batch in pq.ParquetFile(file).iter_batches(_ROWS):
                     for values in zip(*(column.to_pylist() for column in batch.columns)):
@@ -113,26 +125,42 @@ def _rows(place: str) -> Iterator[dict[str, Any]]:
             reader = csv.reader(text)
             next(reader, None)
             for row in reader:
+                if any("\n" in cell or "\r" in cell for cell in row):
+                    raise UserError(
+                        f"--source: {place}, before line {reader.line_num + 1}: a cell spans "
+                        "several lines, as after a quote that is not closed"
+                    )
                 if row:
-                    yield dict(zip(names, row))
+                    strange = len(row) > len(names)
+                    reason = f"it has {len(row)} cells, the header has {len(names)}"
+                    yield {**dict(zip(names, row)), **({_REASON: reason} if strange else {})}
     except (OSError, pa.ArrowException, csv.Error) as error:
         raise UserError(f"--source: {place} cannot be read: {first_line(error)}") from error
 
 
 def _entry(number: int, row: dict[str, Any], *, has_splits: bool) -> Entry:
     path, label, split = (_text(row.get(name)) for name in (*COLUMNS, "split"))
-    label = _GAPS.sub("", label)
-    shown = path or f"row {number}"
+    label = unicodedata.normalize("NFC", _GAPS.sub(r"\1", label))
+    shown = path[:_LONGEST_PATH] or f"row {number}"
+    if reason := row.get(_REASON):
+        return Entry(path=shown, reason=reason)
+    for name, text, most in (("path", path, _LONGEST_PATH), ("label", label, _LONGEST_LABEL)):
+        if len(text) > most:
+            return Entry(path=shown, reason=f"its {name} has {len(text):,} characters")
     if not path:
         return Entry(path=shown, reason="the row names no path")
     where = SPLIT_FOLDERS.get(split.lower()) if has_splits else "train"
     if where is None:
-        return Entry(path=shown, reason=f"its split is {split!r}: not train, validation or test")
+        return Entry(
+            path=shown, reason=f"its split is {split[:40]!r}: not train, validation or test"
+        )
     if not label and where != "test":
         return Entry(path=shown, reason="it has no label")
     return Entry(path=path, split=where, label=label or None)
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        value = value.decode(errors="backslashreplace")
     missing = value is None or value != value  # NaN
     return "" if missing else str(value).strip()

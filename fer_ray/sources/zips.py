@@ -62,6 +62,8 @@ class _Directory:
 
     offset: int
     size: int
+    count: int
+    """How many entries it says to have."""
     shift: int
     """Bytes before the zip's own first byte, as in a self-extracting one."""
 
@@ -78,9 +80,13 @@ class ZipSource:
         """Every file, in the order of the zip's directory."""
         try:
             directory = _find_directory(self._file)
+            count = 0
             for record in _records(self._file, directory):
+                count += 1
                 if entry := _entry(record, directory.shift):
                     yield entry
+            if (count ^ directory.count) & 0xFFFF:  # of more, old zips count the last 16 bits
+                raise _Damaged(f"its directory has {count:,} entries and says {directory.count:,}")
         except (OSError, pa.ArrowException, _Damaged, struct.error) as error:
             raise UserError(
                 f"--source: {self.place} is not a readable zip: {first_line(error)}"
@@ -94,7 +100,7 @@ class ZipSource:
         check_size(packed - 1024)
         try:
             content = _unpack(self._packed(path, offset, packed), method, size)
-        except (OSError, pa.ArrowException, zlib.error, ValueError) as error:
+        except (OSError, pa.ArrowException, zlib.error, ValueError, OverflowError) as error:
             raise ReadError(f"cannot be unpacked: {first_line(error)}") from error
         if len(content) != size or zlib.crc32(content) != crc:
             raise ReadError("cannot be unpacked: the content is not what the zip says it is")
@@ -163,35 +169,43 @@ def _find_directory(file: pa.NativeFile) -> _Directory:
     size = file.size()
     tail_at = max(size - _END.size - _LONGEST_COMMENT, 0)
     tail = file.read_at(size - tail_at, tail_at)
-    found = tail.rfind(_END_MARK)
-    while found >= 0 and len(tail) - found < _END.size:
-        found = tail.rfind(_END_MARK, 0, found)
-    if found < 0:
-        raise _Damaged("it has no directory at its end: cut off, or no zip at all")
-    _, disk, _, _, _, length, offset, _ = _END.unpack_from(tail, found)
+    found = _find_end(tail)
+    _, disk, _, _, count, length, offset, _ = _END.unpack_from(tail, found)
     end = tail_at + found
     locator_at = end - _END64_LOCATOR.size
     if locator_at >= 0:
         mark, _, end64, _ = _END64_LOCATOR.unpack(file.read_at(_END64_LOCATOR.size, locator_at))
         if mark == _END64_LOCATOR_MARK:
-            end, length, offset = _read_end64(file, locator_at, end64)
+            end, count, length, offset = _read_end64(file, locator_at, end64)
             disk = 0
     if disk:
         raise _Damaged("it is one of several volumes")
     shift = end - length - offset
     if length > end or shift < 0:
         raise _Damaged("its directory lies outside it")
-    return _Directory(offset=offset + shift, size=length, shift=shift)
+    return _Directory(offset=offset + shift, size=length, count=count, shift=shift)
 
 
-def _read_end64(file: pa.NativeFile, locator_at: int, stated: int) -> tuple[int, int, int]:
-    """Place of the 64-bit record, and length and offset of the directory that it tells."""
+def _find_end(tail: bytes) -> int:
+    """Where the record at the zip's end begins: one whose comment ends the file, else the last."""
+    places = [m.start() for m in re.finditer(re.escape(_END_MARK), tail)]
+    places = [place for place in places if len(tail) - place >= _END.size]
+    if not places:
+        raise _Damaged("it has no directory at its end: cut off, or no zip at all")
+    for place in places:
+        if place + _END.size + _END.unpack_from(tail, place)[-1] == len(tail):
+            return place
+    return places[-1]
+
+
+def _read_end64(file: pa.NativeFile, locator_at: int, stated: int) -> tuple[int, int, int, int]:
+    """Place of the 64-bit record; count, length and offset of the directory that it tells."""
     # bytes before the zip move the record from where the locator says it is
     for place in (locator_at - _END64.size, stated):
         block = file.read_at(_END64.size, place) if place >= 0 else b""
         if len(block) == _END64.size and block.startswith(_END64_MARK):
-            *_, length, offset = _END64.unpack(block)
-            return place, length, offset
+            *_, count, length, offset = _END64.unpack(block)
+            return place, count, length, offset
     raise _Damaged("its 64-bit directory is not where it says")
 
 
@@ -224,17 +238,23 @@ def _entry(record: bytes, shift: int) -> Entry | None:
     offset, name_length, extra_length = fields[16], fields[10], fields[11]
     name_end = _RECORD.size + name_length
     raw = record[_RECORD.size : name_end]
-    # as zipfile does; bytes that are no UTF-8 in spite of the flag are shown escaped
-    name = raw.decode("utf-8", "backslashreplace") if flags & _UTF8 else raw.decode("cp437")
+    try:
+        name = raw.decode()  # with or without the flag: some programs forget it
+    except UnicodeDecodeError:
+        name = raw.decode("utf-8", "backslashreplace") if flags & _UTF8 else raw.decode("cp437")
     # the way round is only taken where it has to be: a million names add up
     path, leads_out = (name, False) if _PLAIN.match(name) else _mended(name)
     if path is None:
-        return None
+        shown = name.replace("\\", "/").strip("/")
+        return Entry(path=shown, reason="a folder with content") if size else None
     if _WHOLLY_64 in (packed, size, offset):
         extra = record[name_end : name_end + extra_length]
         size, packed, offset = _wide(extra, size, packed, offset)
-    at = _AT.pack(offset + shift, packed, size, crc, method)
-    reason = None
+    at, reason = b"", None
+    if max(offset + shift, packed, size) >= 2**63:
+        reason = "its place is beyond the zip"
+    else:
+        at = _AT.pack(offset + shift, packed, size, crc, method)
     if leads_out:
         reason = "its path points outside the zip"
     elif flags & _ENCRYPTED:
