@@ -327,6 +327,8 @@ def run_trainer(
     import ray.train as ray_train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from fer_ray.interface import GlooConfig
+
     resources = {"CPU": scaling.cpus_per_worker, "GPU": 1.0 if scaling.use_gpu else 0.0}
     trainer = TorchTrainer(
         work,
@@ -336,7 +338,7 @@ def run_trainer(
             use_gpu=scaling.use_gpu,
             resources_per_worker={kind: amount for kind, amount in resources.items() if amount},
         ),
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+        torch_config=TorchConfig("nccl") if scaling.use_gpu else GlooConfig("gloo"),
         run_config=_run_config(ray_train, storage_place, run, scaling.max_failures, callbacks),
     )
     try:

@@ -17,7 +17,7 @@ ORDER = [
     *("sources", "dataset", "pictures", "synthetic", "ledger", "parts", "settling"),
     *("dataset_summary", "preparation_plan", "preparation"),
     *("transforms", "forward", "batchnorm", "models", "optimization", "checkpoint"),
-    *("metrics", "group", "loading", "streaming", "loop", "worker", "training"),
+    *("metrics", "group", "loading", "streaming", "loop", "worker", "interface", "training"),
     *("predictions", "inference"),
     *("evaluation", "evaluation_tables", "figures", "pages", "preview", "report", "sweeps"),
     *("benchmark_processes", "benchmark_numbers", "benchmark_loops", "benchmark_input"),

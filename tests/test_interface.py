@@ -1,0 +1,25 @@
+"""The network interface of gloo: that of the node's address, unless the user chose one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import ray.util
+
+from fer_ray import interface
+
+
+@pytest.mark.parametrize(("address", "chosen"), [("127.0.0.1", "lo"), ("192.0.2.77", "")])
+def test_gloo_listens_where_the_node_is_reached(monkeypatch, address, chosen):
+    monkeypatch.setenv(interface.VARIABLE, "")  # so that it is put back
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
+    interface.choose()
+    assert os.environ[interface.VARIABLE] == chosen
+
+
+def test_what_the_user_set_stays(monkeypatch):
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setenv(interface.VARIABLE, "eth7")
+    interface.choose()
+    assert os.environ[interface.VARIABLE] == "eth7"
