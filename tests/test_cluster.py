@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -18,8 +17,9 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
+import local
+import nodes
 import pandas as pd
 import pytest
 from processes import wait_for
@@ -33,17 +33,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "cluster" / "local.py"
 MIB = 2**20
 IMAGES = 600
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("local_cluster", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-local = load_script()
 
 
 # ------------------------------------------------------------------ what is uploaded
@@ -134,13 +123,13 @@ def test_a_port_in_use_and_a_folder_of_other_files_are_refused(short_folder):
     (short_folder / "head").mkdir()
     (short_folder / "head" / "mine.txt").touch()
     with pytest.raises(UserError, match="holds other files"):
-        local._make_private(short_folder)
+        nodes.make_private("--dir", short_folder)
     assert (short_folder / "head" / "mine.txt").exists()
 
 
 def test_the_token_is_private_and_new_each_time(short_folder):
-    first, second = local._new_token(short_folder), local._new_token(short_folder)
-    file = short_folder / local.TOKEN
+    first, second = nodes.new_token(short_folder), nodes.new_token(short_folder)
+    file = short_folder / nodes.TOKEN
     assert first != second == file.read_text() and len(second) == 64
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
@@ -164,7 +153,7 @@ class Cluster:
 
     @property
     def token(self) -> str:
-        return (self.folder / local.TOKEN).read_text()
+        return (self.folder / nodes.TOKEN).read_text()
 
     def submit(
         self, *command: str, flags: Sequence[str] = (), **environment: str
@@ -180,7 +169,7 @@ class Cluster:
             cwd=ROOT,
             env={
                 **os.environ,
-                **local.access(self.folder),
+                **nodes.access(self.folder),
                 "RAY_API_SERVER_ADDRESS": self.jobs,
                 **environment,
             },
@@ -205,7 +194,7 @@ class Cluster:
     def listening(self) -> set[str]:
         """The addresses on which the cluster's processes accept connections."""
         found = set()
-        for process in local.processes(self.folder):
+        for process in nodes.processes(self.folder):
             for connection in process.net_connections(kind="tcp"):
                 if connection.status == "LISTEN":
                     found.add(connection.laddr.ip.removeprefix("::ffff:"))
@@ -235,8 +224,8 @@ def cluster():
         yield Cluster(folder, jobs)
     finally:
         stopped = run_script("stop", *place)
-        left = [process.pid for process in local.processes(folder)]
-        has_token = (folder / local.TOKEN).exists()
+        left = [process.pid for process in nodes.processes(folder)]
+        has_token = (folder / nodes.TOKEN).exists()
         shutil.rmtree(folder.parent, ignore_errors=True)
     assert stopped.returncode == 0, stopped.stderr
     assert not left and not has_token

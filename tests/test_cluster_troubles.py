@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cluster import ROOT, Cluster, cluster, local  # noqa: F401 (the fixture)
+from test_cluster import ROOT, Cluster, cluster, nodes  # noqa: F401 (the fixture)
 
 RAY = Path(sys.executable).parent / "ray"
 
@@ -24,7 +24,7 @@ def says(message: str) -> str:
 
 def ray_job(cluster: Cluster, *arguments: str, **environment: str) -> str:  # noqa: F811
     """What `ray job …` prints of a command that may fail."""
-    settings = {**local.access(cluster.folder), "RAY_API_SERVER_ADDRESS": cluster.jobs}
+    settings = {**nodes.access(cluster.folder), "RAY_API_SERVER_ADDRESS": cluster.jobs}
     done = subprocess.run(
         [str(RAY), "job", *arguments],
         cwd=ROOT,
