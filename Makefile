@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := results/demo
+CLUSTER := results/cluster
 DEMO_TRAIN := $(BIN)/python jobs/train.py --data $(DEMO)/data --storage $(DEMO)/runs
 
 # without cached bytecode every Ray process would compile all packages anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test slow lint models benchmark reference lock clean
+.PHONY: help setup demo test slow cluster lint models benchmark reference lock clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +38,10 @@ test: .venv/ready ## the fast tests
 
 slow: .venv/ready ## real trainings, killed processes, submitted jobs, a browser
 	$(BIN)/pytest -m slow
+
+cluster: .venv/ready ## every job submitted to two hosts of this machine (root: network namespaces), what they wrote checked
+	rm -rf $(CLUSTER)
+	$(BIN)/python cluster/hosts.py -- $(BIN)/python cluster/check.py --output $(CLUSTER)
 
 lint: .venv/ready ## style, format and types
 	$(BIN)/ruff check .

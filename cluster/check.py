@@ -1,0 +1,224 @@
+""".venv/bin/python cluster/check.py --output /shared/check
+
+Submits prepare, train, tune, predict and evaluate to the cluster that RAY_API_SERVER_ADDRESS names,
+the first three by `ray job submit` and the others by `JobSubmissionClient`; follows their logs, and
+checks the Parquet that they write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fer_ray import cli, predictions, storage
+from fer_ray.dataset import read_info
+from fer_ray.errors import JobFailed, UserError
+from fer_ray.labels import probability_column
+
+ROOT = Path(__file__).resolve().parents[1]
+SPLITS = ("validation", "test")
+EPOCHS = 2
+IMAGES = 600
+_SWEEP = "space.transforms.normalization = ['none', 'minmax']\n"
+_SMALL = ("--width", "8", "--global-batch-size", "64")
+_TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A job to submit."""
+
+    job: str
+    arguments: Sequence[str]
+    by_client: bool = False
+    """Whether by `JobSubmissionClient`, and not by `ray job submit`."""
+
+    @property
+    def command(self) -> list[str]:
+        """What the cluster runs."""
+        return ["python", f"jobs/{self.job}.py", *self.arguments]
+
+
+def main() -> None:
+    """Parses, submits, checks."""
+    parser = cli.JobParser(prog="check.py", description=__doc__.partition("\n\n")[2])
+    add = parser.add_argument
+    add("--output", required=True, metavar="DIR", help="empty folder that all nodes have there")
+    add("--run", default="check", metavar="NAME", help="of the training, in the jobs' names too")
+    add("--num-workers", type=cli.integer(1), default=2, help="of the training")
+    add("--cpus-per-worker", type=cli.number(0.0), default=1.5, help="above half a node's: spread")
+    flags = parser.parse_args()
+    jobs = os.environ.get("RAY_API_SERVER_ADDRESS")
+    if not jobs:
+        raise UserError("RAY_API_SERVER_ADDRESS: is not set; it names the cluster's Jobs API")
+    storage.check_name("--run", flags.run)
+    output = storage.absolute(flags.output)
+    if storage.is_uri(output):
+        raise UserError(f"--output: {output} is a URI; give a path that all nodes share")
+    if storage.list_names(output):
+        raise UserError(f"--output: {output} is not empty; give another folder")
+    storage.write_bytes(storage.join(output, "sweep.toml"), _SWEEP.encode())
+    width = ["--num-workers", str(flags.num_workers), "--cpus-per-worker"]
+    for step in steps(output, flags.run, [*width, str(flags.cpus_per_worker)]):
+        submit(step, jobs, flags.run)
+        if step.job == "train":
+            cli.say(f"the workers of run {flags.run!r} were on {', '.join(workers_of(jobs))}")
+    cli.say("all jobs succeeded; checked:")
+    for line in checked(output, flags.run):
+        cli.say(line)
+
+
+def steps(output: str, run: str, width: Sequence[str]) -> list[Step]:
+    """The jobs, in their order; `width` are the training's flags that say how many workers."""
+    data, runs, sweeps, predicted, evaluation = (
+        storage.join(output, name)
+        for name in ("faces", "runs", "sweeps", "predictions", "evaluation")
+    )
+    source = ["--source", "synthetic", "--num-images", str(IMAGES)]
+    train = ["--data", data, "--storage", runs, "--run", run, "--epochs", str(EPOCHS), *_SMALL]
+    tune = ["--data", data, "--storage", sweeps, "--sweep", storage.join(output, "sweep.toml")]
+    tune += ["--run", run, "--seeds", "1", "--epochs", "1", *_SMALL]
+    predict = ["--checkpoint", storage.join(runs, run), "--data", data, "--split", *SPLITS]
+    evaluate = ["--predictions", predicted, "--runs", runs, "--data", data, "--output", evaluation]
+    return [
+        Step("prepare", [*source, "--output", data]),
+        Step("train", [*train, *width]),
+        Step("tune", tune),
+        Step("predict", [*predict, "--output", predicted], by_client=True),
+        Step("evaluate", evaluate, by_client=True),
+    ]
+
+
+def submit(step: Step, jobs: str, run: str) -> None:
+    """Submits a job under the run's name, prints its log, and waits for its end.
+
+    Raises:
+        JobFailed: where the job did not succeed, or the cluster knows it otherwise.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    client = JobSubmissionClient(jobs)
+    name, metadata = f"{run}-{step.job}", {"run": run, "job": step.job}
+    how = "JobSubmissionClient" if step.by_client else "ray job submit"
+    cli.say(f"\n--- {step.job}, by {how}, as {name}")
+    if step.by_client:
+        client.submit_job(
+            entrypoint=shlex.join(step.command),
+            submission_id=name,
+            metadata=metadata,
+            runtime_env={"working_dir": str(ROOT)},
+        )
+        asyncio.run(_follow(client, name))
+    else:
+        _ray_job_submit(step, name, metadata)
+    found = _ended(client, name)
+    if found.status != "SUCCEEDED" or found.driver_exit_code != 0:
+        raise JobFailed(f"{name}: {found.status}: {found.message}")
+    if found.submission_id != name or not metadata.items() <= found.metadata.items():
+        raise JobFailed(f"{name}: is known as {found.submission_id}, with {found.metadata}")
+
+
+def _ray_job_submit(step: Step, name: str, metadata: dict[str, str]) -> None:
+    ray = Path(sys.executable).parent / "ray"
+    command = [str(ray), "job", "submit", "--working-dir", ".", "--submission-id", name]
+    command += ["--metadata-json", json.dumps(metadata), "--", *step.command]
+    done = subprocess.run(command, cwd=ROOT, check=False)
+    if done.returncode:
+        raise JobFailed(f"{name}: `ray job submit` ended with status {done.returncode}")
+
+
+async def _follow(client: Any, name: str) -> None:
+    async for lines in client.tail_job_logs(name):
+        print(lines, end="", flush=True)
+
+
+def _ended(client: Any, name: str) -> Any:
+    """What the cluster knows of a job whose log is over, once it knows its end."""
+    while (found := client.get_job_info(name)).status not in _TERMINAL:
+        time.sleep(0.2)
+    return found
+
+
+def workers_of(jobs: str) -> list[str]:
+    """Addresses of the nodes on which Ray Train has had workers, each once."""
+    from ray.util.state import list_actors, list_nodes
+
+    filters = [("class_name", "=", "RayTrainWorker")]
+    nodes = {node.node_id: node.node_ip for node in list_nodes(address=jobs)}
+    actors = list_actors(address=jobs, filters=filters)
+    return sorted({str(nodes[actor.node_id]) for actor in actors if actor.node_id in nodes})
+
+
+def checked(output: str, run: str) -> list[str]:
+    """Reads everything that the jobs wrote.
+
+    Returns:
+        A line for each table: its place, and how many rows it has.
+
+    Raises:
+        JobFailed: where something is missing, is there twice, or does not fit the rest.
+    """
+    info = read_info(storage.join(output, "faces"))
+    ids = {name: _rows(storage.join(info.place, name), unique="image_id") for name in info.splits}
+    for name, split in info.splits.items():
+        _require(len(ids[name]) == split.rows, f"{name}: not as many rows as dataset.json says")
+    _require(sum(map(len, ids.values())) == IMAGES, f"{info.place}: not {IMAGES} images")
+    lines = [f"{storage.join(info.place, name)}: {len(rows)} rows" for name, rows in ids.items()]
+    history = storage.join(output, "runs", run, "history.parquet")
+    epochs = _rows(history, unique="epoch")["epoch"].to_pylist()
+    _require(epochs == list(range(1, EPOCHS + 1)), f"{history}: epochs {epochs}")
+    trials = storage.join(output, "sweeps", run, "trials.parquet")
+    table = _rows(trials, unique="trial")
+    _require(len(table) == 2, f"{trials}: {len(table)} trials, one row each, not 2")
+    _require(set(table["status"].to_pylist()) == {"finished"}, f"{trials}: not all finished")
+    metrics = storage.join(output, "evaluation", "metrics.parquet")
+    splits = _rows(metrics, unique="split")["split"].to_pylist()
+    _require(sorted(splits) == sorted(SPLITS), f"{metrics}: splits {splits}")
+    lines += [f"{history}: {len(epochs)} rows", f"{trials}: {len(table)} rows"]
+    for name in SPLITS:
+        place = storage.join(output, "predictions", run, name)
+        lines.append(f"{place}: {_check_predictions(place, ids[name])} rows")
+    return [*lines, f"{metrics}: {len(splits)} rows"]
+
+
+def _check_predictions(place: str, prepared: pa.Table) -> int:
+    found = predictions.read(place)
+    table = found.table
+    same = sorted(table["image_id"].to_pylist()) == sorted(prepared["image_id"].to_pylist())
+    _require(same, f"{place}: other images than were prepared")
+    _require(table["error"].null_count == len(table), f"{place}: images were not predicted")
+    chances = [table[probability_column(label)].to_numpy() for label in found.labels]
+    _require(np.abs(np.sum(chances, axis=0) - 1).max() < 1e-5, f"{place}: not probabilities")
+    return len(table)
+
+
+def _rows(place: str, *, unique: str) -> pa.Table:
+    fs, path = storage.filesystem(place)
+    try:
+        table = pq.read_table(path, filesystem=fs)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise JobFailed(f"{place}: {error}") from error
+    _require(len(table[unique].unique()) == len(table), f"{place}: a {unique} stands there twice")
+    return table
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise JobFailed(otherwise)
+
+
+if __name__ == "__main__":
+    cli.run(main)

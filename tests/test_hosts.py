@@ -1,0 +1,285 @@
+"""A cluster of two hosts: network namespaces with addresses, cables and a firewall of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import check
+import hosts
+import nodes
+import pyarrow.parquet as pq
+import pytest
+from commands import check as parse
+from network import HOSTS, OPEN_PORT, Network, NotAllowed
+
+from fer_ray.errors import JobFailed
+
+ROOT = Path(__file__).resolve().parents[1]
+RAY = Path(sys.executable).parent / "ray"
+EPOCHS = 8
+
+
+def test_the_jobs_that_are_submitted_are_ones_that_the_jobs_take(tmp_path):
+    for step in check.steps(str(tmp_path), "check", ["--num-workers", "2"]):
+        parse(step.command[1:])
+
+
+def test_the_nodes_start_as_on_machines_that_one_has():
+    text = (ROOT / "cluster" / "on_premise.yaml").read_text()
+    assert all(flag in text.split() for flag in (*hosts.HEAD, *hosts.BOTH))
+    assert f"--address=$RAY_HEAD_IP:{hosts.WORKER[0].rpartition(':')[2]}" in text
+
+
+def test_wrong_use_of_the_scripts_is_one_line_and_status_2(tmp_path):
+    for script, arguments, says in (
+        ("hosts.py", [], "what is to run on the head? It follows --"),
+        ("hosts.py", ["--name", "a/b", "--", "true"], "--name: "),
+        ("check.py", ["--output", str(tmp_path)], "RAY_API_SERVER_ADDRESS: is not set"),
+    ):
+        command = [sys.executable, str(ROOT / "cluster" / script), *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}
+        )
+        assert done.returncode == 2 and done.stdout == ""
+        assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------ hosts, without Ray
+
+
+def reaches(network: Network, host: str, address: str, port: int) -> bool:
+    """Whether a process on a host can connect there."""
+    with network.inside(host), socket.socket() as probe:
+        probe.settimeout(2)
+        return probe.connect_ex((address, port)) == 0
+
+
+@pytest.fixture
+def bare():
+    """Hosts on which nothing runs."""
+    network = Network(f"fer-bare{os.getpid()}")
+    try:
+        network.make()
+    except NotAllowed as reason:
+        pytest.skip(f"no network namespaces here: {reason}")
+    yield network
+    network.remove()
+
+
+def test_hosts_reach_each_other_and_the_outside_reaches_what_is_open(bare):
+    with bare.inside("head"):
+        servers = {port: socket.create_server(("0.0.0.0", port)) for port in (OPEN_PORT, 6379)}
+    try:
+        head = HOSTS["head"]
+        assert reaches(bare, "worker", head, 6379)
+        assert reaches(bare, "outside", head, OPEN_PORT)
+        assert not reaches(bare, "outside", head, 6379)
+        bare.open_the_gate()
+        assert reaches(bare, "outside", head, 6379)
+        bare.close_the_gate()
+        assert not reaches(bare, "outside", head, 6379)
+        bare.cut("worker")
+        assert not reaches(bare, "worker", head, 6379)
+        bare.mend("worker")
+        assert reaches(bare, "worker", head, 6379)
+    finally:
+        for server in servers.values():
+            server.close()
+
+
+def test_no_namespaces_are_a_reason_in_one_line(monkeypatch):
+    def refuse(*arguments: str) -> None:
+        said = "mount --make-shared /run/netns failed: Operation not permitted\nmore\n"
+        raise subprocess.CalledProcessError(1, "ip", stderr=said)
+
+    monkeypatch.setattr("network._ip", refuse)
+    with pytest.raises(NotAllowed, match=r"^mount .* failed: Operation not permitted$"):
+        Network("fer-never").make()
+
+
+# ------------------------------------------------------------------ a cluster of hosts
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    for left in Path("/run/netns").glob("fer-t*-gate"):  # of tests that were killed
+        name = left.name.removeprefix("fer-").removesuffix("-gate")
+        if not Path("/proc", name.removeprefix("t")).exists():
+            hosts.Cluster.named(name).clear()
+    try:
+        with hosts.started(f"t{os.getpid()}") as started:
+            yield started
+    except NotAllowed as reason:
+        pytest.skip(f"no network namespaces here: {reason}")
+    assert not nodes.processes(started.folder)
+    assert not list(Path("/run/netns").glob(f"{started.network.name}-*"))
+
+
+def run(cluster: hosts.Cluster, *command: str, host: str = "head") -> subprocess.CompletedProcess:
+    """A command on a host, as its user would run it."""
+    with cluster.network.inside(host):
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=cluster.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def jobs_of(cluster: hosts.Cluster) -> dict[str, dict]:
+    """What the cluster knows of each submitted job, by its submission id."""
+    request = urllib.request.Request(
+        f"{hosts.JOBS}/api/jobs/", headers={"Authorization": f"Bearer {cluster.token}"}
+    )
+    with cluster.network.inside("head"), urllib.request.urlopen(request, timeout=30) as answer:
+        return {job["submission_id"]: job for job in json.load(answer)}
+
+
+@pytest.fixture(scope="module")
+def journey(cluster, tmp_path_factory):
+    """All jobs submitted by `check.py` on the head: their folder, and what it printed."""
+    output = tmp_path_factory.mktemp("hosts") / "check"
+    script = str(ROOT / "cluster" / "check.py")
+    done = run(cluster, sys.executable, script, "--output", str(output), "--run", "faces")
+    assert done.returncode == 0, done.stdout
+    return output, done.stdout
+
+
+@pytest.mark.slow
+def test_every_job_runs_on_two_hosts_under_the_name_of_its_run(cluster, journey):
+    output, log = journey
+    both = ", ".join(HOSTS.values())
+    assert f"the workers of run 'faces' were on {both}\n" in log
+    assert "epoch 2/2: train loss" in log and f"{output}/evaluation/report.html" in log
+    assert log.splitlines()[-1] == f"{output}/evaluation/metrics.parquet: 2 rows"
+    known = jobs_of(cluster)
+    for job in ("prepare", "train", "tune", "predict", "evaluate"):
+        found = known[f"faces-{job}"]
+        assert found["status"] == "SUCCEEDED" and found["driver_exit_code"] == 0
+        assert found["metadata"]["run"] == "faces"
+    assert json.loads((output / "runs/faces/run.json").read_text())["num_workers"] == 2
+
+
+@pytest.mark.slow
+def test_the_check_notices_an_epoch_that_is_there_twice(journey):
+    output, _ = journey
+    history = output / "runs" / "faces" / "history.parquet"
+    whole = history.read_bytes()
+    table = pq.read_table(history)
+    try:
+        pq.write_table(table.take([0, 1, 1]), history)
+        with pytest.raises(JobFailed, match="a epoch stands there twice"):
+            check.checked(str(output), "faces")
+    finally:
+        history.write_bytes(whole)
+    assert check.checked(str(output), "faces")
+
+
+@pytest.mark.slow
+def test_the_exit_status_of_a_job_is_that_of_its_work(cluster):
+    wrong = ("python", "jobs/train.py", "--data", "/nowhere", "--epochs", "-3")
+    for name, command, status in (
+        ("refused", wrong, 2),
+        ("broken", ("python", "-c", "raise SystemExit(7)"), 7),
+    ):
+        submit = (str(RAY), "job", "submit", "--working-dir", ".", "--submission-id", name, "--")
+        done = run(cluster, *submit, *command)
+        assert done.returncode == 1 and f"exit code {status}" in done.stdout
+        found = jobs_of(cluster)[name]
+        assert (found["status"], found["driver_exit_code"]) == ("FAILED", status)
+
+
+@pytest.mark.slow
+def test_without_the_token_nobody_is_let_in(cluster):
+    for headers, status in (({}, 401), ({"Authorization": f"Bearer {'0' * 64}"}, 403)):
+        for path in ("/api/version", "/api/jobs/", "/api/v0/nodes"):
+            request = urllib.request.Request(f"{hosts.JOBS}{path}", headers=headers)
+            with (
+                cluster.network.inside("head"),
+                pytest.raises(urllib.error.HTTPError) as refused,
+            ):
+                urllib.request.urlopen(request, timeout=30)
+            assert refused.value.code == status, path
+
+
+class Training:
+    """A submitted training of `EPOCHS` epochs, one worker on each host, while it runs."""
+
+    def __init__(self, cluster: hosts.Cluster, data: Path, folder: Path) -> None:
+        self.run = folder / "cut"
+        self._log = folder / "log"
+        command = ["python", "jobs/train.py", "--data", str(data), "--storage", str(folder)]
+        command += ["--run", "cut", "--width", "4", "--epochs", str(EPOCHS)]
+        command += ["--global-batch-size", "8", "--num-workers", "2", "--cpus-per-worker", "1.5"]
+        submit = [str(RAY), "job", "submit", "--working-dir", ".", "--submission-id", "cut", "--"]
+        with cluster.network.inside("head"), self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [*submit, *command],
+                cwd=ROOT,
+                env=cluster.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def epochs(self) -> list[int]:
+        history = self.run / "history.parquet"
+        return pq.read_table(history)["epoch"].to_pylist() if history.exists() else []
+
+    def reach(self, epoch: int) -> None:
+        """Waits for the end of an epoch."""
+
+        def there() -> bool:
+            assert self._process.poll() is None, self.log
+            return epoch in self.epochs
+
+        wait_for(there, f"epoch {epoch} did not end")
+
+    def end(self) -> int:
+        return self._process.wait(timeout=180)
+
+
+@pytest.mark.slow
+def test_a_training_survives_that_a_host_is_cut_off_and_comes_back(cluster, journey, tmp_path):
+    training = Training(cluster, journey[0] / "faces", tmp_path)
+    head, _ = both = list(HOSTS.values())
+    training.reach(1)
+    cluster.network.cut("worker")
+    time.sleep(2)  # less than it takes to be taken for dead: nothing is lost
+    cluster.network.mend("worker")
+    training.reach(len(training.epochs) + 1)
+    assert cluster.alive() == both and "going on after" not in training.log
+    done = training.epochs
+    assert len(done) < EPOCHS - 1, "too fast to be cut off"
+    cluster.network.cut("worker")
+    wait_for(lambda: cluster.alive() == [head], "the head does not notice that a host is gone")
+    cluster.network.mend("worker")
+    wait_for(lambda: cluster.alive() == both, "the host does not come back")
+    assert training.end() == 0, training.log
+    assert training.epochs == list(range(1, EPOCHS + 1))
+    after = int(training.log.partition("going on after epoch ")[2].partition("\n")[0])
+    assert len(done) <= after < EPOCHS
+    assert json.loads((training.run / "run.json").read_text())["epochs"] == EPOCHS
