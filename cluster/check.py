@@ -29,7 +29,7 @@ from fer_ray.errors import JobFailed, UserError
 from fer_ray.labels import probability_column
 
 ROOT = Path(__file__).resolve().parents[1]
-SPLITS = ("validation", "test")
+SPLITS = ("validation",)
 EPOCHS = 2
 IMAGES = 600
 _SWEEP = "space.transforms.normalization = ['none', 'minmax']\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import check
@@ -25,7 +27,7 @@ from fer_ray.errors import JobFailed
 
 ROOT = Path(__file__).resolve().parents[1]
 RAY = Path(sys.executable).parent / "ray"
-EPOCHS = 8
+EPOCHS = 6
 
 
 def test_the_jobs_that_are_submitted_are_ones_that_the_jobs_take(tmp_path):
@@ -56,11 +58,16 @@ def test_wrong_use_of_the_scripts_is_one_line_and_status_2(tmp_path):
 # ------------------------------------------------------------------ hosts, without Ray
 
 
-def reaches(network: Network, host: str, address: str, port: int) -> bool:
-    """Whether a process on a host can connect there."""
-    with network.inside(host), socket.socket() as probe:
+def connects(address: str, port: int) -> bool:
+    with socket.socket() as probe:
         probe.settimeout(2)
         return probe.connect_ex((address, port)) == 0
+
+
+def reaches(network: Network, host: str, address: str, port: int) -> bool:
+    """Whether a process on a host can connect there."""
+    with network.inside(host):
+        return connects(address, port)
 
 
 @pytest.fixture
@@ -109,18 +116,34 @@ def test_no_namespaces_are_a_reason_in_one_line(monkeypatch):
 # ------------------------------------------------------------------ a cluster of hosts
 
 
+def forget(name: str) -> None:
+    """Removes the logs of a cluster."""
+    folder = hosts.Cluster.named(name).folder
+    shutil.rmtree(folder)
+    Path(f"{folder}.lock").unlink()
+
+
 @pytest.fixture(scope="module")
 def cluster():
     for left in Path("/run/netns").glob("fer-t*-gate"):  # of tests that were killed
-        name = left.name.removeprefix("fer-").removesuffix("-gate")
-        if not Path("/proc", name.removeprefix("t")).exists():
-            hosts.Cluster.named(name).clear()
+        killed = left.name.removeprefix("fer-").removesuffix("-gate")
+        if not Path("/proc", killed.removeprefix("t")).exists():
+            hosts.Cluster.named(killed).clear()
+            forget(killed)
+    name = f"t{os.getpid()}"
+    # as one that was killed just now would leave it
+    marked = {nodes.MARKER: str(hosts.Cluster.named(name).folder)}
+    orphan = subprocess.Popen(["/bin/sleep", "600"], env=marked)
     try:
-        with hosts.started(f"t{os.getpid()}") as started:
+        with hosts.started(name) as started:
+            assert orphan.wait(10), "what a killed cluster left is ended"
             yield started
     except NotAllowed as reason:
         pytest.skip(f"no network namespaces here: {reason}")
+    finally:
+        orphan.kill()
     assert not nodes.processes(started.folder)
+    forget(name)
     assert not list(Path("/run/netns").glob(f"{started.network.name}-*"))
 
 
@@ -170,7 +193,7 @@ def test_every_job_runs_on_two_hosts_under_the_name_of_its_run(cluster, journey)
     both = ", ".join(HOSTS.values())
     assert f"the workers of run 'faces' were on {both}\n" in log
     assert "epoch 2/2: train loss" in log and f"{output}/evaluation/report.html" in log
-    assert log.splitlines()[-1] == f"{output}/evaluation/metrics.parquet: 2 rows"
+    assert log.splitlines()[-1] == f"{output}/evaluation/metrics.parquet: 1 rows"
     known = jobs_of(cluster)
     for job in ("prepare", "train", "tune", "predict", "evaluate"):
         found = known[f"faces-{job}"]
@@ -219,6 +242,86 @@ def test_without_the_token_nobody_is_let_in(cluster):
             ):
                 urllib.request.urlopen(request, timeout=30)
             assert refused.value.code == status, path
+
+
+def ports_of(cluster: hosts.Cluster, host: str) -> list[str]:
+    """The ports on which something listens beyond the loopback of a host."""
+    with cluster.network.inside(host):
+        tables = [Path("/proc/thread-self/net", name).read_text() for name in ("tcp", "tcp6")]
+    found = set()
+    for line in "".join(tables).splitlines():
+        fields = line.split()
+        address, _, port = fields[1].partition(":")
+        if fields[3] == "0A" and not address.endswith("0100007F"):  # listens; 127.0.0.1
+            found.add(int(port, 16))
+    return [str(port) for port in sorted(found)]
+
+
+def knock(cluster: hosts.Cluster, come_from: str, host: str, token: str, ports: list[str]) -> dict:
+    """How each port answers."""
+    script = str(ROOT / "tests" / "knock.py")
+    done = run(cluster, sys.executable, script, HOSTS[host], token, *ports, host=come_from)
+    assert done.returncode == 0, done.stdout
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token", ["", "0" * 64], ids=["none", "wrong"])
+def test_every_port_of_the_hosts_wants_the_token_but_those_of_metrics(cluster, token):
+    refused = {f"http {403 if token else 401}"}
+    refused |= {f"{one} UNAUTHENTICATED" for one in ("GCS", "raylet", "worker", "client", "agent")}
+    for host, other in (("head", "worker"), ("worker", "head")):
+        ports = ports_of(cluster, host)
+        answers = knock(cluster, other, host, token, ports)
+        for port, answer in answers.items():
+            assert answer in {*refused, "objects UNAUTHENTICATED", "metrics 200"}, (host, port)
+        assert answers["8076"] == "objects UNAUTHENTICATED"
+        assert answers["52365"] in refused
+        if host == "head":
+            assert "8265" not in ports, "the dashboard listens on the loopback only"
+            assert (answers["6379"], answers["10001"]) == (
+                "GCS UNAUTHENTICATED",
+                "client UNAUTHENTICATED",
+            )
+
+
+@pytest.mark.slow
+def test_the_outside_reaches_neither_dashboard_nor_gcs(cluster):
+    for host, address in HOSTS.items():
+        ports = [*map(int, ports_of(cluster, host)), 8265]
+        assert len(ports) > 4
+        with cluster.network.inside("outside"), ThreadPoolExecutor(len(ports)) as threads:
+            assert not any(threads.map(connects, [address] * len(ports), ports))
+    cluster.network.open_the_gate()  # as where somebody forgot the firewall
+    try:
+        for token, answer in (("", "GCS UNAUTHENTICATED"), (cluster.token, "GCS OK")):
+            answers = knock(cluster, "outside", "head", token, ["6379", "8265"])
+            assert answers == {"6379": answer, "8265": "closed"}
+    finally:
+        cluster.network.close_the_gate()
+    assert knock(cluster, "worker", "head", cluster.token, ["8265"]) == {"8265": "closed"}
+
+
+@pytest.mark.slow
+def test_without_namespaces_there_are_two_nodes_on_the_loopback(tmp_path):
+    forbidden = tmp_path / "ip"
+    forbidden.write_text("#!/bin/sh\necho 'Operation not permitted' >&2\nexit 1\n")
+    forbidden.chmod(0o755)
+    script = str(ROOT / "cluster" / "hosts.py")
+    # submits a job, and ends with a status of its own
+    command = ["/bin/sh", "-c", "ray job submit -- python -c 'print(6 * 7)' && exit 5"]
+    name = f"t{os.getpid()}l"
+    done = subprocess.run(
+        [sys.executable, script, "--name", name, "--", *command],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert "no network namespaces here (Operation not permitted): two nodes" in done.stdout
+    assert "2 nodes alive, 4 CPUs" in done.stdout and "\n42\n" in done.stdout
+    forget(name)
 
 
 class Training:
