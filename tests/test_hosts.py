@@ -136,7 +136,7 @@ def cluster():
     orphan = subprocess.Popen(["/bin/sleep", "600"], env=marked)
     try:
         with hosts.started(name) as started:
-            assert orphan.wait(10), "what a killed cluster left is ended"
+            assert not Path("/proc", str(orphan.pid)).exists(), "what a killed one left is ended"
             yield started
     except NotAllowed as reason:
         pytest.skip(f"no network namespaces here: {reason}")
@@ -157,7 +157,7 @@ def run(cluster: hosts.Cluster, *command: str, host: str = "head") -> subprocess
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=500,  # other work beside it makes it several times as slow
         )
 
 
@@ -362,7 +362,7 @@ class Training:
         wait_for(there, f"epoch {epoch} did not end")
 
     def end(self) -> int:
-        return self._process.wait(timeout=180)
+        return self._process.wait(timeout=300)
 
 
 @pytest.mark.slow
@@ -386,3 +386,8 @@ def test_a_training_survives_that_a_host_is_cut_off_and_comes_back(cluster, jour
     after = int(training.log.partition("going on after epoch ")[2].partition("\n")[0])
     assert len(done) <= after < EPOCHS
     assert json.loads((training.run / "run.json").read_text())["epochs"] == EPOCHS
+    # why it needs somebody to start it anew, as the README tells
+    said = "Exiting because this node manager has mistakenly been marked as dead by the GCS"
+    logs = [log.read_text() for log in (cluster.folder / "worker").rglob("raylet.out*")]
+    assert any(said in log for log in logs)
+    assert said in " ".join((ROOT / "cluster" / "README.md").read_text().split())
