@@ -28,6 +28,8 @@ from fer_ray.errors import JobFailed
 ROOT = Path(__file__).resolve().parents[1]
 RAY = Path(sys.executable).parent / "ray"
 EPOCHS = 6
+# what takes four minutes on two free cores took nine beside ten other processes
+pytestmark = pytest.mark.timeout(1200)
 
 
 def test_the_jobs_that_are_submitted_are_ones_that_the_jobs_take(tmp_path):
