@@ -28,7 +28,7 @@ from fer_ray.errors import JobFailed
 ROOT = Path(__file__).resolve().parents[1]
 RAY = Path(sys.executable).parent / "ray"
 EPOCHS = 6
-# what takes four minutes on two free cores took nine beside ten other processes
+# all of them took nine minutes on two cores beside a dozen other processes
 pytestmark = pytest.mark.timeout(1200)
 
 
