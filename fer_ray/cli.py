@@ -180,15 +180,18 @@ def _field_docs(section: type[Section]) -> dict[str, str]:
 def run(main: Callable[[], None]) -> None:
     """Runs a job; what is not a defect of this project ends in one line and an exit status.
 
-    A `UserError` is status 2; a `JobFailed`, or an `OSError` of the disk, the network or the
-    storage, status 1; an interrupt status 130.
+    A `UserError` is status 2, and so is a bucket that is not there or not open to this user; a
+    `JobFailed`, or another `OSError` of the disk, the network or the storage, status 1; an
+    interrupt status 130.
     """
     try:
         main()
     except UserError as error:
         _end(error, USER_ERROR_STATUS)
-    except (JobFailed, OSError) as error:
+    except JobFailed as error:
         _end(error, FAILED_STATUS)
+    except OSError as error:
+        _end(error, USER_ERROR_STATUS if storage.is_refusal(error) else FAILED_STATUS)
     except KeyboardInterrupt:
         _end("interrupted", INTERRUPTED_STATUS)
 

@@ -55,6 +55,7 @@ def check_output(place: str) -> None:
     Raises:
         UserError: when it is a file, or holds anything else than an earlier evaluation.
     """
+    storage.check_bucket("--output", place)
     if storage.exists(place) and not storage.is_directory(place):
         raise UserError(f"--output: {place} is a file, a folder is expected")
     names = storage.list_names(place)

@@ -150,6 +150,7 @@ def _held_out(ledger: Ledger, pictures: Pictures, fraction: float | None) -> flo
 
 
 def _check_output(output: str, overwrite: bool) -> None:
+    storage.check_bucket("--output", output)
     if storage.exists(output) and not storage.is_directory(output):
         raise UserError(f"--output: {output} is a file")
     if not storage.is_uri(output) and Path(output).is_mount():

@@ -101,6 +101,41 @@ def filesystem(place: str) -> tuple[pafs.FileSystem, str]:
         raise UserError(f"{place}: {error}".splitlines()[0]) from error
 
 
+def check_bucket(flag: str, place: str) -> None:
+    """Refuses an output in a bucket that is not there, before any work; local places pass.
+
+    Raises:
+        UserError: where there is no such bucket, or no access to it.
+    """
+    if not is_uri(place):
+        return
+    fs, path = filesystem(place)
+    bucket = path.split("/")[0]
+    try:
+        if fs.get_file_info(path).type == pafs.FileType.NotFound and fs.type_name in _BUCKETS:
+            with contextlib.suppress(OSError):  # who may use a folder may not ask for the bucket
+                if fs.get_file_info(bucket).type == pafs.FileType.NotFound:
+                    raise UserError(f"{flag}: {place}: there is no bucket {bucket!r}")
+    except OSError as error:
+        if is_refusal(error):
+            raise UserError(f"{flag}: {place}: no access: {error}".splitlines()[0]) from error
+        raise
+
+
+_BUCKETS = ("s3", "gcs", "abfs")
+"""File systems whose first component has to be there before anything is written."""
+
+_REFUSALS = re.compile(
+    "ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|EXPIRED_TOKEN|"
+    "SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT|PERMISSION_DENIED|UNAUTHENTICATED"
+)
+
+
+def is_refusal(error: OSError) -> bool:
+    """Whether an object store said no: a mistake in the place or the credentials, not a failure."""
+    return bool(_REFUSALS.search(str(error)))
+
+
 def exists(place: str) -> bool:
     """Whether a file or folder is there."""
     fs, path = filesystem(place)

@@ -125,6 +125,7 @@ def plan(
         config = replace(config, scaling=replace(config.scaling, use_gpu=True))
         if config.scaling.num_workers > 1:
             raise UserError("--gpus-per-trial: with --num-workers each worker has a GPU: --use-gpu")
+    storage.check_bucket("--storage", storage.absolute(storage_place))
     config, info = training.check(config)
     seeds, count = _counted(space, config, num_trials, num_seeds)
     made = SweepPlan(
