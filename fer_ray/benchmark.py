@@ -24,6 +24,7 @@ from fer_ray import (
     benchmark_processes,
     benchmark_sweeps,
     benchmark_workers,
+    capacity,
     models,
     preparation,
     provenance,
@@ -118,6 +119,7 @@ def _check_data(info: DatasetInfo, keys: Sequence[str]) -> None:
 
 def _check_output(output: str) -> None:
     if not output or storage.is_uri(output):
+        storage.check_bucket("--output", output)
         return
     if Path(output).is_dir():
         raise UserError(f"--output: {output} is a folder; a file's name is wanted")
@@ -177,19 +179,14 @@ def _check_cluster(plan: Plan) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) > 1:
         raise UserError(f"the benchmark measures one machine; this cluster has {len(nodes)}")
-    scaling, has = plan.config.scaling, ray.cluster_resources()
-    workers = scaling.num_workers if "workers_over_limit" in plan.keys else 1
-    cpus = workers * scaling.cpus_per_worker
-    if cpus > has.get("CPU", 0.0):
-        raise UserError(
-            f"--cpus-per-worker: {cpus:g} CPUs wanted, the cluster has {has.get('CPU', 0.0):g}; "
-            "a fraction may fit, and --only leaves numbers out"
-        )
-    if scaling.use_gpu and workers > has.get("GPU", 0.0):
-        raise UserError(
-            f"--use-gpu: {workers} GPUs wanted, the cluster has {has.get('GPU', 0.0):g}; "
-            "--only leaves workers_over_limit out"
-        )
+    scaling = plan.config.scaling
+    demand = capacity.Demand(
+        each={"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {}),
+        count=scaling.num_workers if "workers_over_limit" in plan.keys else 1,
+        flags={"CPU": "--cpus-per-worker", "GPU": "--use-gpu"},
+        hint="a fraction may fit, and --only leaves numbers out",
+    )
+    capacity.check(demand, may_wait=False)  # what grows is no longer one machine
 
 
 class _Run:

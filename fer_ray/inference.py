@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from fer_ray import checkpoint, dataset, predictions, sources, storage
+from fer_ray import capacity, checkpoint, dataset, predictions, sources, storage
 from fer_ray.checkpoint import Checkpoint
 from fer_ray.errors import UserError
 from fer_ray.labels import probability_column
@@ -89,6 +89,7 @@ def plan(
     found.load_tensors(checkpoint.MODEL)  # damaged weights are found here and not by workers
     name = storage.check_name("--run", run or found.run)
     storage.check_name("--split", split)
+    storage.check_bucket("--output", storage.absolute(output))
     source = None
     if data is not None:
         tasks, rows, described = _prepared_tasks(data, split, found.labels)
@@ -161,7 +162,7 @@ def predict(
         The folder of the predictions. Predictions that were there before are replaced.
     """
     start = time.perf_counter()
-    actors = _count_actors(plan, num_actors, use_gpu)
+    actors = _count_actors(plan, num_actors, use_gpu, say)
     say(
         f"predicting {plan.rows:,} images of {plan.split} with {plan.run} "
         f"({plan.checkpoint.model.name}, epoch {plan.checkpoint.epoch}) on {actors} actor(s)"
@@ -199,15 +200,11 @@ def _staging(output: str) -> str:
     return storage.parent_of(output)
 
 
-def _count_actors(plan: Plan, num_actors: int, use_gpu: bool) -> int:
-    import ray
-
-    kind = "GPU" if use_gpu else "CPU"
-    has = int(ray.cluster_resources().get(kind, 0))
-    if has < max(num_actors, 1):
-        flag = "--use-gpu" if use_gpu else "--num-actors"
-        raise UserError(f"{flag}: {max(num_actors, 1)} {kind}s wanted, the cluster has {has}")
-    return num_actors or min(has, len(plan.tasks))
+def _count_actors(plan: Plan, num_actors: int, use_gpu: bool, say: Callable[[str], None]) -> int:
+    kind, flag = ("GPU", "--use-gpu") if use_gpu else ("CPU", "--num-actors")
+    demand = capacity.Demand(each={kind: 1.0}, count=max(num_actors, 1), flags={kind: flag})
+    nodes = capacity.check(demand, say=say)
+    return num_actors or max(min(capacity.fitting(demand.each, nodes), len(plan.tasks)), 1)
 
 
 def _write_parts(

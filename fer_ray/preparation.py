@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fer_ray import __version__, dataset, dataset_summary, parts, settling, storage
+from fer_ray import __version__, capacity, dataset, dataset_summary, parts, settling, storage
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.ledger import KEPT, Ledger
 from fer_ray.preparation_plan import Plan, plan
@@ -28,6 +28,8 @@ from fer_ray.preparation_plan import Plan, plan
 __all__ = ["Plan", "plan", "prepare"]
 
 _PROGRESS_S = 2.0
+_DEMAND = capacity.Demand(each={"CPU": 1.0}, flags={"CPU": "RAY_ADDRESS"})
+"""The least that Ray Data's tasks go on with."""
 
 
 def prepare(
@@ -53,6 +55,7 @@ def prepare(
     start = time.monotonic()
     ledger = plan.ledger
     try:
+        capacity.check(_DEMAND, say=say)
         with storage.staged_directory(plan.output) as staging:
             _write_parts(plan, staging, say)
             _check_train(ledger)

@@ -8,13 +8,12 @@ The same name with the same settings goes on from the last checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fer_ray import models, provenance, storage, streaming, worker
+from fer_ray import capacity, models, provenance, storage, streaming, worker
 from fer_ray.config import ScalingConfig, TrainConfig, differences
 from fer_ray.dataset import DatasetInfo, load_split, read_info
 from fer_ray.errors import JobFailed, UserError
@@ -65,6 +64,7 @@ def plan(config: TrainConfig, *, storage_place: str, run: str) -> Plan:
     storage.check_name("--run", run)
     config, info = check(config)
     place = storage.absolute(storage_place)
+    storage.check_bucket("--storage", place)
     resumes = _check_same(config, info, storage.join(place, run))
     return Plan(config=config, info=info, storage=place, run=run, resumes=resumes)
 
@@ -190,19 +190,14 @@ def _announcement(plan: Plan, streams: bool) -> str:
 
 def _check_resources(config: TrainConfig, say: Callable[[str], None]) -> None:
     """Refuses what this cluster can never schedule, instead of waiting for ever."""
-    import ray
-
-    scaling, has = config.scaling, ray.cluster_resources()
-    wanted = {"CPU": scaling.num_workers * scaling.cpus_per_worker}
-    if scaling.use_gpu:
-        wanted["GPU"] = scaling.num_workers
-    for kind, amount in wanted.items():
-        if amount > has.get(kind, 0.0):
-            flag = "--num-workers" if kind == "CPU" else "--use-gpu"
-            message = f"{flag}: {amount:g} {kind}s wanted, the cluster has {has.get(kind, 0.0):g}"
-            if not os.environ.get("RAY_ADDRESS"):
-                raise UserError(f"{message}; fewer workers or a lower --cpus-per-worker fit")
-            say(f"{message}: waiting for it to grow")
+    scaling = config.scaling
+    demand = capacity.Demand(
+        each={"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {}),
+        count=scaling.num_workers,
+        flags={"CPU": "--num-workers", "GPU": "--use-gpu"},
+        hint="fewer workers or a lower --cpus-per-worker fit",
+    )
+    capacity.check(demand, say=say)
 
 
 def decide_loading(plan: Plan) -> bool:

@@ -13,7 +13,17 @@ PACKAGE = ROOT / "fer_ray"
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
 
 ORDER = [
-    *("errors", "labels", "storage", "config", "options", "cli", "history", "provenance"),
+    *(
+        "errors",
+        "labels",
+        "storage",
+        "config",
+        "options",
+        "cli",
+        "history",
+        "provenance",
+        "capacity",
+    ),
     *("sources", "dataset", "pictures", "synthetic", "ledger", "parts", "settling"),
     *("dataset_summary", "preparation_plan", "preparation"),
     *("transforms", "forward", "batchnorm", "models", "optimization", "checkpoint"),

@@ -113,7 +113,7 @@ def test_streams_and_remote_tensorboards_are_refused(data, tmp_path):
 )
 def test_what_never_fits_is_refused_before_anything_is_written(data, tmp_path, scaling, limits):
     made = plan(data, tmp_path, config=config(data, scaling=scaling), limits=limits)
-    with pytest.raises(UserError, match="a trial wants"):
+    with pytest.raises(UserError, match="wanted, the cluster has"):
         tuning.fit(made, say=lambda line: None)
     assert not storage.exists(made.folder)
 

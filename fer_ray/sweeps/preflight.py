@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
-from fer_ray.errors import UserError
+from fer_ray import capacity
 from fer_ray.sweeps.halving import REDUCTION, Halving
 from fer_ray.sweeps.planning import SweepPlan
 from fer_ray.sweeps.space import GRID
@@ -60,23 +59,16 @@ def trials_at_once(plan: SweepPlan, say: Callable[[str], None]) -> int:
     Raises:
         UserError: where none ever fits.
     """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    asked = wanted(plan)
-    if plan.config.scaling.num_workers > 1:
-        nodes = [ray.cluster_resources()]
-    # 1e-9: three times 0.1 fits into 0.3
-    fitting = sum(
-        min(int(node.get(kind, 0.0) / amount + 1e-9) for kind, amount in asked.items())
-        for node in nodes
+    scaling = plan.config.scaling
+    each, flag = wanted(plan), "--gpus-per-trial"
+    if scaling.num_workers > 1:
+        each, flag = {kind: one / scaling.num_workers for kind, one in each.items()}, "--use-gpu"
+    demand = capacity.Demand(
+        each=each,
+        count=scaling.num_workers,
+        flags={"CPU": "--cpus-per-worker", "GPU": flag},
+        hint="less for each trial may fit",
     )
-    if not fitting:
-        has = ", ".join(f"{max(node.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in asked)
-        wants = ", ".join(f"{amount:g} {kind}s" for kind, amount in asked.items())
-        message = f"--cpus-per-worker, --gpus-per-trial: a trial wants {wants}, a node has {has}"
-        if not os.environ.get("RAY_ADDRESS"):
-            raise UserError(message)
-        say(f"{message}: waiting for the cluster to grow")
-        fitting = 1
+    nodes = capacity.check(demand, say=say)
+    fitting = max(capacity.fitting(each, nodes) // scaling.num_workers, 1)
     return min(fitting, plan.limits.max_concurrent or fitting, plan.num_trials)

@@ -1,0 +1,241 @@
+"""What a job asks of a cluster, against what the cluster has or may grow to.
+
+Ray waits without end for what no node can give. `check`, before the work, refuses what can never
+come and says what a job waits for. Ray 2.60 has no call that tells how far a cluster grows; the
+autoscaler's own settings do, on the head, where ``ray up`` runs it. KubeRay runs it in a
+container of its own, unseen from here: there a job waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fer_ray.errors import UserError
+
+_HEAD = "node:__internal_head__"
+"""A resource that the head alone has."""
+_LOOK_S = 60.0
+"""How long to wait for the head to look at itself."""
+_FOLLOW_S = 2.0
+"""How often to look how far a cluster has grown."""
+_RELEASE_S = 1.0
+"""How long what a job used a moment ago may take to be free again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """Processes that have to run at once."""
+
+    each: Mapping[str, float]
+    """Resources that each reserves, above 0; a node has to have all of them."""
+    count: int = 1
+    """How many processes."""
+    flags: Mapping[str, str]
+    """What to change where a resource is short, for each of them."""
+    hint: str = ""
+    """What may fit instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeType:
+    """Nodes that an autoscaler may start."""
+
+    resources: Mapping[str, float]
+    """What each has."""
+    most: int
+    """How many of this type there may be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """How far a cluster grows by itself: by default not at all."""
+
+    known: bool = True
+    """Whether it is known here."""
+    types: tuple[NodeType, ...] = ()
+    most: int = 0
+    """How many nodes of all types there may be."""
+
+    def fitting(self, each: Mapping[str, float]) -> int:
+        """How many processes fit all nodes that may be started."""
+        sizes = [(fitting(each, [one.resources]), one.most) for one in self.types]
+        room, left = 0, self.most
+        for size, most in sorted(sizes, reverse=True):
+            started = min(most, left)
+            room, left = room + size * started, left - started
+        return room
+
+
+def check(
+    demand: Demand, *, say: Callable[[str], None] = print, may_wait: bool = True
+) -> list[Mapping[str, float]]:
+    """Refuses what the connected cluster can never give, and says what is waited for.
+
+    Args:
+        demand: what the job will ask Ray for.
+        say: takes a line where the job has to wait.
+        may_wait: whether a cluster may grow for it.
+
+    Returns:
+        The resources of each living node.
+
+    Raises:
+        UserError: where the nodes are too few or too small, and no others will come.
+    """
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    has = [node["Resources"] for node in nodes]
+    if fitting(demand.each, has) >= demand.count:
+        if may_wait:
+            _say_what_is_taken(demand, say)
+        return has
+    lack = _lack(demand, has)
+    growth = _growth(nodes) if may_wait else Growth()
+    doubt = "" if growth.known else " (whether it may grow so far is not known here)"
+    if growth.known:
+        # other nodes than the head are among those that an autoscaler may start
+        head = [one for one in has if not growth.types or _HEAD in one]
+        most = fitting(demand.each, head) + growth.fitting(demand.each)
+        if most < demand.count:
+            reason = _reason(demand, growth, most) if may_wait else ""
+            raise UserError(f"{lack}{reason}{f'; {demand.hint}' if demand.hint else ''}")
+    say(f"{lack}: waiting for it to grow{doubt}")
+    threading.Thread(target=_follow, args=(demand, say), daemon=True).start()
+    return has
+
+
+def _follow(demand: Demand, say: Callable[[str], None]) -> None:
+    """Says how the cluster grows, until the demand fits or the job ends."""
+    import ray
+
+    before = None
+    with contextlib.suppress(Exception):  # of a cluster that is left meanwhile
+        while before is None or before < demand.count:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            room = min(fitting(demand.each, nodes), demand.count)
+            if before not in (None, room):
+                say(f"the cluster has changed: {room} of {demand.count} fit now")
+            before = room
+            time.sleep(_FOLLOW_S)
+
+
+def fitting(each: Mapping[str, float], nodes: Iterable[Mapping[str, float]]) -> int:
+    """How many processes fit some nodes, each of them whole on one.
+
+    Args:
+        each: what a process reserves; at least one resource.
+        nodes: what each node has.
+    """
+    return sum(
+        # 1e-9: three times 0.1 fits into 0.3
+        min(int(node.get(kind, 0.0) / amount + 1e-9) for kind, amount in each.items())
+        for node in nodes
+    )
+
+
+def _lack(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> str:
+    """What is missing, of the resource that is shortest."""
+    has = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in demand.each}
+    wanted = {kind: amount * demand.count for kind, amount in demand.each.items()}
+    kind = min(wanted, key=lambda one: has[one] / wanted[one])
+    text = f"{demand.flags[kind]}: {wanted[kind]:g} {kind}s wanted, the cluster has {has[kind]:g}"
+    if wanted[kind] > has[kind] + 1e-9:
+        return text
+    shape = " and ".join(f"{amount:g} {one}s" for one, amount in demand.each.items())
+    room = fitting(demand.each, nodes)
+    return f"{text}, but with {shape} together on one node for each, {room} of {demand.count} fit"
+
+
+def _reason(demand: Demand, growth: Growth, most: int) -> str:
+    """Why waiting would not help."""
+    if growth.types:
+        return f", and grown as far as it may, {most} of {demand.count} would fit"
+    return " and does not grow by itself" if os.environ.get("RAY_ADDRESS") else ""
+
+
+def _say_what_is_taken(demand: Demand, say: Callable[[str], None]) -> None:
+    import ray
+
+    short: list[str] = []
+    for pause in (_RELEASE_S, 0.0):
+        has, free = ray.cluster_resources(), ray.available_resources()
+        short = [
+            f"{demand.flags[kind]}: {amount * demand.count:g} {kind}s wanted, "
+            f"{free.get(kind, 0.0):g} of {has[kind]:g} are free: waiting for other jobs"
+            for kind, amount in demand.each.items()
+            if amount * demand.count > free.get(kind, 0.0) + 1e-9
+        ]
+        if not short:
+            return
+        time.sleep(pause)
+    say(short[0])
+
+
+def _growth(nodes: Iterable[Mapping[str, Any]]) -> Growth:
+    """Asks the head of the connected cluster how far it grows."""
+    import ray
+
+    if not os.environ.get("RAY_ADDRESS"):
+        return Growth()  # this job started it
+    context = ray.get_runtime_context()
+    session, own = context.get_session_name(), context.get_node_id()
+    if any(node["NodeID"] == own and _HEAD in node["Resources"] for node in nodes):
+        return growth_of(session)
+    look = ray.remote(num_cpus=0, resources={_HEAD: 0.001})(growth_of)
+    try:
+        found: Growth = ray.get(look.remote(session), timeout=_LOOK_S)
+    except (ray.exceptions.RayError, TimeoutError):
+        return Growth(known=False)
+    return found
+
+
+def growth_of(session: str) -> Growth:
+    """How far a cluster grows, as seen on its head.
+
+    Every head has a process that watches the cluster: with settings it is an autoscaler, without
+    it only reports. Where there is none, whoever runs the cluster scales it from outside.
+
+    Args:
+        session: the cluster's, as `get_session_name` of Ray's runtime context has it.
+    """
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        given = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+        is_monitor = any(word.endswith("monitor.py") for word in words)
+        if is_monitor and session in given.get("--logs-dir", "").split("/"):
+            place = given.get("--autoscaling-config")
+            return _settings(Path(place).expanduser()) if place else Growth()
+    return Growth(known=False)
+
+
+def _settings(place: Path) -> Growth:
+    """The limits that an autoscaler's settings set, as `ray up` leaves them on the head."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(place.read_text())
+        most = int(settings["max_workers"])
+        types = tuple(
+            NodeType(
+                resources=one.get("resources") or {},
+                most=int(one.get("max_workers", 0 if name == settings["head_node_type"] else most)),
+            )
+            for name, one in settings["available_node_types"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return Growth(known=False)
+    types = tuple(one for one in types if one.most)
+    if not all(one.resources for one in types):  # such as machines of one's own
+        return Growth(known=False)
+    return Growth(types=types, most=most)
