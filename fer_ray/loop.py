@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,16 @@ Report = Callable[[list[dict[str, Any]], Callable[[Path], None]], None]
 """Takes the history so far and a function that writes a checkpoint into a folder."""
 
 
+class Watch(Protocol):
+    """Who is told how training goes, on every worker."""
+
+    def step(self, epoch: int, step: int, images: int, loss: torch.Tensor) -> None:
+        """After a step: epoch and step of the run from 1, this worker's images and summed loss."""
+
+    def epoch(self, step: int, row: dict[str, Any]) -> None:
+        """After an epoch: its last step, of the run from 1, and its row of the history."""
+
+
 def train(
     config: TrainConfig,
     info: DatasetInfo,
@@ -43,6 +53,7 @@ def train(
     resume: Checkpoint | None = None,
     until: int | None = None,
     say: Callable[[str], None] | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Trains to the end of the schedule, or until it is stopped early.
 
@@ -57,10 +68,11 @@ def train(
         resume: a checkpoint of the same run to go on from.
         until: the epoch after which to pause; None: none.
         say: takes a line now and then within a long epoch; None: nobody wants to know.
+        watch: is told of every step and epoch.
     """
     labels = {"run": run, "provenance": provenance or {}}
     trainer = Trainer(config, info, feed, group=group, labels=labels, resume=resume)
-    trainer.say = say
+    trainer.say, trainer.watch = say, watch
     trainer.fit(report, until)
 
 
@@ -79,6 +91,7 @@ class Trainer:
     ) -> None:
         self.config, self.info, self.group, self.labels = config, info, group, labels
         self.say: Callable[[str], None] | None = None
+        self.watch: Watch | None = None
         self.feed, self.steps_per_epoch = feed, feed.steps_per_epoch
         self.history = list(resume.history) if resume else []
         self.forward = Forward(
@@ -151,6 +164,8 @@ class Trainer:
                     "seconds": seconds,
                 }
             )
+            if self.watch:
+                self.watch.epoch((epoch + 1) * self.steps_per_epoch, self.history[-1])
             report(self.history, self.save)
 
     def _finished(self) -> bool:
@@ -181,6 +196,9 @@ class Trainer:
             confusion.scatter_add_(0, cells, torch.ones_like(cells))  # `bincount` makes a GPU wait
             bad_step = torch.where((bad_step < 0) & ~finite, step, bad_step)
             self._progress(epoch, step)
+            if self.watch:
+                at = epoch * self.steps_per_epoch + step + 1
+                self.watch.step(epoch + 1, at, len(logits), loss)
             if (step + 1) % check_every == 0 or step + 1 == self.steps_per_epoch:
                 self._check_finite(epoch, int(bad_step))
         return self._summarize(loss_sum.item(), confusion.cpu().numpy())

@@ -20,6 +20,7 @@ from fer_ray.group import Group
 from fer_ray.history import write_history
 from fer_ray.loading import Feed, Images, MemoryFeed
 from fer_ray.streaming import StreamFeed
+from fer_ray.telemetry import Telemetry
 
 HISTORY = "history.parquet"
 FAILURE = "failure.json"
@@ -58,19 +59,24 @@ def work(settings: dict[str, Any]) -> None:
             say(f"going on after epoch {resume.epoch}")
         if resume and rank == 0:  # a crash may have come between the checkpoint and its row
             write_history(storage.join(settings["folder"], HISTORY), resume.history)
+        watch = Telemetry(
+            run=settings["run"], rank=rank, folder=settings["folder"], device=group.device
+        )
         try:
-            loop.train(
-                config,
-                info,
-                feed,
-                group=group,
-                run=settings["run"],
-                report=_reporter(rank, settings["folder"], config.schedule.epochs, say),
-                provenance=provenance.describe(group.device),
-                resume=resume,
-                until=settings.get("until"),
-                say=say,
-            )
+            with watch:
+                loop.train(
+                    config,
+                    info,
+                    feed,
+                    group=group,
+                    run=settings["run"],
+                    report=_reporter(rank, settings["folder"], config.schedule.epochs, say),
+                    provenance=provenance.describe(group.device),
+                    resume=resume,
+                    until=settings.get("until"),
+                    say=say,
+                    watch=watch,
+                )
         except loop.NotFinite as error:
             # raised by all workers alike: a retry would end the same way, so there is none
             if rank == 0:

@@ -11,10 +11,12 @@ import prediction_samples as samples
 import pyarrow as pa
 import pytest
 import sweep_samples
+import torch
 from conftest import ROOT
 
-from fer_ray import dataset, evaluation, evaluation_tables, history, predictions, report
+from fer_ray import dataset, evaluation, evaluation_tables, history, predictions, report, telemetry
 from fer_ray.sweeps import records, summary
+from fer_ray.telemetry import Telemetry
 
 TEXT = (ROOT / "results" / "README.md").read_text()
 SQL = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
@@ -44,6 +46,10 @@ def results(tmp_path_factory) -> Path:
         seen = samples.random_table(9, 40, skill=2.0, run=run, split="train")
         samples.save(place, seen)
         samples.save_history(root / "results" / "runs", run)
+        folder = str(root / "results" / "runs" / run)
+        told = Telemetry(run=run, rank=0, folder=folder, device=torch.device("cpu"))
+        with told:
+            told.epoch(9, {"epoch": 1, "train_loss": 1.5})
     result = evaluation.evaluate([str(place)], resamples=200)
     report.publish(result, str(root / "results" / "evaluation"))
     sweep_samples.normalization(root / "results" / "sweeps" / "normalization")
@@ -69,6 +75,13 @@ def test_python_runs(results: Path, monkeypatch, capsys, block: str):
     monkeypatch.chdir(results)
     exec(compile(block, "results/README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_documented_keys_of_the_logs_are_the_keys():
+    section = re.search(r"\n### logs\n(.*?)(?=\n### |\Z)", TEXT, re.DOTALL)
+    assert section
+    keys = re.findall(r"^\| `([^`]+)` \|", section.group(1), re.MULTILINE)
+    assert tuple(keys) == telemetry.FIELDS
 
 
 def test_there_is_something_to_run():
