@@ -58,6 +58,8 @@ def check_output(place: str) -> None:
     storage.check_bucket("--output", place)
     if storage.exists(place) and not storage.is_directory(place):
         raise UserError(f"--output: {place} is a file, a folder is expected")
+    if storage.is_unfinished(place):  # by an evaluation that was killed
+        return
     names = storage.list_names(place)
     strange = sorted(set(names) - _FILES)
     if strange:
