@@ -176,7 +176,7 @@ def checked(output: str, run: str) -> list[str]:
     for name, split in info.splits.items():
         _require(len(ids[name]) == split.rows, f"{name}: not as many rows as dataset.json says")
     _require(sum(map(len, ids.values())) == IMAGES, f"{info.place}: not {IMAGES} images")
-    lines = [f"{storage.join(info.place, name)}: {len(rows)} rows" for name, rows in ids.items()]
+    lines = [_line(storage.join(info.place, name), len(rows)) for name, rows in ids.items()]
     history = storage.join(output, "runs", run, "history.parquet")
     epochs = _rows(history, unique="epoch")["epoch"].to_pylist()
     _require(epochs == list(range(1, EPOCHS + 1)), f"{history}: epochs {epochs}")
@@ -187,11 +187,15 @@ def checked(output: str, run: str) -> list[str]:
     metrics = storage.join(output, "evaluation", "metrics.parquet")
     splits = _rows(metrics, unique="split")["split"].to_pylist()
     _require(sorted(splits) == sorted(SPLITS), f"{metrics}: splits {splits}")
-    lines += [f"{history}: {len(epochs)} rows", f"{trials}: {len(table)} rows"]
+    lines += [_line(history, len(epochs)), _line(trials, len(table))]
     for name in SPLITS:
         place = storage.join(output, "predictions", run, name)
-        lines.append(f"{place}: {_check_predictions(place, ids[name])} rows")
-    return [*lines, f"{metrics}: {len(splits)} rows"]
+        lines.append(_line(place, _check_predictions(place, ids[name])))
+    return [*lines, _line(metrics, len(splits))]
+
+
+def _line(place: str, count: int) -> str:
+    return f"{place}: {count} row{'' if count == 1 else 's'}"
 
 
 def _check_predictions(place: str, prepared: pa.Table) -> int:

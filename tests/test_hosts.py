@@ -195,7 +195,7 @@ def test_every_job_runs_on_two_hosts_under_the_name_of_its_run(cluster, journey)
     both = ", ".join(HOSTS.values())
     assert f"the workers of run 'faces' were on {both}\n" in log
     assert "epoch 2/2: train loss" in log and f"{output}/evaluation/report.html" in log
-    assert log.splitlines()[-1] == f"{output}/evaluation/metrics.parquet: 1 rows"
+    assert log.splitlines()[-1] == f"{output}/evaluation/metrics.parquet: 1 row"
     known = jobs_of(cluster)
     for job in ("prepare", "train", "tune", "predict", "evaluate"):
         found = known[f"faces-{job}"]
