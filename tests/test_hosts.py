@@ -388,8 +388,12 @@ def test_a_training_survives_that_a_host_is_cut_off_and_comes_back(cluster, jour
     after = int(training.log.partition("going on after epoch ")[2].partition("\n")[0])
     assert len(done) <= after < EPOCHS
     assert json.loads((training.run / "run.json").read_text())["epochs"] == EPOCHS
-    # why it needs somebody to start it anew, as the README tells
-    said = "Exiting because this node manager has mistakenly been marked as dead by the GCS"
-    logs = [log.read_text() for log in (cluster.folder / "worker").rglob("raylet.out*")]
-    assert any(said in log for log in logs)
-    assert said in " ".join((ROOT / "cluster" / "README.md").read_text().split())
+    # why it needs somebody to start it anew, as the README tells: which of the two, is chance
+    ends = (
+        "Exiting because this node manager has mistakenly been marked as dead by the GCS",
+        "GCS consider this node to be dead",
+    )
+    logs = [log.read_text() for log in (cluster.folder / "worker").rglob("raylet.*")]
+    assert any(end in log for log in logs for end in ends)
+    told = " ".join((ROOT / "cluster" / "README.md").read_text().split())
+    assert all(end in told for end in ends)

@@ -366,9 +366,13 @@ def test_a_terminated_job_leaves_nothing_and_the_next_one_works(ray_cluster, tmp
 # ------------------------------------------------------------------ killed
 
 
+KILLS = 8
+"""Each costs the start of a cluster: 20 take two minutes longer."""
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_leaves_all_or_nothing_and_the_next_run_works(tmp_path):
-    """Twenty random moments, one in each twentieth of the job from Ray's start to its end."""
+    """Random moments, one in each part of the job from Ray's start to its end."""
     source = write_classes(tmp_path / "faces", 300, ("calm", "glad"))
     out = tmp_path / "out"
     command = [sys.executable, str(JOB), "--source", str(source), "--output", str(out)]
@@ -378,12 +382,12 @@ def test_killed_at_any_moment_it_leaves_all_or_nothing_and_the_next_run_works(tm
     expected = json.loads((out / "dataset.json").read_text())["data_sha256"]
     shutil.rmtree(out)
     outcomes = Counter()
-    for moment in range(20):
+    for moment in range(KILLS):
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path
         )
         try:
-            process.wait(length * (0.3 + 0.8 * (moment + random.random()) / 20))
+            process.wait(length * (0.3 + 0.8 * (moment + random.random()) / KILLS))
         except subprocess.TimeoutExpired:
             processes.kill_with_descendants(process)
         complete = out.exists()
@@ -393,7 +397,7 @@ def test_killed_at_any_moment_it_leaves_all_or_nothing_and_the_next_run_works(tm
             assert info["data_sha256"] == expected
             assert sum(split["rows"] for split in info["splits"].values()) == 600
             shutil.rmtree(out)
-    assert outcomes[False] >= 5, outcomes
+    assert outcomes[False] >= KILLS // 4, outcomes
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert json.loads((out / "dataset.json").read_text())["data_sha256"] == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "out"]
