@@ -216,9 +216,10 @@ def _conditions(record: dict[str, Any]) -> str:
     if "sweep" in record or "asha" in record:
         return f"Sweeps: once each, on drawn faces; {ran_on}"
     if "prepare" in rounds:
+        growth = "few and many drawn faces once each; " if "prepare_few" in rounds else ""
         return (
             f"Preparation: {rounds['prepare']} rounds each beside Pillow, {record['images']:,} "
-            f"images; few and many drawn faces once each; {ran_on}"
+            f"images; {growth}{ran_on}"
         )
     return (
         f"`{record['model']['name']}`: {record['model']['multiply_adds'] / 1e6:,.0f} M "
