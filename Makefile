@@ -8,7 +8,7 @@ DEMO_TRAIN := $(BIN)/python jobs/train.py --data $(DEMO)/data --storage $(DEMO)/
 # without cached bytecode every Ray process would compile all packages anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test slow cluster lint models benchmark reference lock clean
+.PHONY: help setup demo test slow long cluster lint models benchmark reference lock clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,7 +37,10 @@ test: .venv/ready ## the fast tests
 	$(BIN)/pytest -m "not slow"
 
 slow: .venv/ready ## real trainings, killed processes, submitted jobs, a browser
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not long"
+
+long: .venv/ready ## the slow tests that .ci/run has no time for
+	$(BIN)/pytest -m long
 
 cluster: .venv/ready ## every job submitted to two hosts of this machine (root: network namespaces), what they wrote checked
 	rm -rf $(CLUSTER)

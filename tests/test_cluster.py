@@ -282,6 +282,7 @@ space.optimizer.learning_rate = { low = 0.001, high = 0.2, log = true }
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_that_is_stopped_goes_on_when_it_is_submitted_again(cluster, tmp_path):
     """Nothing is lost and no epoch is trained twice, with trials on both nodes."""
     data, sweeps = str(tmp_path / "faces"), str(tmp_path / "sweeps")

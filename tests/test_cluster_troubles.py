@@ -57,6 +57,7 @@ def test_a_python_without_the_dependencies(cluster):  # noqa: F811
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_more_gpus_than_there_are(cluster, tmp_path):  # noqa: F811
     data = str(tmp_path / "faces")
     source = ["--source", "synthetic", "--num-images", "200", "--output", data]

@@ -305,6 +305,7 @@ def test_the_outside_reaches_neither_dashboard_nor_gcs(cluster):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_without_namespaces_there_are_two_nodes_on_the_loopback(tmp_path):
     forbidden = tmp_path / "ip"
     forbidden.write_text("#!/bin/sh\necho 'Operation not permitted' >&2\nexit 1\n")

@@ -366,12 +366,9 @@ def test_a_terminated_job_leaves_nothing_and_the_next_one_works(ray_cluster, tmp
 # ------------------------------------------------------------------ killed
 
 
-KILLS = 8
-"""Each costs the start of a cluster: 20 take two minutes longer."""
-
-
 @pytest.mark.slow
-def test_killed_at_any_moment_it_leaves_all_or_nothing_and_the_next_run_works(tmp_path):
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_any_moment_it_leaves_all_or_nothing_and_the_next_run_works(kills, tmp_path):
     """Random moments, one in each part of the job from Ray's start to its end."""
     source = write_classes(tmp_path / "faces", 300, ("calm", "glad"))
     out = tmp_path / "out"
@@ -382,12 +379,12 @@ def test_killed_at_any_moment_it_leaves_all_or_nothing_and_the_next_run_works(tm
     expected = json.loads((out / "dataset.json").read_text())["data_sha256"]
     shutil.rmtree(out)
     outcomes = Counter()
-    for moment in range(KILLS):
+    for moment in range(kills):
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path
         )
         try:
-            process.wait(length * (0.3 + 0.8 * (moment + random.random()) / KILLS))
+            process.wait(length * (0.3 + 0.8 * (moment + random.random()) / kills))
         except subprocess.TimeoutExpired:
             processes.kill_with_descendants(process)
         complete = out.exists()
@@ -397,7 +394,7 @@ def test_killed_at_any_moment_it_leaves_all_or_nothing_and_the_next_run_works(tm
             assert info["data_sha256"] == expected
             assert sum(split["rows"] for split in info["splits"].values()) == 600
             shutil.rmtree(out)
-    assert outcomes[False] >= KILLS // 4, outcomes
+    assert outcomes[False] >= kills // 4, outcomes
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert json.loads((out / "dataset.json").read_text())["data_sha256"] == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "out"]
