@@ -394,7 +394,7 @@ def test_a_training_survives_that_a_host_is_cut_off_and_comes_back(cluster, jour
         "Exiting because this node manager has mistakenly been marked as dead by the GCS",
         "GCS consider this node to be dead",
     )
-    logs = [log.read_text() for log in (cluster.folder / "worker").rglob("raylet.*")]
+    logs = [log.read_text() for log in (cluster.folder / "worker").rglob("raylet.[oe]*")]
     assert any(end in log for log in logs for end in ends)
     told = " ".join((ROOT / "cluster" / "README.md").read_text().split())
     assert all(end in told for end in ends)
