@@ -23,8 +23,12 @@ _HEAD = "node:__internal_head__"
 """A resource that the head alone has."""
 _LOOK_S = 60.0
 """How long to wait for the head to look at itself."""
-_FOLLOW_S = 2.0
+_FOLLOW_S = 1.0
 """How often to look how far a cluster has grown."""
+_LAST_LOOK_S = 5.0
+"""How long the last look may take: a lost head does not answer."""
+_START_S = 1.0
+"""How long a process that was just started may have no command line yet."""
 _RELEASE_S = 1.0
 """How long what a job used a moment ago may take to be free again."""
 
@@ -108,23 +112,37 @@ def check(
             reason = _reason(demand, growth, most) if may_wait else ""
             raise UserError(f"{lack}{reason}{f'; {demand.hint}' if demand.hint else ''}")
     say(f"{lack}: waiting for it to grow{doubt}")
-    threading.Thread(target=_follow, args=(demand, say), daemon=True).start()
+    done = threading.Event()
+    room = min(fitting(demand.each, has), demand.count)
+    follower = threading.Thread(target=_follow, args=(demand, room, done, say), daemon=True)
+    follower.start()
+    _following.append((done, follower))
     return has
 
 
-def _follow(demand: Demand, say: Callable[[str], None]) -> None:
-    """Says how the cluster grows, until the demand fits or the job ends."""
+_following: list[tuple[threading.Event, threading.Thread]] = []
+
+
+def stop_following() -> None:
+    """Ends what `check` left behind to say how the cluster grows, after a last look."""
+    while _following:
+        done, follower = _following.pop()
+        done.set()
+        follower.join(_LAST_LOOK_S)
+
+
+def _follow(demand: Demand, before: int, done: threading.Event, say: Callable[[str], None]) -> None:
+    """Says how the cluster grows, until the demand fits or the work is done."""
     import ray
 
-    before = None
     with contextlib.suppress(Exception):  # of a cluster that is left meanwhile
-        while before is None or before < demand.count:
+        while before < demand.count and not done.is_set():
+            done.wait(_FOLLOW_S)
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             room = min(fitting(demand.each, nodes), demand.count)
-            if before not in (None, room):
+            if room != before:
                 say(f"the cluster has changed: {room} of {demand.count} fit now")
             before = room
-            time.sleep(_FOLLOW_S)
 
 
 def fitting(each: Mapping[str, float], nodes: Iterable[Mapping[str, float]]) -> int:
@@ -206,6 +224,15 @@ def growth_of(session: str) -> Growth:
     Args:
         session: the cluster's, as `get_session_name` of Ray's runtime context has it.
     """
+    for pause in (_START_S, 0.0):
+        if found := _growth_by(session):
+            return found
+        time.sleep(pause)
+    return Growth(known=False)
+
+
+def _growth_by(session: str) -> Growth | None:
+    """What the process that watches a cluster was told; None where there is none."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = file.read_bytes().decode(errors="replace").split("\0")
@@ -216,7 +243,7 @@ def growth_of(session: str) -> Growth:
         if is_monitor and session in given.get("--logs-dir", "").split("/"):
             place = given.get("--autoscaling-config")
             return _settings(Path(place).expanduser()) if place else Growth()
-    return Growth(known=False)
+    return None
 
 
 def _settings(place: Path) -> Growth:

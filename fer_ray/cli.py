@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fer_ray import storage
+from fer_ray import capacity, storage
 from fer_ray.config import SECTIONS, STRENGTHS, Section, TrainConfig, flag_of
 from fer_ray.errors import JobFailed, UserError, unknown
 
@@ -208,6 +208,12 @@ def _end(reason: object, status: int) -> NoReturn:
 def say(message: str) -> None:
     """Prints one line of progress at once, also where standard output is a pipe."""
     print(message, flush=True)
+
+
+def conclude(place: str) -> None:
+    """Says where a job's result lies: the last line, after whatever is still to be said."""
+    capacity.stop_following()
+    say(place)
 
 
 def lasting(flag: str, place: str) -> str:

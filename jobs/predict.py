@@ -47,7 +47,7 @@ def main() -> None:
     cli.start_ray()
     for plan in plans:
         settings = {"num_actors": flags.num_actors, "use_gpu": flags.use_gpu}
-        cli.say(inference.predict(plan, **settings, say=cli.say))
+        cli.conclude(inference.predict(plan, **settings, say=cli.say))
 
 
 if __name__ == "__main__":

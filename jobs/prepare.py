@@ -48,7 +48,7 @@ def main() -> None:
     plan = preparation.plan(**settings)
     cli.start_ray()
     preparation.prepare(plan, say=cli.say, finish=preview.writer(page, cli.say) if page else None)
-    cli.say(plan.output)
+    cli.conclude(plan.output)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main() -> None:
         f"{best['validation_accuracy']:.2%}, macro-F1 {best['validation_macro_f1']:.4f}; "
         f"{result['images_per_s']:,.0f} images/s, {result['wall_s']:.0f} s"
     )
-    cli.say(plan.folder)
+    cli.conclude(plan.folder)
 
 
 if __name__ == "__main__":

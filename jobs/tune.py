@@ -54,7 +54,7 @@ def main() -> None:
     )
     cli.start_ray()
     cli.say(summary.as_text(tuning.fit(plan, say=cli.say)))
-    cli.say(plan.folder)
+    cli.conclude(plan.folder)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def check(monkeypatch, wanted: Demand, nodes: list[dict], growth: Growth) -> lis
     monkeypatch.setattr(ray, "cluster_resources", lambda: totals)
     monkeypatch.setattr(ray, "available_resources", lambda: totals)
     monkeypatch.setattr(capacity, "_growth", lambda nodes: growth)
-    monkeypatch.setattr(capacity, "_follow", lambda demand, say: None)
+    monkeypatch.setattr(capacity, "_follow", lambda *_: None)
     said: list[str] = []
     assert capacity.check(wanted, say=said.append) == nodes
     return said
@@ -75,6 +75,22 @@ def test_what_may_come_is_waited_for_and_told(monkeypatch):
         (line,) = check(monkeypatch, wanted, [{"CPU": 2.0}], growth)
         message = "--use-gpu: 2 GPUs wanted, the cluster has 0: waiting for it to grow"
         assert line.startswith(message + more)
+
+
+def test_that_a_cluster_has_grown_is_said_before_the_job_ends(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(capacity, "_FOLLOW_S", 60.0)  # the job ends before the next look
+    monkeypatch.setattr(capacity, "_growth", lambda nodes: GPUS)
+    alive = [{"Alive": True, "Resources": {"CPU": 2.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: list(alive))
+    said: list[str] = []
+    capacity.check(demand(1, CPU=1.0, GPU=1.0), say=said.append)
+    alive.append({"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}})
+    capacity.stop_following()
+    assert said[1:] == ["the cluster has changed: 1 of 1 fit now"]
+    capacity.stop_following()
+    assert len(said) == 2
 
 
 def test_what_can_never_come_is_refused(monkeypatch):
