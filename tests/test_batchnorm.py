@@ -1,7 +1,6 @@
 """Batch norm over two real processes against one that sees the whole batch."""
 
 import copy
-import socket
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,6 @@ import torch.multiprocessing as mp
 from fer_ray import batchnorm
 
 COUNTS = (5, 2)  # uneven parts of the batch
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,10 +38,10 @@ def run(norm: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) -> dict[str,
     return {name: value.detach().float() for name, value in found.items()}
 
 
-def worker(rank: int, port: int, folder: str, dtype: torch.dtype) -> None:
+def worker(rank: int, folder: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(COUNTS)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(COUNTS)
     )
     norm = batchnorm.synchronize(torch.nn.Sequential(layer()), torch.device("cpu"))[0]
     part = slice(sum(COUNTS[:rank]), sum(COUNTS[: rank + 1]))
@@ -61,7 +54,7 @@ def worker(rank: int, port: int, folder: str, dtype: torch.dtype) -> None:
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)], ids=["32", "bf16"]
 )
 def test_two_processes_compute_what_one_does(tmp_path, dtype, tolerance):
-    mp.spawn(worker, (free_port(), str(tmp_path), dtype), nprocs=len(COUNTS))
+    mp.spawn(worker, (str(tmp_path), dtype), nprocs=len(COUNTS))
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(COUNTS))]
     expected = run(layer(), *inputs(dtype))
     for name in ("y", "x"):
@@ -75,7 +68,8 @@ def test_two_processes_compute_what_one_does(tmp_path, dtype, tolerance):
             torch.testing.assert_close(part[name], expected[name], rtol=1e-4, atol=1e-4)
 
 
-def test_synchronizing_keeps_the_state_dict_and_the_evaluation():
+def test_synchronizing_keeps_the_state_dict_and_the_evaluation(monkeypatch):
+    monkeypatch.setattr(batchnorm.exchange, "connect", lambda: lambda values: values[None])
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), layer()).eval()
     other = batchnorm.synchronize(copy.deepcopy(model), torch.device("cpu"))
     assert list(other.state_dict()) == list(model.state_dict())

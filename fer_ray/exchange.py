@@ -1,0 +1,148 @@
+"""Small vectors among workers, quickly: batch norm over the global batch asks in every layer.
+
+gloo hands each message to a thread of its own and back, which costs it 0.2 to 1.6 ms a
+collective between two processes of one machine (AMD EPYC, 2 cores, torch 2.15); a Unix socket
+takes a twentieth of that. So workers of one machine talk over such sockets, in a folder that
+no other user may enter, and all others over gloo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+Gather = Callable[[np.ndarray], np.ndarray]
+"""Takes a worker's (n,) float64 vector and returns those of all workers, (workers, n), by rank."""
+
+_TIMEOUT_S = 1800
+"""How long to wait for another worker, as gloo does by default."""
+_MEET_S = 60
+"""How long the workers may take to find each other: all of them listen already."""
+_RANK = struct.Struct("=i")
+
+
+def connect() -> Gather:
+    """Finds the quickest way between the workers of `torch.distributed`'s default group.
+
+    Every worker has to call it. The returned function has to be called by all of them in the
+    same order with vectors of one length, and raises `ConnectionError` or `TimeoutError` where
+    a worker is gone or silent.
+    """
+    machines: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(machines, _machine())
+    if len(set(machines)) > 1:
+        return _gather_by_gloo
+    with _folder() as folder:
+        peers, problem = _meet(folder) if folder else (None, "no folder")
+        problems: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    return _gather_by_gloo if peers is None or any(problems) else Sockets(peers)
+
+
+def _machine() -> str:
+    """What processes that see the same files of the same kernel have in common."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/mnt').readlink()} {os.getuid()}"
+    except OSError:
+        return f"unknown, of rank {dist.get_rank()}"
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """A folder of the first worker's that all know and only this user may enter."""
+    made = [""]
+    if dist.get_rank() == 0:
+        with contextlib.suppress(OSError):
+            made = [tempfile.mkdtemp(prefix="fer-ray-")]
+    dist.broadcast_object_list(made)
+    try:
+        yield made[0]
+    finally:
+        if dist.get_rank() == 0 and made[0]:
+            shutil.rmtree(made[0], ignore_errors=True)
+
+
+def _meet(folder: str) -> tuple[list[socket.socket | None] | None, str]:
+    """Connects this worker with each other one: the sockets by rank, and what went wrong."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    peers: list[socket.socket | None] = [None] * size
+    listener = socket.socket(socket.AF_UNIX)
+    with listener:
+        problem = ""
+        try:
+            listener.bind(f"{folder}/{rank}")
+            listener.listen(size)
+        except OSError as error:  # such as a path of over a hundred characters
+            problem = str(error)
+        problems: list[str] = [""] * size
+        dist.all_gather_object(problems, problem)
+        if any(problems):
+            return None, problem or "another worker cannot listen"
+        try:
+            for other in range(rank):
+                peers[other] = peer = socket.socket(socket.AF_UNIX)
+                peer.connect(f"{folder}/{other}")
+                peer.sendall(_RANK.pack(rank))
+            listener.settimeout(_MEET_S)
+            for _ in range(rank + 1, size):
+                peer, _address = listener.accept()
+                (other,) = _RANK.unpack(peer.recv(_RANK.size, socket.MSG_WAITALL))
+                peers[other] = peer
+        except OSError as error:
+            return None, str(error)
+    return peers, ""
+
+
+class Sockets:
+    """`Gather` over one Unix socket for each other worker."""
+
+    def __init__(self, peers: Sequence[socket.socket | None]) -> None:
+        """Takes the connected sockets by rank, None where this worker stands."""
+        self._peers = peers
+        # the kernel's own limit: Python's would ask twice for each message
+        limit = struct.pack("ll", _TIMEOUT_S, 0)
+        for peer in peers:
+            if peer is not None:
+                peer.setblocking(True)
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """As `Gather`; a message has to fit what the kernel keeps for a socket, some 200 KB."""
+        everyone = np.empty((len(self._peers), values.size))
+        own = np.ascontiguousarray(values, dtype=np.float64)
+        for peer in self._peers:
+            if peer is not None:
+                peer.sendall(own.data)
+        for rank, peer in enumerate(self._peers):
+            everyone[rank] = own if peer is None else _receive(peer, rank, own.size)
+        return everyone
+
+
+def _receive(peer: socket.socket, rank: int, count: int) -> np.ndarray:
+    wanted = 8 * count
+    try:
+        found = peer.recv(wanted, socket.MSG_WAITALL)
+    except BlockingIOError as error:
+        raise TimeoutError(f"worker {rank} has not answered for {_TIMEOUT_S} s") from error
+    if len(found) < wanted:
+        raise ConnectionError(f"worker {rank} is gone")
+    return np.frombuffer(found)
+
+
+def _gather_by_gloo(values: np.ndarray) -> np.ndarray:
+    # half as long as `all_reduce` for so few numbers
+    everyone = torch.empty((dist.get_world_size(), values.size), dtype=torch.float64)
+    own = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
+    dist.all_gather(list(everyone), own)
+    return everyone.numpy()
