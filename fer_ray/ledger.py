@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from fer_ray import storage
 from fer_ray.labels import SPLITS
-from fer_ray.sources import REPEATED, Entry
+from fer_ray.sources import RELABELLED, REPEATED, Entry
 
 _MEMORY = "48MiB"
 """What DuckDB may hold of it in memory; the rest is on the disk."""
@@ -94,10 +94,13 @@ class Ledger:
             table = pa.table([pa.array(c, f.type) for c, f in zip(columns, LISTED)], schema=LISTED)
             self.insert("INSERT INTO listed SELECT * FROM given", table)
         self.execute(
-            "UPDATE listed SET reason = ? WHERE reason IS NULL AND number IN (SELECT number FROM ("
-            "  SELECT number, row_number() OVER (PARTITION BY path ORDER BY number) AS nth"
-            "  FROM listed WHERE reason IS NULL) WHERE nth > 1)",
+            "UPDATE listed SET reason = CASE WHEN again.same THEN ? ELSE ? END FROM ("
+            "  SELECT * FROM (SELECT number, row_number() OVER (PARTITION BY path ORDER BY number)"
+            "  AS nth, label IS NOT DISTINCT FROM first_value(label) OVER (PARTITION BY path"
+            "  ORDER BY number) AS same FROM listed WHERE reason IS NULL) WHERE nth > 1) AS again"
+            " WHERE listed.number = again.number",
             REPEATED,
+            RELABELLED,
         )
 
     def add_results(self, table: pa.Table) -> None:

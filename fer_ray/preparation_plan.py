@@ -12,6 +12,9 @@ from fer_ray.errors import UserError
 from fer_ray.ledger import Ledger
 from fer_ray.pictures import Pictures, open_pictures
 
+MAX_CLASSES = 1000
+"""As many as ImageNet's: more are names of files or people, taken for labels by mistake."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -116,6 +119,11 @@ def _check_labels(ledger: Ledger, source: str) -> tuple[str, ...]:
     if len(labels) == 1:
         raise UserError(
             f"--source: {source}: train has one class, {labels[0]}: two or more are needed"
+        )
+    if len(labels) > MAX_CLASSES:
+        raise UserError(
+            f"--source: {source}: train has {len(labels):,} classes, such as "
+            f"{_names(labels, 3)}: at most {MAX_CLASSES:,} are allowed"
         )
     for split in counts:
         strange = sorted(set(ledger.labels(split)) - set(labels))

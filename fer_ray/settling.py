@@ -21,7 +21,8 @@ def hold_out(ledger: Ledger, *, fraction: float, seed: int) -> None:
     Equal pictures are one group, in the class of the first of them by path. The groups of a
     class are put in an order that only the seed and the pictures decide; each goes to
     validation if it still fits into `fraction` of the class's images, rounded. A class of two
-    groups or more has at least one image on either side.
+    groups or more has at least one image on either side. A class that would lose its last
+    train image with pictures that also stand under others keeps all of them.
 
     Args:
         ledger: with the results; their `split` is changed.
@@ -50,6 +51,12 @@ def hold_out(ledger: Ledger, *, fraction: float, seed: int) -> None:
             if len(chosen) == _BATCH:
                 _note(ledger, chosen)
     _note(ledger, chosen)
+    ledger.execute(
+        "DELETE FROM held_out WHERE pixel_sha256 IN (SELECT pixel_sha256 FROM results "
+        "WHERE reason IS NULL AND split = 'train' AND label IN (SELECT label FROM results "
+        "WHERE reason IS NULL AND split = 'train' GROUP BY label "
+        "HAVING bool_and(pixel_sha256 IN (SELECT pixel_sha256 FROM held_out))))"
+    )
     ledger.execute(
         "UPDATE results SET split = 'validation' WHERE reason IS NULL AND split = 'train' "
         "AND pixel_sha256 IN (SELECT pixel_sha256 FROM held_out)"

@@ -316,9 +316,12 @@ def test_every_other_mistake_shows_when_the_plan_is_made(hostile, tmp_path):
     for mark in {match.start() for match in re.finditer(b"PK\x01\x02", raw)}:
         raw = raw[: mark + 8] + b"\x01" + raw[mark + 9 :]
     locked.write_bytes(raw)
+    names = tmp_path / "names.csv"  # the file's name stands where its label should
+    names.write_text("path,label\n" + "".join(f"{n}.png,{n}.png\n" for n in range(1001)))
     out = str(tmp_path / "out")
     for given, said in [
         ({"source": str(hostile), "num_images": 5}, "--num-images"),
+        ({"source": str(names)}, r"1,001 classes, such as 0.png, 1.png, 10.png and 998 more: at"),
         ({"source": "fer2013.csv"}, "does not exist"),
         ({"source": "synthetic", "validation_fraction": 0.1}, "a validation split of its own"),
         ({"source": "synthetic", "validation_fraction": 1.0}, "--validation-fraction"),

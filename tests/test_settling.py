@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fer_ray import dataset_summary, settling
 from fer_ray.ledger import RESULTS, Ledger
-from fer_ray.sources import REPEATED, Entry
+from fer_ray.sources import RELABELLED, REPEATED, Entry
 
 Row = tuple[str, str, str | None]
 """Picture, split and label."""
@@ -76,6 +76,10 @@ def test_equal_pictures_stay_together_and_each_class_gives_its_share(rows, fract
         sides[picture].add(split)
         strata.setdefault(picture, label)  # the first by path decides
     assert all(len(found) == 1 for found in sides.values())
+    left_in_train = {label for (_, _, label), split in zip(rows, splits) if split == "train"}
+    assert left_in_train == {label for _, _, label in rows}
+    if left_in_train != set(strata.values()):
+        return  # a class without pictures of its own may keep those of another
     sizes = Counter(picture for picture, _, _ in rows)
     for stratum in set(strata.values()):
         members = [picture for picture in sizes if strata[picture] == stratum]
@@ -106,6 +110,14 @@ def test_the_seed_decides_and_the_order_of_the_files_does_not(results):
     assert Counter("ab"[int(picture[1:]) % 2] for picture in first) == {"a": 6, "b": 6}
     assert held(rows[::-1], 0) == first
     assert held(rows, 1) != first
+
+
+def test_a_class_whose_pictures_all_stand_under_another_one_keeps_them(results):
+    rows = [(f"p{index}", "train", "a") for index in range(20)]
+    rows += [(f"p{index}", "train", "b") for index in (3, 11)]
+    for seed in range(20):
+        found = results(rows, lambda one, s=seed: settling.hold_out(one, fraction=0.5, seed=s))
+        assert [split for split, _ in found[20:]].count("train") >= 1
 
 
 def test_train_loses_its_twins_and_nothing_else_is_lost(results):
@@ -159,12 +171,17 @@ def test_of_equal_paths_the_first_counts():
     entries = [
         Entry(path="1", split="train", label="a", reason="broken"),
         Entry(path="1", split="train", label="b"),
+        Entry(path="1", split="train", label="b"),
         Entry(path="1", split="train", label="c"),
         Entry(path="0", split="test"),
     ]
     ledger.list_files(entries)
     assert ledger.counts() == {"train": 1, "test": 1}
     assert ledger.labels("train") == ["b"]
-    assert list(ledger.rejected()) == [("1", REPEATED), ("1", "broken")]
-    assert [path for path, _ in ledger.listing()] == ["0", "1", "1", "1"]
+    assert list(ledger.rejected()) == [
+        ("1", REPEATED),
+        ("1", RELABELLED),
+        ("1", "broken"),
+    ]
+    assert [path for path, _ in ledger.listing()] == ["0", "1", "1", "1", "1"]
     ledger.close()

@@ -91,6 +91,7 @@ def test_pictures_are_read_beside_the_table_and_by_absolute_places(tmp_path):
         ("a.csv", b"", r"\(none\): expected path and label"),
         ("a.parquet", b"PAR1 this is none", "cannot be read"),
         ("a.txt", b"path,label\n", "is none of a folder, a .zip, a .csv"),
+        ("a.csv", "path,label\n1.png,a\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
     ],
 )
 def test_what_is_no_such_table_is_refused(name, content, said, tmp_path):

@@ -38,6 +38,8 @@ def open_files(place: str, *, flag: str = "--source") -> Source:
 
 REPEATED = "another file or row has the same path"
 """The reason of the second and further entries of one path."""
+RELABELLED = f"{REPEATED} and another label"
+"""The same, where a table contradicts its first row."""
 
 
 def list_files(source: Source) -> tuple[list[Entry], list[Entry]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import re
@@ -93,8 +94,11 @@ def columns_of(place: str) -> list[str]:
                 names = pq.read_schema(file).names
         else:
             with fs.open_input_stream(path) as stream:
-                head = stream.read(2**16).decode("utf-8-sig", "replace")
-            names = next(csv.reader(io.StringIO(head)), [])
+                head = stream.read(2**16)
+            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UserError(f"--source: {place} is UTF-16: save it as UTF-8")
+            text = io.StringIO(head.decode("utf-8-sig", "replace"))
+            names = next(csv.reader(text), [])
     except (OSError, pa.ArrowException, csv.Error) as error:
         raise UserError(f"--source: {place} cannot be read: {first_line(error)}") from error
     found = [str(name).strip().lower() for name in names]
