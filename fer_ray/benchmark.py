@@ -25,11 +25,11 @@ from fer_ray import (
     benchmark_sweeps,
     benchmark_workers,
     capacity,
+    launch,
     models,
     preparation,
     provenance,
     storage,
-    training,
 )
 from fer_ray.benchmark_loops import for_measuring
 from fer_ray.benchmark_numbers import KEYS, numbers
@@ -296,7 +296,7 @@ def _fit(
     workers: int,
 ) -> dict[str, Any]:
     """Lets workers of Ray Train measure; returns what the first of them wrote."""
-    training.run_trainer(
+    launch.run_trainer(
         work,
         settings,
         replace(config.scaling, num_workers=workers, max_failures=0),

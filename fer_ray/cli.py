@@ -255,8 +255,7 @@ def start_ray(**settings: Any) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         # nobody preempts this machine: one process less
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # with the dashboard: Ray Train asks its state API and warns each second without it
-        settings = {"address": "local", "include_dashboard": True, **settings}
+        settings = {"address": "local", "include_dashboard": False, **settings}
     ray.init(log_to_driver=True, logging_level=logging.ERROR, **settings)
     resources = ray.cluster_resources()
     say(

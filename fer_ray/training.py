@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fer_ray import capacity, models, provenance, storage, streaming, worker
+from fer_ray import (
+    capacity,
+    launch,
+    models,
+    provenance,
+    shared_images,
+    storage,
+    streaming,
+    worker,
+)
 from fer_ray.config import ScalingConfig, TrainConfig, differences
-from fer_ray.dataset import DatasetInfo, load_split, read_info
+from fer_ray.dataset import DatasetInfo, read_info
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.history import write_history
 from fer_ray.streaming import Piece
@@ -245,21 +254,12 @@ def _what_to_feed(plan: Plan, streams: bool) -> dict[str, Any]:
     Raises:
         UserError: for files that are damaged or not those of the run that is resumed.
     """
-    import ray
-
     if streams:
         found = {name: streaming.pieces(plan.info, name) for name in SPLITS}
         _check_pieces(plan, found)
         return {"pieces": found, "spare_cpus": _spare_cpus(plan.config.scaling)}
-    # read once for all workers; each node keeps one copy in shared memory
-    load = ray.remote(num_cpus=0, num_returns=2)(_load_images)
-    images: dict[str, Any] = {}
-    for name in SPLITS:
-        answer: Any = load.remote(plan.info, name)
-        problem, images[name] = answer
-        if reason := ray.get(problem):
-            raise UserError(reason)
-    return {"images": images}
+    fractions = dict.fromkeys(SPLITS, 1.0)
+    return {"images": shared_images.share(plan.info, fractions, meanwhile=launch.warm_up)}
 
 
 def _check_pieces(plan: Plan, found: dict[str, list[Piece]]) -> None:
@@ -274,92 +274,15 @@ def _check_pieces(plan: Plan, found: dict[str, list[Piece]]) -> None:
     storage.write_json(place, rows)
 
 
-def _load_images(info: DatasetInfo, name: str) -> tuple[str, Any]:
-    """A split's pixels and labels, or why they cannot be read."""
-    try:
-        split = load_split(info, name)
-    except UserError as error:
-        return str(error), None
-    return "", (split.images, split.labels)
-
-
 def _run_workers(plan: Plan, feed: dict[str, Any]) -> None:
     settings = {"config": plan.config.to_dict(), "run": plan.run, "folder": plan.folder, **feed}
-    run_trainer(
+    launch.run_trainer(
         worker.work,
         settings,
         plan.config.scaling,
         storage_place=plan.storage,
         run=plan.run,
         failed=f"run {plan.run} failed (the same command resumes it)",
-    )
-
-
-def run_trainer(
-    work: Callable[[dict[str, Any]], None],
-    settings: dict[str, Any],
-    scaling: ScalingConfig,
-    *,
-    storage_place: str,
-    run: str,
-    failed: str,
-    callbacks: Sequence[Any] = (),
-) -> None:
-    """Runs a function on the workers of a `TorchTrainer`, to its end.
-
-    Args:
-        work: what each worker runs.
-        settings: what it is given.
-        scaling: how many workers there are, and what each reserves.
-        storage_place: the folder of all runs.
-        run: the name of this one.
-        failed: what a failure's message begins with.
-        callbacks: of Ray Train, called in its controller.
-
-    Raises:
-        JobFailed: where workers were lost too often, or failed.
-    """
-    import ray.train as ray_train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from fer_ray.interface import GlooConfig
-
-    resources = {"CPU": scaling.cpus_per_worker, "GPU": 1.0 if scaling.use_gpu else 0.0}
-    trainer = TorchTrainer(
-        work,
-        train_loop_config=settings,
-        scaling_config=ray_train.ScalingConfig(
-            num_workers=scaling.num_workers,
-            use_gpu=scaling.use_gpu,
-            resources_per_worker={kind: amount for kind, amount in resources.items() if amount},
-        ),
-        torch_config=TorchConfig("nccl") if scaling.use_gpu else GlooConfig("gloo"),
-        run_config=_run_config(ray_train, storage_place, run, scaling.max_failures, callbacks),
-    )
-    try:
-        trainer.fit()
-    except ray_train.TrainingFailedError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise JobFailed(f"{failed}: {lines[-1]}") from error
-    except SystemExit as error:  # what Ray Train makes of an interrupt
-        raise KeyboardInterrupt from error
-
-
-def _run_config(
-    ray_train: Any, storage_place: str, run: str, max_failures: int, callbacks: Sequence[Any]
-) -> Any:
-    return ray_train.RunConfig(
-        name=run,
-        storage_path=storage_place,
-        callbacks=list(callbacks),
-        logging_config=ray_train.LoggingConfig(log_level="ERROR"),
-        failure_config=ray_train.FailureConfig(max_failures=max_failures),
-        checkpoint_config=ray_train.CheckpointConfig(
-            # the last one is kept besides, whatever its score
-            num_to_keep=1,
-            checkpoint_score_attribute="validation_accuracy",
-            checkpoint_score_order="max",
-        ),
     )
 
 

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from fer_ray import checkpoint, loop
 from fer_ray.config import TrainConfig
 from fer_ray.group import Group
+from fer_ray.transforms import Normalizer
 
 
 def trainer(config: TrainConfig, *, train=48, validation=21, group=None, resume=None):
@@ -93,6 +94,24 @@ def test_the_seed_decides_and_nothing_else():
     first, again = fit(trainer(small.config())), fit(trainer(small.config()))
     assert equal(first, again)
     assert not equal(first, fit(trainer(small.config(schedule={"seed": 1}))))
+
+
+@pytest.mark.parametrize("normalization", ["clahe+dataset", "equalize"])
+def test_inference_normalizes_as_training_did(tmp_path, normalization):
+    """The statistics after the pixel stage travel in the checkpoint."""
+    settings = small.config(schedule={"epochs": 1}, transforms={"normalization": normalization})
+    built = trainer(settings)
+    fit(built, tmp_path)
+    kept = checkpoint.read(str(tmp_path / "checkpoint_1")).forward.normalizer
+    images = torch.from_numpy(small.split(48).images)
+    assert torch.equal(kept(images), built.forward.normalizer(images))
+    plain = Normalizer(normalization=normalization, mean=0.5, std=0.25)
+    flat = plain.pixel_stage(images).double() / 255
+    if normalization == "clahe+dataset":
+        assert kept.mean == pytest.approx(flat.mean().item(), rel=1e-9)
+        assert kept.std == pytest.approx(flat.std(correction=0).item(), rel=1e-9)
+        assert abs(kept(images).mean().item()) < 1e-4
+    assert torch.equal(kept(images[:5]), kept(images)[:5])
 
 
 def test_parts_are_contiguous_and_cover_everything():

@@ -28,7 +28,7 @@ ORDER = [
     *("dataset_summary", "preparation_plan", "preparation"),
     *("transforms", "forward", "exchange", "batchnorm", "models", "optimization", "checkpoint"),
     *("metrics", "group", "loading", "streaming", "loop", "telemetry", "worker"),
-    *("interface", "training"),
+    *("shared_images", "interface", "launch", "training"),
     *("predictions", "inference"),
     *("evaluation", "evaluation_tables", "figures", "pages", "preview", "report", "sweeps"),
     *("benchmark_processes", "benchmark_numbers", "benchmark_loops", "benchmark_input"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fer_ray import loop, provenance, storage, training, worker
+from fer_ray import launch, loop, provenance, storage, worker
 from fer_ray.config import TrainConfig
 from fer_ray.dataset import DatasetInfo
 from fer_ray.errors import JobFailed
@@ -110,7 +110,7 @@ def _with_workers(
     given: dict[str, Any] = {"config": config.to_dict(), "run": f"trial {number}", "folder": folder}
     given |= {"until": until, "say": False, "note_group": True}
     try:
-        training.run_trainer(
+        launch.run_trainer(
             worker.work,
             {**given, "images": settings["images"]},
             # who stops the trial removes its workers: they must not be replaced
@@ -134,8 +134,7 @@ class _WorkersLost(RuntimeError):
 def free_workers(sweep: str, number: int) -> None:
     """Gives back what the workers of a trial that was killed still hold, if anything.
 
-    Ray Train's own helper for this asks the dashboard, which it does not find where it is off
-    or two clusters run on a machine (Ray 2.60): the next trial would wait for ever.
+    Nobody else does while the sweep runs (`launch`): the next trial would wait for ever.
     """
     from ray import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
