@@ -18,10 +18,10 @@ import pytest
 import small
 from processes import descendants, kill_with_descendants, wait_for
 
-from fer_ray import checkpoint, storage, worker
+from fer_ray import checkpoint, shared_images, storage, worker
 from fer_ray.config import TrainConfig
 from fer_ray.errors import UserError
-from fer_ray.sweeps import images, planning, preflight, progress, records, trial, tuning
+from fer_ray.sweeps import planning, preflight, progress, records, trial, tuning
 from fer_ray.sweeps.halving import Halving, Job
 from fer_ray.sweeps.planning import Limits
 
@@ -132,12 +132,12 @@ def test_trials_at_once_are_what_fits(data, tmp_path):
 
 def test_a_part_of_the_train_split_has_its_share_of_each_class():
     labels = np.array([0] * 100 + [1] * 10 + [2] * 3 + [-1] * 50)
-    kept = images.stratified(labels, 0.2, seed=1)
+    kept = shared_images.stratified(labels, 0.2, seed=1)
     assert np.bincount(labels[kept]).tolist() == [20, 2, 1]
     assert (np.diff(kept) > 0).all()
-    assert kept.tolist() == images.stratified(labels, 0.2, seed=1).tolist()
-    assert kept.tolist() != images.stratified(labels, 0.2, seed=2).tolist()
-    everything = images.stratified(labels, 1.0, seed=1)
+    assert kept.tolist() == shared_images.stratified(labels, 0.2, seed=1).tolist()
+    assert kept.tolist() != shared_images.stratified(labels, 0.2, seed=2).tolist()
+    everything = shared_images.stratified(labels, 1.0, seed=1)
     assert everything.tolist() == np.flatnonzero(labels >= 0).tolist()
 
 
@@ -314,7 +314,7 @@ def undisturbed(data, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blow", ["kill", "interrupt"])
+@pytest.mark.parametrize("blow", [pytest.param("kill", marks=pytest.mark.long), "interrupt"])
 def test_a_broken_off_sweep_goes_on_by_the_same_command(data, undisturbed, tmp_path, blow):
     """Every trial and epoch is there once, with the same numbers as if nothing had happened."""
     first = job(data, tmp_path)
