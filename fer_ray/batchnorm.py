@@ -56,6 +56,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         )
 
 
+def _not_finite_is_no_news() -> np.errstate:
+    """numpy is not to warn in every worker of what the loop will say once, with its step."""
+    return np.errstate(over="ignore", invalid="ignore")
+
+
 def _global_moments(x: torch.Tensor, gather: Gather) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Mean and biased variance of each channel over all workers' (N, C, H, W), and the count.
 
@@ -75,9 +80,10 @@ def _global_moments(x: torch.Tensor, gather: Gather) -> tuple[torch.Tensor, torc
     counts = everyone[:, -1:]
     total = counts.sum()
     means, variances = everyone[:, :channels], everyone[:, channels:-1]
-    merged = (means * counts).sum(0) / total
-    spread = ((variances + (means - merged) ** 2) * counts).sum(0) / total
-    mean, variance = (torch.from_numpy(one.astype(np.float32)) for one in (merged, spread))
+    with _not_finite_is_no_news():
+        merged = (means * counts).sum(0) / total
+        spread = ((variances + (means - merged) ** 2) * counts).sum(0) / total
+        mean, variance = (torch.from_numpy(one.astype(np.float32)) for one in (merged, spread))
     return mean, variance, float(total)
 
 
@@ -104,7 +110,8 @@ class _Normalize(torch.autograd.Function):
             grad, x, weight, mean, variance, None, None, False, ctx.eps, [not fused, True, True]
         )
         own = np.concatenate([grad_weight.numpy(), grad_bias.numpy()], dtype=np.float64)
-        means = torch.from_numpy((ctx.gather(own).sum(0) / -ctx.count).astype(np.float32))
+        with _not_finite_is_no_news():
+            means = torch.from_numpy((ctx.gather(own).sum(0) / -ctx.count).astype(np.float32))
         # dL/dx = w·inv·(g - mean(g) - x̂·mean(g·x̂)); slope·x̂ + offset in one pass
         slope, offset = (scale * one for one in means.chunk(2))
         rest = F.batch_norm(x, mean, variance, slope, offset, False, 0.0, ctx.eps)

@@ -136,8 +136,9 @@ def _follow(demand: Demand, before: int, done: threading.Event, say: Callable[[s
     import ray
 
     with contextlib.suppress(Exception):  # of a cluster that is left meanwhile
-        while before < demand.count and not done.is_set():
-            done.wait(_FOLLOW_S)
+        last = False
+        while before < demand.count and not last:
+            last = done.wait(_FOLLOW_S)
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             room = min(fitting(demand.each, nodes), demand.count)
             if room != before:

@@ -50,10 +50,11 @@ def connect() -> Gather:
 
 
 def _machine() -> str:
-    """What processes that see the same files of the same kernel have in common."""
+    """What processes that see the same files and network of one kernel have in common."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/mnt').readlink()} {os.getuid()}"
+        spaces = [Path(f"/proc/self/ns/{kind}").readlink() for kind in ("mnt", "net")]
+        return f"{boot} {spaces} {os.getuid()}"
     except OSError:
         return f"unknown, of rank {dist.get_rank()}"
 
@@ -77,14 +78,14 @@ def _meet(folder: str) -> tuple[list[socket.socket | None] | None, str]:
     """Connects this worker with each other one: the sockets by rank, and what went wrong."""
     rank, size = dist.get_rank(), dist.get_world_size()
     peers: list[socket.socket | None] = [None] * size
-    listener = socket.socket(socket.AF_UNIX)
-    with listener:
+    with contextlib.ExitStack() as closing:
         problem = ""
         try:
+            listener = closing.enter_context(socket.socket(socket.AF_UNIX))
             listener.bind(f"{folder}/{rank}")
             listener.listen(size)
         except OSError as error:  # such as a path of over a hundred characters
-            problem = str(error)
+            problem = repr(error)
         problems: list[str] = [""] * size
         dist.all_gather_object(problems, problem)
         if any(problems):
@@ -99,8 +100,8 @@ def _meet(folder: str) -> tuple[list[socket.socket | None] | None, str]:
                 peer, _address = listener.accept()
                 (other,) = _RANK.unpack(peer.recv(_RANK.size, socket.MSG_WAITALL))
                 peers[other] = peer
-        except OSError as error:
-            return None, str(error)
+        except (OSError, struct.error) as error:
+            return None, repr(error)
     return peers, ""
 
 
@@ -110,12 +111,13 @@ class Sockets:
     def __init__(self, peers: Sequence[socket.socket | None]) -> None:
         """Takes the connected sockets by rank, None where this worker stands."""
         self._peers = peers
-        # the kernel's own limit: Python's would ask twice for each message
+        # the kernel's own limits: Python's would ask twice for each message
         limit = struct.pack("ll", _TIMEOUT_S, 0)
         for peer in peers:
             if peer is not None:
                 peer.setblocking(True)
-                peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+                for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                    peer.setsockopt(socket.SOL_SOCKET, option, limit)
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """As `Gather`; a message has to fit what the kernel keeps for a socket, some 200 KB."""
@@ -130,13 +132,15 @@ class Sockets:
 
 
 def _receive(peer: socket.socket, rank: int, count: int) -> np.ndarray:
-    wanted = 8 * count
-    try:
-        found = peer.recv(wanted, socket.MSG_WAITALL)
-    except BlockingIOError as error:
-        raise TimeoutError(f"worker {rank} has not answered for {_TIMEOUT_S} s") from error
-    if len(found) < wanted:
-        raise ConnectionError(f"worker {rank} is gone")
+    found = bytearray()
+    while len(found) < 8 * count:  # once, but for very long ones
+        try:
+            more = peer.recv(8 * count - len(found), socket.MSG_WAITALL)
+        except BlockingIOError as error:
+            raise TimeoutError(f"worker {rank} has not answered for {_TIMEOUT_S} s") from error
+        if not more:
+            raise ConnectionError(f"worker {rank} is gone")
+        found += more
     return np.frombuffer(found)
 
 

@@ -13,6 +13,12 @@ from fer_ray.ledger import Ledger
 DEFAULT_VALIDATION_FRACTION = 0.1
 
 _BATCH = 8192
+_TRAIN = "results WHERE reason IS NULL AND split = 'train'"
+_GROUPS = (
+    "SELECT arg_min(label, path) AS label, pixel_sha256, count(*) AS n "
+    f"FROM {_TRAIN} GROUP BY pixel_sha256"
+)
+"""Equal pictures of train: the class they count for, and how many they are."""
 
 
 def hold_out(ledger: Ledger, *, fraction: float, seed: int) -> None:
@@ -21,8 +27,8 @@ def hold_out(ledger: Ledger, *, fraction: float, seed: int) -> None:
     Equal pictures are one group, in the class of the first of them by path. The groups of a
     class are put in an order that only the seed and the pictures decide; each goes to
     validation if it still fits into `fraction` of the class's images, rounded. A class of two
-    groups or more has at least one image on either side. A class that would lose its last
-    train image with pictures that also stand under others keeps all of them.
+    groups or more has at least one image on either side. Of a class without a group, since
+    each of its pictures also stands under another, one picture stays in train.
 
     Args:
         ledger: with the results; their `split` is changed.
@@ -30,33 +36,25 @@ def hold_out(ledger: Ledger, *, fraction: float, seed: int) -> None:
         seed: others give other splits.
     """
     ledger.execute("CREATE TEMP TABLE held_out (pixel_sha256 BLOB)")
-    groups = ledger.rows(
-        "SELECT label, pixel_sha256, n FROM (SELECT arg_min(label, path) AS label, pixel_sha256, "
-        "count(*) AS n FROM results WHERE reason IS NULL AND split = 'train' "
-        "GROUP BY pixel_sha256) ORDER BY label, "
-        "sha256(? || hex(pixel_sha256))",
+    ledger.execute(
+        f"CREATE TABLE kept_back AS WITH owned AS ({_GROUPS}) "
+        "SELECT DISTINCT arg_min(pixel_sha256, sha256(? || hex(pixel_sha256))) AS pixel_sha256 "
+        f"FROM {_TRAIN} AND label NOT IN (SELECT label FROM owned) GROUP BY label",
         f"{seed}:",
     )
-    sizes = dict(
-        ledger.rows(
-            "SELECT label, count(*) FROM (SELECT arg_min(label, path) OVER "
-            "(PARTITION BY pixel_sha256) AS label FROM results "
-            "WHERE reason IS NULL AND split = 'train') GROUP BY label"
-        )
+    groups = ledger.rows(
+        f"SELECT label, pixel_sha256, n, pixel_sha256 IN (SELECT pixel_sha256 FROM kept_back) "
+        f"FROM ({_GROUPS}) ORDER BY label, sha256(? || hex(pixel_sha256))",
+        f"{seed}:",
     )
+    sizes = dict(ledger.rows(f"SELECT label, sum(n) FROM ({_GROUPS}) GROUP BY label"))
     chosen: list[bytes] = []
     for label, members in groupby(groups, key=lambda row: row[0]):
-        for picture in _choose(members, sizes[label], fraction):
+        for picture in _choose(members, int(sizes[label]), fraction):
             chosen.append(picture)
             if len(chosen) == _BATCH:
                 _note(ledger, chosen)
     _note(ledger, chosen)
-    ledger.execute(
-        "DELETE FROM held_out WHERE pixel_sha256 IN (SELECT pixel_sha256 FROM results "
-        "WHERE reason IS NULL AND split = 'train' AND label IN (SELECT label FROM results "
-        "WHERE reason IS NULL AND split = 'train' GROUP BY label "
-        "HAVING bool_and(pixel_sha256 IN (SELECT pixel_sha256 FROM held_out))))"
-    )
     ledger.execute(
         "UPDATE results SET split = 'validation' WHERE reason IS NULL AND split = 'train' "
         "AND pixel_sha256 IN (SELECT pixel_sha256 FROM held_out)"
@@ -64,14 +62,16 @@ def hold_out(ledger: Ledger, *, fraction: float, seed: int) -> None:
 
 
 def _choose(
-    groups: Iterator[tuple[Any, bytes, int]], total: int, fraction: float
+    groups: Iterator[tuple[Any, bytes, int, bool]], total: int, fraction: float
 ) -> Iterator[bytes]:
     """The pictures of a class that are held out: as many as fit, at least one, never all."""
     room = min(max(round(total * fraction), 1), total - 1)
     smallest: tuple[int, bytes] | None = None
     taken, num_groups = 0, 0
-    for _, picture, count in groups:
+    for _, picture, count, kept_back in groups:
         num_groups += 1
+        if kept_back:
+            continue
         if smallest is None or count < smallest[0]:
             smallest = (count, picture)
         if taken + count <= room:

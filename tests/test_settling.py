@@ -78,8 +78,7 @@ def test_equal_pictures_stay_together_and_each_class_gives_its_share(rows, fract
     assert all(len(found) == 1 for found in sides.values())
     left_in_train = {label for (_, _, label), split in zip(rows, splits) if split == "train"}
     assert left_in_train == {label for _, _, label in rows}
-    if left_in_train != set(strata.values()):
-        return  # a class without pictures of its own may keep those of another
+    strangers = left_in_train - set(strata.values())  # each keeps one picture of another class
     sizes = Counter(picture for picture, _, _ in rows)
     for stratum in set(strata.values()):
         members = [picture for picture in sizes if strata[picture] == stratum]
@@ -89,6 +88,9 @@ def test_equal_pictures_stay_together_and_each_class_gives_its_share(rows, fract
         room = min(max(round(total * fraction), 1), total - 1)
         if len(members) == 1:
             assert not held
+        elif strangers:
+            assert max(len(members) - len(strangers), 0) == 0 or 0 < len(held) < len(members)
+            assert taken <= max(room, max(sizes[picture] for picture in members))
         else:
             assert 0 < len(held) < len(members)
             smallest = min(sizes[picture] for picture in members)
@@ -112,12 +114,18 @@ def test_the_seed_decides_and_the_order_of_the_files_does_not(results):
     assert held(rows, 1) != first
 
 
-def test_a_class_whose_pictures_all_stand_under_another_one_keeps_them(results):
+def test_a_class_whose_pictures_all_stand_under_another_one_keeps_one(results):
     rows = [(f"p{index}", "train", "a") for index in range(20)]
     rows += [(f"p{index}", "train", "b") for index in (3, 11)]
     for seed in range(20):
         found = results(rows, lambda one, s=seed: settling.hold_out(one, fraction=0.5, seed=s))
         assert [split for split, _ in found[20:]].count("train") >= 1
+        held = sum(split == "validation" for split, _ in found)
+        assert held == 11
+    rows = [("p0", "train", "a"), ("p1", "train", "a"), ("p1", "train", "b")]
+    for seed in range(5):  # only p0 can be held out
+        found = results(rows, lambda one, s=seed: settling.hold_out(one, fraction=0.1, seed=s))
+        assert [split for split, _ in found] == ["validation", "train", "train"]
 
 
 def test_train_loses_its_twins_and_nothing_else_is_lost(results):

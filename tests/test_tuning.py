@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -345,18 +346,13 @@ def test_the_job_ends_with_the_winners_command_and_the_place(undisturbed):
     assert "Traceback" not in printed and "2 at once" in printed
 
 
-@pytest.mark.slow
-def test_a_trial_whose_process_is_killed_goes_on(data, tmp_path):
+@contextlib.contextmanager
+def killing_the_first_trial(sweep: Path) -> Iterator[list[int]]:
+    """Kills the processes of the trials that run when the first checkpoint is there."""
     killed: list[int] = []
-    made = plan(
-        data,
-        tmp_path,
-        num_seeds=1,
-        config=config(data, schedule={"epochs": 8}, scaling={"max_failures": 3}),
-    )
 
     def kill() -> None:
-        wait_for(lambda: any(Path(made.folder).glob("trials/*/checkpoint_*/checkpoint.json")))
+        wait_for(lambda: any(sweep.glob("trials/*/checkpoint_*/checkpoint.json")))
         for process in descendants(os.getpid(), "ray::ImplicitFunc"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -364,8 +360,21 @@ def test_a_trial_whose_process_is_killed_goes_on(data, tmp_path):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    tuning.fit(made, say=lambda line: None)
+    yield killed
     killer.join()
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_is_killed_goes_on(data, tmp_path):
+    made = plan(
+        data,
+        tmp_path,
+        num_seeds=1,
+        config=config(data, schedule={"epochs": 8}, scaling={"max_failures": 3}),
+    )
+
+    with killing_the_first_trial(Path(made.folder)) as killed:
+        tuning.fit(made, say=lambda line: None)
     assert killed
     found = rows(Path(made.folder))
     assert found.groupby("trial")["epoch"].apply(list).tolist() == [list(range(1, 9))] * 2
@@ -382,16 +391,8 @@ def test_a_trial_whose_process_dies_too_often_is_recorded_and_the_others_go_on(d
         limits={"max_concurrent": 1},
     )
 
-    def kill() -> None:
-        wait_for(lambda: any(Path(made.folder).glob("trials/00000/checkpoint_*/checkpoint.json")))
-        for process in descendants(os.getpid(), "ray::ImplicitFunc"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    tuning.fit(made, say=lambda line: None)
-    killer.join()
+    with killing_the_first_trial(Path(made.folder)):
+        tuning.fit(made, say=lambda line: None)
     ends = rows(Path(made.folder)).groupby("trial").tail(1)
     assert ends["status"].tolist() == ["failed", "finished"]
     assert "process died" in ends["stop_reason"].iloc[0]
@@ -481,7 +482,10 @@ def test_a_search_that_is_killed_between_two_rungs_goes_on_as_if_it_had_not_been
 
 @pytest.mark.slow
 def test_trials_of_several_workers_pause_and_go_on_without_leaving_their_workers(data, tmp_path):
-    """A trainer in a trial that pauses must not keep its CPUs: the next would wait for ever."""
+    """A trainer in a trial that pauses, or is killed, must not keep its CPUs.
+
+    The next trial, or this one begun again, would wait for them for ever.
+    """
     settings = config(
         data,
         schedule={"epochs": 4},
@@ -495,7 +499,9 @@ def test_trials_of_several_workers_pause_and_go_on_without_leaving_their_workers
         config=settings,
     )
     said: list[str] = []
-    tuning.fit(made, say=said.append)
+    with killing_the_first_trial(Path(made.folder)) as killed:
+        tuning.fit(made, say=said.append)
+    assert killed
     assert any("1 at once" in line for line in said)
     found = rows(Path(made.folder))
     ends = found.groupby("trial").tail(1)

@@ -109,6 +109,7 @@ def _with_workers(
     folder = records.folder_of(sweep, number)
     given: dict[str, Any] = {"config": config.to_dict(), "run": f"trial {number}", "folder": folder}
     given |= {"until": until, "say": False, "note_group": True}
+    free_workers(sweep, number)  # of this trial's process before, if it was killed
     try:
         launch.run_trainer(
             worker.work,
