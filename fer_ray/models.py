@@ -106,12 +106,14 @@ def variants(num_classes: int = 7, image_size: int = 48) -> list[tuple[str, int,
 def prefers_bfloat16(config: ModelConfig, device: torch.device) -> bool:
     """Whether a device runs a model faster in bfloat16: what ``--precision auto`` goes by.
 
-    GPUs do. CPUs do where they have matrix units for it (AMX), but for depthwise convolutions,
-    whose bfloat16 backward passes are several times slower than float32's (torch 2.15).
+    GPUs do. CPUs do where they have instructions for it (AMX, AVX512_BF16), but for depthwise
+    convolutions, whose bfloat16 backward passes are several times slower than float32's
+    (torch 2.15).
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported() and config.name != "efficientnet_b2"
+    able = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return able and config.name != "efficientnet_b2"
 
 
 class ConvNorm(nn.Sequential):

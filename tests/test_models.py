@@ -132,3 +132,13 @@ def test_check_finds_what_would_fail_in_a_worker():
 def test_too_small_an_input_is_refused():
     with pytest.raises(UserError, match="--input-size: 4"):
         models.build(ModelConfig(name="sequential_cnn", input_size=4), num_classes=7, image_size=48)
+
+
+@pytest.mark.parametrize(("amx", "avx512"), [(True, False), (False, True), (False, False)])
+def test_bfloat16_is_for_cpus_with_instructions_for_it(monkeypatch, amx, avx512):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    cpu = torch.device("cpu")
+    for name in ("custom_cnn", "sequential_cnn"):
+        assert models.prefers_bfloat16(ModelConfig(name=name), cpu) == (amx or avx512)
+    assert not models.prefers_bfloat16(ModelConfig(name="efficientnet_b2"), cpu)
