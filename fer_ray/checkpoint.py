@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -195,11 +195,26 @@ def find(place: str) -> Checkpoint:
     if storage.exists(storage.join(place, INDEX)):
         return read(place)
     found = in_run(place)
-    for candidate in sorted(found, key=lambda one: (one.score, one.epoch, one.place), reverse=True):
-        with contextlib.suppress(UserError):
-            candidate.load_tensors(MODEL)
-            return candidate
+    ranked = sorted(found, key=lambda one: (one.score, one.epoch, one.place), reverse=True)
+    if best := _first_undamaged(ranked, MODEL):
+        return best
     raise UserError(f"{place}: no checkpoint here: give a checkpoint's or a run's folder")
+
+
+def latest(place: str) -> Checkpoint | None:
+    """Where a run's folder has it go on: its latest undamaged checkpoint, or None at the start."""
+    ranked = sorted(in_run(place), key=lambda one: (one.epoch, one.place), reverse=True)
+    return _first_undamaged(ranked, MODEL, _TRAINING)
+
+
+def _first_undamaged(candidates: Sequence[Checkpoint], *names: str) -> Checkpoint | None:
+    for candidate in candidates:
+        # Ray Train may remove one while it is read
+        with contextlib.suppress(UserError, FileNotFoundError):
+            for name in names:
+                candidate.load_tensors(name)
+            return candidate
+    return None
 
 
 def in_run(place: str) -> list[Checkpoint]:

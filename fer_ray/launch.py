@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fer_ray import storage
 from fer_ray.config import ScalingConfig
 from fer_ray.errors import JobFailed
 
@@ -39,6 +40,7 @@ def run_trainer(
 
     from fer_ray.interface import GlooConfig
 
+    _remove_damaged_snapshot(storage.join(storage_place, run))
     resources = {"CPU": scaling.cpus_per_worker, "GPU": 1.0 if scaling.use_gpu else 0.0}
     trainer = _trainer_class()(
         work,
@@ -58,6 +60,17 @@ def run_trainer(
         raise JobFailed(f"{failed}: {lines[-1]}") from error
     except SystemExit as error:  # what Ray Train makes of an interrupt
         raise KeyboardInterrupt from error
+
+
+def _remove_damaged_snapshot(folder: str) -> None:
+    """Ray Train overwrites its list of checkpoints in place: a kill meanwhile leaves half of it,
+    which it then refuses. Without the list, a worker goes on from the last whole checkpoint."""
+    snapshot = storage.join(folder, "checkpoint_manager_snapshot.json")
+    if storage.exists(snapshot):
+        try:
+            storage.read_json(snapshot)
+        except ValueError:
+            storage.remove(snapshot)
 
 
 def warm_up() -> None:

@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -275,16 +277,27 @@ def _load_published(model: nn.Module, weights: str) -> None:
             ) from error
     elif not Path(weights).is_file():
         raise UserError(f"--weights: no file at {weights}; 'imagenet' or a file is allowed")
-    elif weights.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        state = load_file(weights)
     else:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = _read_weights(weights)
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # another network's, or no dict at all
         raise UserError(f"--weights: {weights} does not hold EfficientNet-B2's weights") from error
+
+
+def _read_weights(place: str) -> Any:
+    """What a file of weights holds; nothing of it is run."""
+    try:
+        if place.endswith(".safetensors"):
+            return safetensors.torch.load_file(place)
+        return torch.load(place, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"--weights: {place}: {error}") from error
+    except Exception as error:  # readers of damaged files raise nearly anything
+        raise UserError(
+            f"--weights: {place} is damaged, or neither a .safetensors file nor one that "
+            "torch.save wrote from a dict of tensors"
+        ) from error
 
 
 _BUILDERS: dict[str, Callable[[ModelConfig, int, int], nn.Module]] = {

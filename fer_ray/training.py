@@ -158,28 +158,12 @@ def fit(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
             "loading": "stream" if streams else "memory",
         },
     )
-    storage.remove(storage.join(plan.folder, worker.FAILURE))
-    _remove_damaged_snapshot(plan.folder)
     start = time.perf_counter()
     say(_announcement(plan, streams))
     _run_workers(plan, feed)
-    failure = storage.join(plan.folder, worker.FAILURE)
-    if storage.exists(failure):
-        raise JobFailed(storage.read_json(failure)["reason"])
     result = _result(plan, wall_s=time.perf_counter() - start)
     storage.write_json(storage.join(plan.folder, RESULT), result)
     return result
-
-
-def _remove_damaged_snapshot(folder: str) -> None:
-    """Ray Train overwrites its list of checkpoints in place: a kill meanwhile leaves half of it,
-    which it then refuses. Without the list, a worker goes on from the last whole checkpoint."""
-    snapshot = storage.join(folder, "checkpoint_manager_snapshot.json")
-    if storage.exists(snapshot):
-        try:
-            storage.read_json(snapshot)
-        except ValueError:
-            storage.remove(snapshot)
 
 
 def _announcement(plan: Plan, streams: bool) -> str:
@@ -276,14 +260,23 @@ def _check_pieces(plan: Plan, found: dict[str, list[Piece]]) -> None:
 
 def _run_workers(plan: Plan, feed: dict[str, Any]) -> None:
     settings = {"config": plan.config.to_dict(), "run": plan.run, "folder": plan.folder, **feed}
-    launch.run_trainer(
-        worker.work,
-        settings,
-        plan.config.scaling,
-        storage_place=plan.storage,
-        run=plan.run,
-        failed=f"run {plan.run} failed (the same command resumes it)",
-    )
+    failure = storage.join(plan.folder, worker.FAILURE)
+    storage.remove(failure)
+    try:
+        launch.run_trainer(
+            worker.work,
+            settings,
+            plan.config.scaling,
+            storage_place=plan.storage,
+            run=plan.run,
+            failed=f"run {plan.run} failed (the same command resumes it)",
+        )
+    except JobFailed as error:
+        if storage.exists(failure):
+            raise JobFailed(f"{error} ({storage.read_json(failure)['reason']})") from error
+        raise
+    if storage.exists(failure):
+        raise JobFailed(storage.read_json(failure)["reason"])
 
 
 def _result(plan: Plan, *, wall_s: float) -> dict[str, Any]:
@@ -309,6 +302,7 @@ def _result(plan: Plan, *, wall_s: float) -> dict[str, Any]:
         "wall_s": wall_s,
         "images_per_s": speeds[len(speeds) // 2],
         "loading": storage.read_json(storage.join(plan.folder, CONFIG))["loading"],
+        "computed_in": "bfloat16" if last.bfloat16 else "float32",
         "seed": plan.config.schedule.seed,
         "num_workers": plan.config.scaling.num_workers,
         "data_sha256": plan.info.data_sha256,

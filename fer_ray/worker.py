@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,48 +54,64 @@ def work(settings: dict[str, Any]) -> None:
     group = Group(rank=rank, size=context.get_world_size(), device=ray.train.torch.get_device())
     info = read_info(config.data)
     feed = _feed(settings, config, info, group)
-    with _last_checkpoint(settings["folder"]) as resume:
-        if resume and say:
-            say(f"going on after epoch {resume.epoch}")
-        if resume and rank == 0:  # a crash may have come between the checkpoint and its row
-            write_history(storage.join(settings["folder"], HISTORY), resume.history)
-        watch = Telemetry(
-            run=settings["run"], rank=rank, folder=settings["folder"], device=group.device
-        )
-        try:
-            with watch:
-                loop.train(
-                    config,
-                    info,
-                    feed,
-                    group=group,
-                    run=settings["run"],
-                    report=_reporter(rank, settings["folder"], config.schedule.epochs, say),
-                    provenance=provenance.describe(group.device),
-                    resume=resume,
-                    until=settings.get("until"),
-                    say=say,
-                    watch=watch,
-                )
-        except loop.NotFinite as error:
-            # raised by all workers alike: a retry would end the same way, so there is none
-            if rank == 0:
-                storage.write_json(
-                    storage.join(settings["folder"], FAILURE), {"reason": str(error)}
-                )
+    if rank == 0:  # that of an attempt before; the others wait for the checkpoint's name
+        storage.remove(storage.join(settings["folder"], FAILURE))
+    resume = _last_checkpoint(settings["folder"], group)
+    if resume and say:
+        say(f"going on after epoch {resume.epoch}")
+    if resume and rank == 0:  # a crash may have come between the checkpoint and its row
+        write_history(storage.join(settings["folder"], HISTORY), resume.history)
+    watch = Telemetry(
+        run=settings["run"], rank=rank, folder=settings["folder"], device=group.device
+    )
+    try:
+        with watch:
+            loop.train(
+                config,
+                info,
+                feed,
+                group=group,
+                run=settings["run"],
+                report=_reporter(rank, settings["folder"], config.schedule.epochs, say),
+                provenance=provenance.describe(group.device),
+                resume=resume,
+                until=settings.get("until"),
+                say=say,
+                watch=watch,
+            )
+    except loop.NotFinite as error:
+        # raised by all workers alike: a retry would end the same way, so there is none
+        if rank == 0:
+            _note_failure(settings["folder"], str(error))
+    except Exception as error:
+        if reason := out_of_memory(error):  # of one worker: its end is what tells the others
+            _note_failure(settings["folder"], reason)
+        raise
 
 
-@contextlib.contextmanager
-def _last_checkpoint(folder: str) -> Iterator[Checkpoint | None]:
-    """Ray Train's, or where it lost its list the last whole one of the run; None at the start."""
-    import ray.train
+def _note_failure(folder: str, reason: str) -> None:
+    storage.write_json(storage.join(folder, FAILURE), {"reason": reason})
 
-    if saved := ray.train.get_checkpoint():
-        with saved.as_directory() as place:
-            yield checkpoint.read(place)
-    else:
-        kept = checkpoint.in_run(folder)
-        yield max(kept, key=lambda one: (one.epoch, one.place), default=None)
+
+def out_of_memory(error: BaseException) -> str | None:
+    """The reason why a training ended, where memory was short; None for other errors."""
+    line = (str(error) or repr(error)).splitlines()[0]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"out of memory: {line}"
+    # what PyTorch raises on CPUs
+    told = isinstance(error, RuntimeError) and "alloc" in line and "memory" in line
+    return f"out of memory: {line}" if told else None
+
+
+def _last_checkpoint(folder: str, group: Group) -> Checkpoint | None:
+    """The latest whole one of the run, on every worker the one that the first finds.
+
+    Ray Train's own list lacks what its controller had not heard of when a host was lost, or is
+    lost itself. And a worker of before may still be writing while this is asked.
+    """
+    found = checkpoint.latest(folder) if group.rank == 0 else None
+    place = group.agree(found.place if found else "")
+    return checkpoint.read(place) if place else None
 
 
 def _note_group(folder: str) -> None:
@@ -151,11 +167,14 @@ def _reporter(
             write_history(storage.join(folder, HISTORY), history)
         if say is None:
             return
+        train, validation = (
+            f"loss {row[f'{split}_loss']:.4f}, accuracy {row[f'{split}_accuracy']:.2%}, "
+            f"macro-F1 {row[f'{split}_macro_f1']:.4f}"
+            for split in SPLITS
+        )
         say(
-            f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, accuracy "
-            f"{row['train_accuracy']:.2%}; validation loss {row['validation_loss']:.4f}, accuracy "
-            f"{row['validation_accuracy']:.2%}, macro-F1 {row['validation_macro_f1']:.4f}; "
-            f"{row['images_per_s']:,.0f} images/s, {row['seconds']:.1f} s",
+            f"epoch {row['epoch']}/{epochs}: train {train}; validation {validation}; "
+            f"{row['images_per_s']:,.0f} images/s, {row['seconds']:.1f} s"
         )
 
     return report

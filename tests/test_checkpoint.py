@@ -82,6 +82,20 @@ def test_a_half_copied_best_checkpoint_is_passed_over(saved, tmp_path):
         checkpoint.find(str(tmp_path))
 
 
+@pytest.mark.parametrize("damaged", ["model.safetensors", "training.safetensors"])
+def test_a_run_goes_on_from_its_latest_checkpoint_that_is_undamaged(saved, tmp_path, damaged):
+    """Ray Train copies the files one by one: a crash leaves any of them short."""
+    folder, _ = saved
+    assert checkpoint.latest(str(tmp_path)) is None
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    assert checkpoint.latest(str(tmp_path)).epoch == 3
+    file = tmp_path / "checkpoint_3" / damaged
+    file.write_bytes(file.read_bytes()[:-100])
+    assert checkpoint.latest(str(tmp_path)).epoch == 2
+    (tmp_path / "checkpoint_2" / "checkpoint.json").unlink()
+    assert checkpoint.latest(str(tmp_path)).epoch == 1
+
+
 def test_restoring_gives_the_optimizer_back(saved):
     folder, trainer = saved
     other = loop.Trainer(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fer_ray import exchange
+from fer_ray.group import Group
 
 SIZE = 3
 LONG = 4225
@@ -42,6 +43,8 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=SIZE)
     exchange._TIMEOUT_S = 2
     found: dict[str, object] = {}
+    group = Group(rank=rank, size=SIZE)
+    found["agreed"] = group.agree(f"s3://Gesichter/größe {rank}"), group.agree("")
     tempfile.tempdir = f"{folder}/sockets"
     near = exchange.connect()
     found["near"] = type(near).__name__, right(near), names(tempfile.gettempdir())
@@ -71,6 +74,7 @@ def test_workers_are_told_what_all_have_by_the_quickest_way_there_is(tmp_path):
     for rank in range(SIZE - 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found == {
+            "agreed": ["s3://Gesichter/größe 0", ""],
             "near": ["Sockets", True, []],
             "long": ["_gather_by_gloo", True, []],
             "absent": "_gather_by_gloo",

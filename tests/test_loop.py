@@ -55,8 +55,9 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def test_it_learns():
-    built = trainer(small.config(schedule={"epochs": 8}), train=96)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_it_learns(precision):
+    built = trainer(small.config(schedule={"epochs": 8, "precision": precision}), train=96)
     fit(built)
     assert built.history[-1]["validation_accuracy"] > 0.9
     assert built.history[-1]["train_loss"] < built.history[0]["train_loss"]
@@ -75,9 +76,12 @@ def test_it_overfits_one_batch():
 
 @pytest.mark.parametrize("model", [{"width": 4}, {"name": "sequential_cnn"}])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path, model, optimizer):
-    config = small.config(model=model, schedule={"epochs": 4}, optimizer={"optimizer": optimizer})
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, model, optimizer, precision):
+    schedule = {"epochs": 4, "precision": precision}
+    config = small.config(model=model, schedule=schedule, optimizer={"optimizer": optimizer})
     whole = trainer(config)
+    assert whole.forward.bfloat16 is (precision == "bfloat16")
     assert type(whole.optimizer).__name__.lower() == optimizer
     expected = fit(whole)
     fit(trainer(config), tmp_path, stop_after=2)

@@ -97,7 +97,13 @@ def test_published_weights_give_what_they_give_for_three_equal_channels(tmp_path
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     place = tmp_path / "weights.pth"
     torch.save({"other": torch.zeros(1)}, place)
-    for weights in (str(place), str(tmp_path / "absent.pth")):
+    whole = place.read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    torch.save(torch.zeros(1), tmp_path / "tensor.pth")
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pth")
+    for name in ("text.pth", "text.safetensors"):
+        (tmp_path / name).write_text("these are no weights")
+    for weights in [*map(str, tmp_path.iterdir()), str(tmp_path / "absent.pth")]:
         with pytest.raises(UserError, match="--weights"):
             config = ModelConfig(name="efficientnet_b2", weights=weights)
             models.build(config, num_classes=7, image_size=48)
