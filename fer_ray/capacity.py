@@ -105,9 +105,7 @@ def check(
     growth = _growth(nodes) if may_wait else Growth()
     doubt = "" if growth.known else " (whether it may grow so far is not known here)"
     if growth.known:
-        # other nodes than the head are among those that an autoscaler may start
-        head = [one for one in has if not growth.types or _HEAD in one]
-        most = fitting(demand.each, head) + growth.fitting(demand.each)
+        most = _fitting_grown(demand.each, has, growth)
         if most < demand.count:
             reason = _reason(demand, growth, most) if may_wait else ""
             raise UserError(f"{lack}{reason}{f'; {demand.hint}' if demand.hint else ''}")
@@ -154,10 +152,43 @@ def fitting(each: Mapping[str, float], nodes: Iterable[Mapping[str, float]]) -> 
         nodes: what each node has.
     """
     return sum(
-        # 1e-9: three times 0.1 fits into 0.3
-        min(int(node.get(kind, 0.0) / amount + 1e-9) for kind, amount in each.items())
+        min(_times(kind, amount, node.get(kind, 0.0)) for kind, amount in each.items())
         for node in nodes
     )
+
+
+def _times(kind: str, amount: float, has: float) -> int:
+    """How often a node has so much of a resource; 1e-9: three times 0.1 fits into 0.3."""
+    if kind == "GPU" and amount < 1:  # a part is of one of them
+        whole, part = divmod(has + 1e-9, 1)
+        return int(whole) * int(1 / amount + 1e-9) + int(part / amount)
+    return int(has / amount + 1e-9)
+
+
+def fitting_when_grown(each: Mapping[str, float]) -> int | None:
+    """How many processes fit the connected cluster, grown as far as it may.
+
+    Args:
+        each: what a process reserves; at least one resource.
+
+    Returns:
+        None where it is not known here how far the cluster grows.
+    """
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    has, growth = [node["Resources"] for node in nodes], _growth(nodes)
+    if not growth.known:
+        return None
+    return max(_fitting_grown(each, has, growth), fitting(each, has))
+
+
+def _fitting_grown(
+    each: Mapping[str, float], nodes: Sequence[Mapping[str, float]], growth: Growth
+) -> int:
+    # other nodes than the head are among those that an autoscaler may start
+    head = [one for one in nodes if not growth.types or _HEAD in one]
+    return fitting(each, head) + growth.fitting(each)
 
 
 def _lack(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> str:
@@ -181,21 +212,28 @@ def _reason(demand: Demand, growth: Growth, most: int) -> str:
 
 
 def _say_what_is_taken(demand: Demand, say: Callable[[str], None]) -> None:
-    import ray
+    from ray._private.state import available_resources_per_node  # there is no public one
 
-    short: list[str] = []
+    free: list[Mapping[str, float]] = []
     for pause in (_RELEASE_S, 0.0):
-        has, free = ray.cluster_resources(), ray.available_resources()
-        short = [
-            f"{demand.flags[kind]}: {amount * demand.count:g} {kind}s wanted, "
-            f"{free.get(kind, 0.0):g} of {has[kind]:g} are free: waiting for other jobs"
-            for kind, amount in demand.each.items()
-            if amount * demand.count > free.get(kind, 0.0) + 1e-9
-        ]
-        if not short:
+        free = list(available_resources_per_node().values())
+        if fitting(demand.each, free) >= demand.count:
             return
         time.sleep(pause)
-    say(short[0])
+    say(f"{_shortest(demand, free)}: waiting for other jobs")
+
+
+def _shortest(demand: Demand, free: Sequence[Mapping[str, float]]) -> str:
+    """What is not free, of the resource that is shortest."""
+    import ray
+
+    left = {kind: sum(node.get(kind, 0.0) for node in free) for kind in demand.each}
+    kind = min(left, key=lambda one: left[one] / (demand.each[one] * demand.count))
+    wanted, has = demand.each[kind] * demand.count, ray.cluster_resources()[kind]
+    text = f"{demand.flags[kind]}: {wanted:g} {kind}s wanted, {left[kind]:g} of {has:g} are free"
+    if wanted > left[kind] + 1e-9:
+        return text
+    return f"{text}, but {fitting(demand.each, free)} of {demand.count} fit on single nodes"
 
 
 def _growth(nodes: Iterable[Mapping[str, Any]]) -> Growth:

@@ -77,6 +77,8 @@ def check_value(where: str, name: str, value: Any) -> Any:
         UserError: with what is allowed and the nearest allowed value.
     """
     spec = FIELDS[name]
+    if value is None:  # would be a flag that is not given: its value depends on others
+        raise UserError(f"{where}: {name}: null is not a value")
     if isinstance(spec.default, bool) and not isinstance(value, bool):
         raise UserError(f"{where}: {name}: {value!r} is not true or false")
     if str(spec.type) == "str" and not isinstance(value, str):
@@ -103,7 +105,8 @@ def changed(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
     """The configuration with some settings changed.
 
     Another augmentation preset brings its own strengths, and another optimizer its own default
-    rate, but for those that are among the options too.
+    rate, but for those that are among the options too, and those in which the configuration
+    differs from its own preset and optimizer: whoever set them wants them in every trial.
 
     Args:
         config: all settings.
@@ -114,13 +117,27 @@ def changed(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
     """
     values = config.to_dict()
     if "transforms.augmentation" in options:
-        values["transforms"] |= dict.fromkeys(STRENGTHS)
-    if options.get("optimizer.optimizer", config.optimizer.optimizer) != config.optimizer.optimizer:
+        kept = own_strengths(config)
+        values["transforms"] |= {
+            strength: None for strength in STRENGTHS if f"transforms.{strength}" not in kept
+        }
+    usual = _default(config, "optimizer.learning_rate", FIELDS["optimizer.learning_rate"])
+    if "optimizer.optimizer" in options and config.optimizer.learning_rate == usual:
         values["optimizer"]["learning_rate"] = None
     for name, value in options.items():
         section, field = check_name("options", name).split(".")
         values[section][field] = value
     return TrainConfig.from_dict(values)
+
+
+def own_strengths(config: TrainConfig) -> dict[str, float]:
+    """The strengths of augmentation that are not those of the preset, by dotted name."""
+    found = {f"transforms.{name}": getattr(config.transforms, name) for name in STRENGTHS}
+    return {
+        name: value
+        for name, value in found.items()
+        if value != _default(config, name, FIELDS[name])
+    }
 
 
 def as_flags(config: TrainConfig) -> list[str]:

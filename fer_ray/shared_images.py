@@ -73,6 +73,10 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     kept = []
     for label in np.unique(labels[labels != UNKNOWN_LABEL]):
         where = np.flatnonzero(labels == label)
-        count = max(round(len(where) * fraction), 1)
-        kept.append(random.permutation(where)[:count])
+        kept.append(random.permutation(where)[: share_of(len(where), fraction)])
     return np.sort(np.concatenate(kept))
+
+
+def share_of(count: int, fraction: float) -> int:
+    """How many of a class's images are a fraction of them: one at least, where there are any."""
+    return max(round(count * fraction), 1) if count else 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
+import socket
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -43,6 +46,50 @@ def kill_with_descendants(started: subprocess.Popen) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     started.wait()
+
+
+@contextlib.contextmanager
+def killing(title: str, when: Callable[[], object], most: int | None = None) -> Iterator[list[int]]:
+    """Kills descendants of this process once something has come about while the block runs.
+
+    Args:
+        title: what their command lines begin with.
+        when: asked again and again.
+        most: how many of them; None for all.
+    """
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill() -> None:
+        while not when():
+            if over.wait(0.02):
+                return
+        for process in descendants(os.getpid(), title)[:most]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+                killed.append(process)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        killer.join()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nobody has, and that the kernel gives nobody who asks for any.
+
+    Those it gives away (from 32768 on) may be taken again before whoever asked here listens.
+    """
+    found: list[int] = []
+    for port in random.sample(range(20_000, 32_768), 1000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("there are no free ports")
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 180) -> None:

@@ -20,6 +20,12 @@ EPOCHS = 4
 EFFECTS = {"clahe": 0.03, "equalize": -0.02}
 """Of normalizations on the accuracy, in `normalization`."""
 
+ARMS = tuple(
+    space.Arm(name=f"normalization={one}", options={"transforms.normalization": one})
+    for one in ("none", "minmax", "clahe")
+)
+BASE, MINMAX, CLAHE = (arm.name for arm in ARMS)
+
 
 def base(**sections: Mapping[str, Any]) -> TrainConfig:
     """What all trials have in common."""
@@ -181,3 +187,24 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Every setting by dotted name."""
     values = options.values_of(config)
     return {name: values[column] for column, name in options.COLUMNS.items()}
+
+
+def saved(
+    place: Path,
+    score: Callable[[str, int], float | str | None],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    arms: Sequence[space.Arm] = ARMS,
+    **settings: Any,
+) -> Path:
+    """A grid of three arms whose scores a function of arm and seed gives, as in `grid`."""
+    return save(place / "sweep", grid(arms, seeds, score), config=base(), arms=arms, **settings)
+
+
+def table(values: Mapping[str, Sequence]) -> Callable[[str, int], Any]:
+    """The scores of each arm by seed, as a function."""
+    return lambda arm, seed: values[arm][seed]
+
+
+def read_page(folder: Path) -> str:
+    return (folder / "report.html").read_text()

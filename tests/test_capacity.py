@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import kill_with_descendants
+from processes import free_ports, kill_with_descendants
 
 from fer_ray import capacity
 from fer_ray.capacity import Demand, Growth, NodeType
@@ -32,6 +31,10 @@ def test_processes_are_counted_node_by_node():
     assert capacity.fitting({"CPU": 1.5}, nodes) == 3
     assert capacity.fitting({"CPU": 0.1}, nodes) == 63
     assert capacity.fitting({"CPU": 1.0, "GPU": 0.25}, nodes) == 4
+    assert capacity.fitting({"GPU": 0.6}, [{"GPU": 2.0}]) == 2, "a part is of one GPU"
+    assert capacity.fitting({"GPU": 0.7}, [{"GPU": 4.0}]) == 4
+    assert capacity.fitting({"GPU": 0.3}, [{"GPU": 2.0}]) == 6
+    assert capacity.fitting({"GPU": 2.0}, [{"GPU": 3.0}]) == 1
 
 
 def test_a_cluster_grows_by_the_types_that_hold_most():
@@ -49,12 +52,14 @@ def test_a_cluster_grows_by_the_types_that_hold_most():
 def check(monkeypatch, wanted: Demand, nodes: list[dict], growth: Growth) -> list[str]:
     """What is said of a cluster of such nodes that another process started."""
     import ray
+    from ray._private import state
 
     totals = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
     alive = [{"Alive": True, "Resources": node} for node in nodes]
     monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 99}}])
     monkeypatch.setattr(ray, "cluster_resources", lambda: totals)
-    monkeypatch.setattr(ray, "available_resources", lambda: totals)
+    left = {str(number): node for number, node in enumerate(nodes)}
+    monkeypatch.setattr(state, "available_resources_per_node", lambda: left)
     monkeypatch.setattr(capacity, "_growth", lambda nodes: growth)
     monkeypatch.setattr(capacity, "_follow", lambda *_: None)
     said: list[str] = []
@@ -63,6 +68,23 @@ def check(monkeypatch, wanted: Demand, nodes: list[dict], growth: Growth) -> lis
 
 
 GPUS = Growth(types=(NodeType(resources={"CPU": 4.0, "GPU": 1.0}, most=4),), most=2)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "growth", "fitting"),
+    [
+        ([{"CPU": 4.0, capacity._HEAD: 1.0}], GPUS, 8),
+        ([{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}], GPUS, 8),
+        ([{"CPU": 8.0, "GPU": 4.0}], Growth(), 16),
+        ([{"CPU": 4.0, "GPU": 1.0}], Growth(known=False), None),
+    ],
+)
+def test_processes_are_counted_on_a_cluster_that_has_grown(monkeypatch, nodes, growth, fitting):
+    import ray
+
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": n} for n in nodes])
+    monkeypatch.setattr(capacity, "_growth", lambda alive: growth)
+    assert capacity.fitting_when_grown({"CPU": 0.5, "GPU": 0.25}) == fitting
 
 
 def test_what_fits_is_not_spoken_of(monkeypatch):
@@ -111,15 +133,26 @@ def test_a_process_needs_one_node_for_all_that_it_reserves(monkeypatch):
 
 def test_what_others_hold_is_waited_for(monkeypatch):
     import ray
+    from ray._private import state
 
     monkeypatch.setattr(capacity, "_RELEASE_S", 0.0)
-    said: list[str] = []
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 0.5})
-    capacity.check(demand(2, CPU=1.0), say=said.append)
+
+    def said(wanted: Demand, *free: float) -> list[str]:
+        nodes = [{"Alive": True, "Resources": {"CPU": 2.0}} for _ in free]
+        left = {str(number): {"CPU": amount} for number, amount in enumerate(free)}
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0 * len(free)})
+        monkeypatch.setattr(state, "available_resources_per_node", lambda: left)
+        lines: list[str] = []
+        capacity.check(wanted, say=lines.append)
+        return lines
+
     message = "--num-workers: 2 CPUs wanted, 0.5 of 2 are free: waiting for other jobs"
-    assert said == [message]
+    assert said(demand(2, CPU=1.0), 0.5) == [message]
+    assert not said(demand(2, CPU=1.0), 1.0, 1.0)
+    message = "2 CPUs wanted, 2 of 4 are free, but 0 of 1 fit on single nodes: waiting for other"
+    (line,) = said(demand(1, CPU=2.0), 1.0, 1.0)
+    assert message in line
 
 
 SETTINGS = {
@@ -176,12 +209,7 @@ class Growing:
     def __init__(self, folder: Path) -> None:
         from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
 
-        ports = [socket.socket() for _ in range(3)]
-        for one in ports:
-            one.bind(("127.0.0.1", 0))
-        port, client, dashboard = (one.getsockname()[1] for one in ports)
-        for one in ports:
-            one.close()
+        port, client, dashboard = free_ports(3)
         self.address = f"127.0.0.1:{port}"
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.environment = {**os.environ, **token}

@@ -64,6 +64,18 @@ def test_another_preset_brings_its_strengths_and_another_optimizer_its_rate():
     assert same.optimizer.learning_rate == 0.1
 
 
+def test_what_was_set_beside_a_preset_or_an_optimizer_stays_with_another():
+    """Such as --flip 0 --learning-rate 0.03 of a sweep over presets and optimizers."""
+    given = {"transforms.flip": 0.0, "transforms.noise": 0.05, "optimizer.learning_rate": 0.03}
+    base = options.changed(TrainConfig(data="d"), given)
+    assert options.own_strengths(base) == {"transforms.flip": 0.0, "transforms.noise": 0.05}
+    for preset in PRESETS:
+        found = options.changed(base, {"transforms.augmentation": preset}).transforms
+        assert (found.flip, found.noise) == (0.0, 0.05)
+        assert found.rotation == PRESETS[preset].get("rotation", 0.0)
+    assert options.changed(base, {"optimizer.optimizer": "adamw"}).optimizer.learning_rate == 0.03
+
+
 @pytest.mark.parametrize(
     ("given_name", "meant"),
     [
@@ -89,6 +101,8 @@ def test_a_wrong_name_is_refused_with_the_nearest_right_one(given_name, meant):
         ("transforms.normalization", 3, "not one of none, minmax"),
         ("schedule.flip_at_test", 1, "not true or false"),
         ("schedule.seed", True, "True is not from 0"),
+        ("transforms.flip", None, "null is not a value"),
+        ("optimizer.learning_rate", None, "null is not a value"),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_is_allowed(name, value, reason):

@@ -41,6 +41,14 @@ def test_augmentation_turns_each_option_of_the_preset_off_and_each_other_on():
     assert not any(getattr(configs["augmentation=none"], strength) for strength in STRENGTHS)
 
 
+def test_an_arm_without_augmentation_has_none_whatever_else_was_asked_for():
+    base = options.changed(BASE, {"transforms.noise": 0.05, "transforms.flip": 0.25})
+    none = space.load("augmentation", base).arms[-1]
+    assert none.name == "augmentation=none"
+    found = options.changed(base, none.options).transforms
+    assert not any(getattr(found, strength) for strength in STRENGTHS)
+
+
 def test_search_covers_the_transforms_and_the_optimizer_within_their_bounds():
     made = space.load("search", BASE)
     assert {f"transforms.{strength}" for strength in STRENGTHS} < set(made.ranges)
@@ -102,7 +110,10 @@ def test_a_search_takes_lists_and_ranges(tmp_path):
         ('space.transforms.normalization = ["minmx"]', "did you mean 'minmax'"),
         ("space.transforms.flip = {low = 0.0, high = 1.0}", "a grid takes lists"),
         ("space.schedule.epochs = [1, 2]", "use --epochs"),
-        ("space.schedule.seed = [1, 2]", "use --seeds"),
+        ("space.schedule.seed = [1, 2]", "is varied by --seeds"),
+        ("space.schedule.time_limit_s = [60.0, 90.0]", "use --time-limit-s"),
+        ('space.schedule.loading = ["memory", "stream"]', "share the images in memory"),
+        ("space.schedule.shuffle_buffer = [64, 128]", "do not stream"),
         ("spaces.model.width = [1]", "did you mean 'space'"),
         ('method = "random"\nspace.model.width = [1]', "'random' is not one of grid, search"),
         ("", "'space' and 'baseline' are tables"),
@@ -125,6 +136,16 @@ def test_what_a_file_gets_wrong_is_one_line(tmp_path, text, reason):
     with pytest.raises(UserError) as caught:
         space.load(written(tmp_path, text), BASE)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", [[None, 0.5], {"low": None, "high": 0.5}, {"low": 0.0, "high": None}]
+)
+def test_json_knows_null_which_is_no_value(tmp_path, value):
+    place = tmp_path / "mine.json"
+    place.write_text(json.dumps({"method": "search", "space": {"transforms.flip": value}}))
+    with pytest.raises(UserError, match=r"transforms\.flip: null is not a value"):
+        space.load(str(place), BASE)
 
 
 @pytest.mark.parametrize("what", ["normalisation", "nothing.toml", "."])

@@ -1,78 +1,29 @@
-"""Sweeps on Ray Tune: the fast tests plan and run one small grid, the slow ones break things."""
+"""Sweeps on Ray Tune: what is planned, and what one small grid leaves."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import small
-from processes import descendants, kill_with_descendants, wait_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sweeping import TWO, config, plan, rows
 
-from fer_ray import checkpoint, shared_images, storage, worker
-from fer_ray.config import TrainConfig
+from fer_ray import shared_images, storage
 from fer_ray.errors import UserError
-from fer_ray.sweeps import planning, preflight, progress, records, trial, tuning
+from fer_ray.sweeps import images, planning, preflight, progress, records, tuning
 from fer_ray.sweeps.halving import Halving, Job
 from fer_ray.sweeps.planning import Limits
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def data(drawn_faces):
     return drawn_faces
-
-
-def config(data: str, **sections) -> TrainConfig:
-    values = small.config(**sections).to_dict()
-    values["schedule"]["global_batch_size"] = 16
-    return TrainConfig.from_dict({**values, "data": data})
-
-
-def grid(folder: Path, text: str) -> str:
-    """A sweep's file."""
-    place = folder / "tried.toml"
-    place.write_text(text)
-    return str(place)
-
-
-TWO = "space.transforms.normalization = ['none', 'minmax']"
-
-
-def plan(data: str, folder: Path, sweep: str = TWO, **settings) -> planning.SweepPlan:
-    base = settings.pop("config", None) or config(data)
-    limits = Limits(**settings.pop("limits", {}))
-    return planning.plan(
-        base,
-        sweep=sweep if sweep in ("normalization", "search") else grid(folder, sweep),
-        storage_place=str(folder),
-        limits=limits,
-        **settings,
-    )
-
-
-def rows(folder: Path) -> pd.DataFrame:
-    return pq.read_table(folder / "trials.parquet").to_pandas()
-
-
-MEASURED = ["images_per_s", "seconds"]
-
-
-def same_results(first: Path, second: Path) -> bool:
-    """Whether two sweeps say the same, but for what was measured by the clock."""
-    tables = [rows(folder).drop(columns=MEASURED) for folder in (first, second)]
-    return tables[0].equals(tables[1])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +33,7 @@ def same_results(first: Path, second: Path) -> bool:
         ({"sweep": "search", "num_seeds": 2}, "a search trains each configuration once"),
         ({"run": "a/b"}, "not a plain name"),
         ({"sweep": "space.schedule.global_batch_size = [16, 500]"}, "500 is more than the 320"),
-        ({"train_fraction": 0.04}, "16 is more than the 12 images of --train-fraction 0.04"),
+        ({"train_fraction": 0.04}, "16 is more than the 14 images of --train-fraction 0.04"),
         (
             {"limits": {"gpus_per_trial": 0.5}, "config": {"num_workers": 2}},
             "each worker has a GPU",
@@ -131,6 +82,23 @@ def test_trials_at_once_are_what_fits(data, tmp_path):
     assert at_once({"num_workers": 2}) == 1
 
 
+@pytest.mark.parametrize(
+    ("grown", "limits", "at_once", "said"),
+    [
+        *((3, {}, 3, 0), (9, {}, 6, 0), (9, {"max_concurrent": 4}, 4, 0)),
+        *((None, {}, 2, 1), (None, {"max_concurrent": 5}, 5, 1)),
+        (None, {"max_concurrent": 2}, 2, 0),
+    ],
+)
+def test_trials_wait_for_the_nodes_that_a_cluster_may_start(
+    data, tmp_path, monkeypatch, grown, limits, at_once, said
+):
+    monkeypatch.setattr(preflight.capacity, "fitting_when_grown", lambda each: grown)
+    lines: list[str] = []
+    assert preflight.trials_at_once(plan(data, tmp_path, limits=limits), lines.append) == at_once
+    assert sum("--max-concurrent" in line for line in lines) == said
+
+
 def test_a_part_of_the_train_split_has_its_share_of_each_class():
     labels = np.array([0] * 100 + [1] * 10 + [2] * 3 + [-1] * 50)
     kept = shared_images.stratified(labels, 0.2, seed=1)
@@ -140,6 +108,44 @@ def test_a_part_of_the_train_split_has_its_share_of_each_class():
     assert kept.tolist() != shared_images.stratified(labels, 0.2, seed=2).tolist()
     everything = shared_images.stratified(labels, 1.0, seed=1)
     assert everything.tolist() == np.flatnonzero(labels >= 0).tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(counts=st.lists(st.integers(0, 90), min_size=2, max_size=5), fraction=st.floats(0.01, 1))
+def test_as_many_images_are_seen_as_the_plan_says(data, counts, fraction):
+    if not any(counts):
+        return
+    labels = np.repeat(np.arange(len(counts)), counts)
+    kept = shared_images.stratified(labels, fraction, seed=0)
+    assert len(kept) == sum(shared_images.share_of(count, fraction) for count in counts)
+
+
+def test_a_plan_counts_the_images_that_trials_see(data, tmp_path):
+    made = plan(data, tmp_path, train_fraction=0.33)
+    classes = made.info.split("train").classes.values()
+    assert made.train_images == sum(max(round(0.33 * count), 1) for count in classes)
+    with pytest.raises(UserError, match=f"more than the {made.train_images} images"):
+        batches = f"space.schedule.global_batch_size = [16, {made.train_images + 1}]"
+        plan(data, tmp_path, batches, train_fraction=0.33)
+
+
+def test_images_that_do_not_fit_are_refused_with_the_part_that_does(data, tmp_path, monkeypatch):
+    import ray
+
+    made = plan(data, tmp_path)
+    rows = {name: made.info.split(name).rows for name in ("train", "validation")}
+    each = made.info.image_size**2
+
+    def refused(room: float) -> str:
+        node = {"Alive": True, "Resources": {"object_store_memory": 2 * room * each}}
+        monkeypatch.setattr(ray, "nodes", lambda: [node])
+        with pytest.raises(UserError, match="--train-fraction") as caught:
+            images.share(made)
+        return str(caught.value)
+
+    half = rows["validation"] + rows["train"] / 2
+    assert refused(half).endswith("at most 0.5 fits")
+    assert refused(rows["validation"] - 1).endswith("the validation split alone is more")
 
 
 HALF = """
@@ -177,6 +183,9 @@ def test_every_trial_and_epoch_is_a_row_and_a_failure_is_recorded(swept, data):
     assert sum("failed" in line and "not finite" in line for line in said) == 2
     assert any("2 arms x 2 seeds = 4 trials of 2 epochs" in line for line in said)
     assert any("2 at once; 8 epochs to run" in line for line in said)
+    assert (good["computed_in"] == "float32").all() and good["hardware"].nunique() == 1
+    assert good["versions"].str.fullmatch(r"torch .+, ray .+").all()
+    assert [one["trials"] for one in summary["ran_on"]] == [2]
 
 
 def test_nothing_is_left_but_the_records(swept):
@@ -185,7 +194,18 @@ def test_nothing_is_left_but_the_records(swept):
     assert names == {"sweep.json", "summary.json", "trials.parquet", "trials", "tensorboard"}
     for place in (folder / "trials").iterdir():
         kept = {path.name for path in place.iterdir()}
-        assert kept <= {"trial.json", "history.parquet", "end.json"}
+        assert kept <= {"trial.json", "history.parquet", "end.json", "logs"}
+
+
+def test_every_trial_leaves_lines_of_its_own(swept):
+    folder, *_ = swept
+    for one in records.read_all(str(folder)):
+        (file,) = (Path(records.folder_of(str(folder), one.number)) / "logs").iterdir()
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert {line["run"] for line in lines} == {f"{folder.name}-{one.number:05d}"}
+        epochs = [line["epoch"] for line in lines if line["event"] == "epoch"]
+        assert epochs == [row["epoch"] for row in one.history]
+        assert lines[-1]["event"] == ("failed" if one.status == records.FAILED else "end")
 
 
 def test_tensorboard_has_every_epoch(swept):
@@ -284,276 +304,3 @@ def test_another_sweep_under_the_same_name_is_refused_and_shown(swept, data):
         plan(data, folder.parent, TWO, num_seeds=3, config=settings)
     with pytest.raises(UserError, match="train_fraction: other than before"):
         plan(data, folder.parent, HALF, num_seeds=3, config=settings, train_fraction=0.5)
-
-
-COMMAND = [sys.executable, str(ROOT / "jobs/tune.py"), "--width", "4", "--seeds", "2"]
-COMMAND += ["--epochs", "10", "--global-batch-size", "8", "--precision", "float32"]
-COMMAND += ["--warmup-epochs", "0.5", "--learning-rate", "0.05", "--sweep", "tried.toml"]
-
-
-def job(data: str, folder: Path, *more: str) -> subprocess.Popen:
-    grid(folder, TWO)
-    command = [*COMMAND, "--data", data, "--storage", str(folder / "sweeps"), *more]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def is_under_way(folder: Path) -> bool:
-    """Whether one trial is over and another has a checkpoint."""
-    trials = folder / "sweeps/tried/trials"
-    return any(trials.glob("*/end.json")) and any(trials.glob("*/checkpoint_*/checkpoint.json"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = job(data, folder)
-    printed, errors = done.communicate(timeout=300)
-    assert done.returncode == 0, errors
-    return folder / "sweeps/tried", printed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("blow", [pytest.param("kill", marks=pytest.mark.long), "interrupt"])
-def test_a_broken_off_sweep_goes_on_by_the_same_command(data, undisturbed, tmp_path, blow):
-    """Every trial and epoch is there once, with the same numbers as if nothing had happened."""
-    first = job(data, tmp_path)
-    wait_for(lambda: is_under_way(tmp_path) or first.poll() is not None)
-    if blow == "kill":
-        kill_with_descendants(first)
-    else:
-        first.send_signal(signal.SIGINT)
-        _, errors = first.communicate(timeout=60)
-        assert first.returncode == 130 and errors.strip() == "tune.py: interrupted"
-        assert rows(tmp_path / "sweeps/tried")["epoch"].max() >= 1
-    trials = records.read_all(str(tmp_path / "sweeps/tried"))
-    over = sum(trial.is_over for trial in trials)
-    assert over < 4, "too late to show anything"
-    second = job(data, tmp_path)
-    printed, errors = second.communicate(timeout=300)
-    assert second.returncode == 0, errors
-    assert f"({over} trials are over" in printed
-    assert same_results(tmp_path / "sweeps/tried", undisturbed[0])
-
-
-@pytest.mark.slow
-def test_the_job_ends_with_the_winners_command_and_the_place(undisturbed):
-    folder, printed = undisturbed
-    lines = printed.strip().splitlines()
-    assert lines[-1] == str(folder)
-    assert any("jobs/train.py --data" in line for line in lines)
-    assert "Traceback" not in printed and "2 at once" in printed
-
-
-@contextlib.contextmanager
-def killing_the_first_trial(sweep: Path) -> Iterator[list[int]]:
-    """Kills the processes of the trials that run when the first checkpoint is there."""
-    killed: list[int] = []
-
-    def kill() -> None:
-        wait_for(lambda: any(sweep.glob("trials/*/checkpoint_*/checkpoint.json")))
-        for process in descendants(os.getpid(), "ray::ImplicitFunc"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-                killed.append(process)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    yield killed
-    killer.join()
-
-
-@pytest.mark.slow
-def test_a_trial_whose_process_is_killed_goes_on(data, tmp_path):
-    made = plan(
-        data,
-        tmp_path,
-        num_seeds=1,
-        config=config(data, schedule={"epochs": 8}, scaling={"max_failures": 3}),
-    )
-
-    with killing_the_first_trial(Path(made.folder)) as killed:
-        tuning.fit(made, say=lambda line: None)
-    assert killed
-    found = rows(Path(made.folder))
-    assert found.groupby("trial")["epoch"].apply(list).tolist() == [list(range(1, 9))] * 2
-    assert (found["status"] == "finished").all()
-
-
-@pytest.mark.slow
-def test_a_trial_whose_process_dies_too_often_is_recorded_and_the_others_go_on(data, tmp_path):
-    made = plan(
-        data,
-        tmp_path,
-        num_seeds=1,
-        config=config(data, schedule={"epochs": 12}, scaling={"max_failures": 0}),
-        limits={"max_concurrent": 1},
-    )
-
-    with killing_the_first_trial(Path(made.folder)):
-        tuning.fit(made, say=lambda line: None)
-    ends = rows(Path(made.folder)).groupby("trial").tail(1)
-    assert ends["status"].tolist() == ["failed", "finished"]
-    assert "process died" in ends["stop_reason"].iloc[0]
-
-
-@pytest.mark.slow
-def test_a_time_budget_ends_a_sitting_and_the_next_goes_on(data, tmp_path):
-    settings = config(data, schedule={"epochs": 40})
-    said: list[str] = []
-    first = plan(data, tmp_path, num_seeds=1, config=settings, limits={"time_budget_s": 8})
-    tuning.fit(first, say=said.append)
-    assert any("are not over: the same command goes on" in line for line in said)
-    tuning.fit(plan(data, tmp_path, num_seeds=1, config=settings), say=said.append)
-    found = rows(Path(first.folder))
-    assert found.groupby("trial")["epoch"].apply(list).tolist() == [list(range(1, 41))] * 2
-
-
-SEARCH = """
-method = "search"
-space.optimizer.learning_rate = { low = 0.00001, high = 0.2, log = true }
-space.transforms.normalization = ["none", "dataset"]
-"""
-
-
-@pytest.mark.slow
-def test_a_search_stops_trials_and_goes_on_with_more(data, tmp_path):
-    settings = config(data, schedule={"epochs": 9})
-    tuning.fit(plan(data, tmp_path, SEARCH, num_trials=8, config=settings), say=lambda line: None)
-    folder = tmp_path / "tried"
-    found = rows(folder)
-    ends = found.groupby("trial").tail(1)
-    assert set(ends["status"]) == {"finished", "stopped"}
-    stopped = ends[ends["status"] == "stopped"]
-    assert (stopped["epoch"] < 9).all() and stopped["stop_reason"].str.startswith("ASHA").all()
-    assert (ends[ends["status"] == "finished"]["epoch"] == 9).all()
-    summary = tuning.fit(
-        plan(data, tmp_path, SEARCH, num_trials=10, config=settings), say=lambda line: None
-    )
-    more = rows(folder)
-    assert more["trial"].nunique() == 10 and not more.duplicated(["trial", "epoch"]).any()
-    kept = more[more["trial"] < 8].reset_index(drop=True)
-    assert kept.equals(found.reset_index(drop=True))
-    assert summary["winner"]["settings"]["schedule.epochs"] == 9
-
-
-SEARCHING = [*COMMAND[:4], *("--epochs", "9", "--num-trials", "6", "--max-concurrent", "1")]
-SEARCHING += [*COMMAND[8:-1], "searched.toml"]
-
-
-def search_job(data: str, folder: Path) -> subprocess.Popen:
-    (folder / "searched.toml").write_text(SEARCH)
-    command = [*SEARCHING, "--data", data, "--storage", str(folder / "sweeps")]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-@pytest.mark.slow
-def test_a_search_that_is_killed_between_two_rungs_goes_on_as_if_it_had_not_been(data, tmp_path):
-    """One trial at a time: the same drawn, promoted and left behind, with the same numbers."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        folder.mkdir()
-    done = search_job(data, whole)
-    printed, errors = done.communicate(timeout=300)
-    assert done.returncode == 0, errors
-    assert "ASHA promotes about one in 3 after epochs 1 and 3" in printed
-    assert "paused" in printed and "not in the best third after epoch 1" in printed
-    first = search_job(data, broken)
-    trials = broken / "sweeps/searched/trials"
-    wait_for(lambda: any(trials.glob("*/checkpoint_000002/checkpoint.json")) or first.poll() == 0)
-    kill_with_descendants(first)
-    stood = {trial.number: trial for trial in records.read_all(str(broken / "sweeps/searched"))}
-    assert not any(trial.is_over for trial in stood.values()), "too late to show anything"
-    assert sum(len(trial.history) == 1 for trial in stood.values()) >= 2, "some are paused"
-    second = search_job(data, broken)
-    printed, errors = second.communicate(timeout=300)
-    assert second.returncode == 0, errors
-    assert "(0 trials are over, " in printed
-    assert same_results(whole / "sweeps/searched", broken / "sweeps/searched")
-    found = rows(broken / "sweeps/searched")
-    assert not found.duplicated(["trial", "epoch"]).any() and found["trial"].nunique() == 6
-    for number, before in stood.items():  # what was trained before was not trained again
-        kept = found[found["trial"] == number]["seconds"].tolist()[: len(before.history)]
-        assert kept == [row["seconds"] for row in before.history]
-
-
-@pytest.mark.slow
-def test_trials_of_several_workers_pause_and_go_on_without_leaving_their_workers(data, tmp_path):
-    """A trainer in a trial that pauses, or is killed, must not keep its CPUs.
-
-    The next trial, or this one begun again, would wait for them for ever.
-    """
-    settings = config(
-        data,
-        schedule={"epochs": 4},
-        scaling={"num_workers": 2, "cpus_per_worker": 1.0},
-    )
-    made = plan(
-        data,
-        tmp_path,
-        'method = "search"\nspace.optimizer.learning_rate = [0.05, 0.00001]',
-        num_trials=3,
-        config=settings,
-    )
-    said: list[str] = []
-    with killing_the_first_trial(Path(made.folder)) as killed:
-        tuning.fit(made, say=said.append)
-    assert killed
-    assert any("1 at once" in line for line in said)
-    found = rows(Path(made.folder))
-    ends = found.groupby("trial").tail(1)
-    assert len(ends) == 3 and set(ends["status"]) == {"finished", "stopped"}
-    assert (ends[ends["status"] == "finished"]["epoch"] == 4).all()
-    assert (ends[ends["status"] == "stopped"]["epoch"] == 1).all()
-    assert not found.duplicated(["trial", "epoch"]).any()
-    assert any("paused" in line for line in said)
-    wait_for(lambda: not descendants(os.getpid(), "ray::RayTrainWorker"), 30)
-
-
-def test_what_a_killed_trials_workers_hold_is_given_back(ray_cluster, tmp_path):
-    """Whatever Ray Train's own helper does: it fails where two clusters run on a machine."""
-    from ray.util import placement_group, placement_group_table
-
-    group = placement_group([{"CPU": 1}])
-    assert group.wait(60)
-    folder = records.folder_of(str(tmp_path), 7)
-    storage.write_json(storage.join(folder, worker.PLACEMENT_GROUP), {"id": group.id.hex()})
-    for _ in range(2):  # it may be gone already
-        trial.free_workers(str(tmp_path), 7)
-    wait_for(lambda: placement_group_table(group)["state"] == "REMOVED", 30)
-    trial.free_workers(str(tmp_path), 8)  # it had no workers yet
-
-
-def test_a_checkpoint_is_kept_whole_and_the_one_before_it_goes(tmp_path):
-    folder = str(tmp_path / "trial")
-    for place in (folder, f"file://{folder}-uri"):
-        for epoch in (1, 2):
-            history = [
-                {"epoch": number, "learning_rate": 0.1, **dict.fromkeys(records.METRICS, 0.5)}
-                for number in range(1, epoch + 1)
-            ]
-
-            def write(unfinished: Path) -> None:
-                (unfinished / "model.safetensors").write_bytes(b"weights")
-                (unfinished / checkpoint.INDEX).write_text("{}")
-
-            records.save(place, epoch, history, write)
-        names = storage.list_names(place)
-        assert names == ["checkpoint_000002", "history.parquet"]
-        assert storage.list_names(storage.join(place, "checkpoint_000002")) == [
-            *("checkpoint.json", "model.safetensors")
-        ]
-
-
-def test_what_a_crash_left_between_a_checkpoint_and_its_row_is_made_good(tmp_path, monkeypatch):
-    """Where nothing is left to train, nobody else would write the row."""
-    row = {**dict.fromkeys(records.METRICS, 0.5), "learning_rate": 0.1, "epoch": 1}
-    folder = records.folder_of(str(tmp_path), 3)
-    records.create(str(tmp_path), records.Trial(number=3, arm=None, options={}))
-    found = [SimpleNamespace(epoch=1, history=[row])]
-    monkeypatch.setattr(checkpoint, "in_run", lambda place: found)
-    assert records.resume(folder) is found[0]
-    assert [one["epoch"] for one in records.read_trial(str(tmp_path), 3).history] == [1]

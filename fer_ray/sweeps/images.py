@@ -26,10 +26,14 @@ def share(plan: SweepPlan) -> dict[str, Any]:
     stores = [
         node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]
     ]
-    size, room = rows * plan.info.image_size**2, _MEMORY_SHARE * min(stores)
+    each = plan.info.image_size**2
+    size, room = rows * each, _MEMORY_SHARE * min(stores)
     if size > room:
+        left = room - plan.info.split("validation").rows * each
+        most = left / (plan.info.split("train").rows * each)
+        help_ = f"at most {most:.3g} fits" if most > 0 else "the validation split alone is more"
         raise UserError(
             f"--train-fraction: the images take {size / 2**20:,.0f} MiB, the trials of a node can "
-            f"share {room / 2**20:,.0f}; at most {plan.train_fraction * room / size:.3g} fits"
+            f"share {room / 2**20:,.0f}; {help_}"
         )
     return shared_images.share(plan.info, share, seed=plan.config.schedule.seed)

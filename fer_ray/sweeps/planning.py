@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fer_ray import models, storage, training
+from fer_ray import models, shared_images, storage, training
 from fer_ray.config import TrainConfig, differences
 from fer_ray.dataset import DatasetInfo
 from fer_ray.errors import UserError
@@ -58,10 +58,8 @@ class SweepPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``sweep.json``."""
-        size = self.config.model.input_size or self.info.image_size
-        labels = len(self.info.labels)
-        model = models.build(self.config.model, num_classes=labels, image_size=self.info.image_size)
-        cost = models.cost(model, size)
+        cost = self._cost(self.config)
+        varied = {config.model: config for config in self.space.configs(self.config)}
         return {
             "format": records.FORMAT,
             "sweep": self.space.name,
@@ -76,13 +74,20 @@ class SweepPlan:
             "num_trials": self.num_trials,
             "parameters": cost.parameters,
             "multiply_adds": cost.multiply_adds,
+            "most_parameters": max(self._cost(config).parameters for config in varied.values()),
             **self.space.to_dict(),
         }
 
+    def _cost(self, config: TrainConfig) -> models.Cost:
+        size, labels = self.info.image_size, len(self.info.labels)
+        model = models.build(config.model, num_classes=labels, image_size=size)
+        return models.cost(model, config.model.input_size or size)
+
     @property
     def train_images(self) -> int:
-        """Images of the train split that trials see, at least."""
-        return max(int(_labelled(self.info, "train") * self.train_fraction), 1)
+        """Labelled images of the train split that trials see."""
+        classes = self.info.split("train").classes.values()
+        return sum(shared_images.share_of(count, self.train_fraction) for count in classes)
 
 
 def _labelled(info: DatasetInfo, name: str) -> int:

@@ -52,9 +52,10 @@ def wanted(plan: SweepPlan) -> dict[str, float]:
 
 
 def trials_at_once(plan: SweepPlan, say: Callable[[str], None]) -> int:
-    """How many trials run side by side.
+    """How many trials run side by side, once the cluster has grown as far as it may.
 
-    A trial of one process has to fit a node; the workers of others may be spread.
+    A trial of one process has to fit a node; the workers of others may be spread. Trials that
+    wait for a node are what an autoscaler starts it for.
 
     Raises:
         UserError: where none ever fits.
@@ -70,5 +71,15 @@ def trials_at_once(plan: SweepPlan, say: Callable[[str], None]) -> int:
         hint="less for each trial may fit",
     )
     nodes = capacity.check(demand, say=say)
-    fitting = max(capacity.fitting(each, nodes) // scaling.num_workers, 1)
-    return min(fitting, plan.limits.max_concurrent or fitting, plan.num_trials)
+    now = max(capacity.fitting(each, nodes) // scaling.num_workers, 1)
+    most = plan.limits.max_concurrent or plan.num_trials
+    if now < min(most, plan.num_trials):
+        grown = capacity.fitting_when_grown(each)
+        if grown is None:
+            say(
+                f"{now} trials fit at once; how far the cluster grows is not known here: "
+                "--max-concurrent N lets N of them wait for more nodes"
+            )
+            grown = (plan.limits.max_concurrent or now) * scaling.num_workers
+        now = max(now, grown // scaling.num_workers)
+    return min(now, most, plan.num_trials)

@@ -63,6 +63,7 @@ SCHEMA = pa.schema(
         *(pa.field(metric, pa.float64()) for metric in METRICS),
         pa.field("status", pa.string(), nullable=False),
         pa.field("stop_reason", pa.string()),
+        *(pa.field(name, pa.string()) for name in ("hardware", "computed_in", "versions")),
     ]
 )
 """The columns of ``trials.parquet``."""
@@ -83,6 +84,8 @@ class Trial:
     status: str = UNFINISHED
     reason: str | None = None
     """Why it was stopped, or failed."""
+    ran_on: dict[str, str] = field(default_factory=dict)
+    """Of trials that are over: `hardware`, `computed_in` and `versions` of its last epoch."""
 
     @property
     def is_over(self) -> bool:
@@ -115,10 +118,25 @@ def end(sweep: str, number: int, status: str, reason: str | None = None) -> None
     if not storage.exists(place):
         # the time is for whoever looks; nothing is computed from it
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        storage.write_json(place, {"status": status, "reason": reason, "at": at})
+        ended = {"status": status, "reason": reason, "at": at, "ran_on": _ran_on(folder)}
+        storage.write_json(place, ended)
     for name in storage.list_names(folder):
         if name.startswith(("checkpoint_", ".checkpoint_", "workers")):
             storage.remove(storage.join(folder, name))
+
+
+def _ran_on(folder: str) -> dict[str, str]:
+    """What a trial was computed on and in, as its last checkpoint tells."""
+    found = _last_checkpoint(folder)
+    if not found:
+        return {}
+    hardware, versions = found.provenance["hardware"], found.provenance["versions"]
+    device = hardware.get("gpu") or f"{hardware['processor']}, {hardware['cores']} cores"
+    return {
+        "hardware": f"{device}, {hardware['threads_per_worker']} thread(s) a worker",
+        "computed_in": "bfloat16" if found.bfloat16 else "float32",
+        "versions": f"torch {versions['torch']}, ray {versions['ray']}",
+    }
 
 
 def save(
@@ -158,10 +176,14 @@ def _upload(place: str, write: Callable[[Path], None]) -> None:
 
 def resume(folder: str) -> Checkpoint | None:
     """Where an unfinished trial goes on from; its history is made to match."""
-    found = max(checkpoint.in_run(folder), key=lambda one: one.epoch, default=None)
+    found = _last_checkpoint(folder)
     if found:  # a crash may have come between a checkpoint and its row
         write_history(storage.join(folder, _HISTORY), found.history)
     return found
+
+
+def _last_checkpoint(folder: str) -> Checkpoint | None:
+    return max(checkpoint.in_run(folder), key=lambda one: one.epoch, default=None)
 
 
 def read_trial(sweep: str, number: int) -> Trial:
@@ -175,7 +197,13 @@ def read_trial(sweep: str, number: int) -> Trial:
     ended: dict[str, Any] = {"status": UNFINISHED, "reason": None}
     if storage.exists(storage.join(folder, _END)):
         ended = storage.read_json(storage.join(folder, _END))
-    return Trial(**value, history=history, status=ended["status"], reason=ended["reason"])
+    return Trial(
+        **value,
+        history=history,
+        status=ended["status"],
+        reason=ended["reason"],
+        ran_on=ended.get("ran_on", {}),
+    )
 
 
 def read_all(sweep: str) -> list[Trial]:
@@ -198,6 +226,7 @@ def rows(trials: Iterable[Trial], base: TrainConfig) -> list[dict[str, Any]]:
             **options.values_of(trial.config(base)),
             "status": trial.status,
             "stop_reason": trial.reason,
+            **trial.ran_on,
         }
         if trial.history:
             found += [{**around, **_epoch(row)} for row in trial.history]

@@ -25,12 +25,14 @@ SWEEPS = ("normalization", "augmentation", "search")
 """The presets."""
 
 _FIXED = {
-    "schedule.epochs": "--epochs",
-    "schedule.seed": "--seeds",
-    "schedule.time_limit_s": "--time-budget-s",
-    "model.weights": "--weights",
+    "schedule.epochs": "is the same for all trials: use --epochs",
+    "schedule.seed": "is varied by --seeds",
+    "schedule.time_limit_s": "is the same for all trials: use --time-limit-s",
+    "schedule.loading": "cannot be varied: the trials of a sweep share the images in memory",
+    "schedule.shuffle_buffer": "cannot be varied: the trials of a sweep do not stream",
+    "model.weights": "is the same for all trials: use --weights",
 }
-"""Settings that are the same for every trial, or are varied otherwise, and the flag for them."""
+"""Settings that no space varies, and why."""
 _MOST_ARMS = 10_000
 _FIELDS_OF_A_RANGE = ("low", "high", "log", "step")
 
@@ -137,7 +139,10 @@ def _augmentation(base: TrainConfig) -> Space:
         value = 0.0 if getattr(base.transforms, strength) else _usual(strength)
         arms.append(Arm(name=f"{strength}={value:g}", options={f"transforms.{strength}": value}))
     if preset != "none":
-        arms.append(Arm(name="augmentation=none", options={"transforms.augmentation": "none"}))
+        # what the base has beyond its preset would stay
+        own = options.own_strengths(base)
+        nothing = {"transforms.augmentation": "none", **dict.fromkeys(own, 0.0)}
+        arms.append(Arm(name="augmentation=none", options=nothing))
     return Space(name="augmentation", method=GRID, arms=tuple(arms))
 
 
@@ -230,7 +235,7 @@ def _flat(where: str, value: Any) -> dict[str, Any]:
 def _parsed(where: str, name: str, given: Any) -> Range | Choices:
     options.check_name(where, name)
     if name in _FIXED:
-        raise UserError(f"{where}: {name} is the same for all trials: use {_FIXED[name]}")
+        raise UserError(f"{where}: {name} {_FIXED[name]}")
     if isinstance(given, Mapping):
         return _range(where, name, given)
     if not isinstance(given, Sequence) or isinstance(given, str):

@@ -50,14 +50,17 @@ def of_trials(sweep: Mapping[str, Any], trials: pd.DataFrame) -> dict[str, Any]:
         "model": {
             "name": base.model.name,
             **{key: sweep[key] for key in ("parameters", "multiply_adds")},
+            "most_parameters": sweep.get("most_parameters", sweep["parameters"]),
         },
         **{key: sweep[key] for key in ("train_images", "validation_images", "train_fraction")},
         "epochs": base.schedule.epochs,
         "seeds": sweep["seeds"],
+        "fewer_seeds_before": sweep.get("fewer_seeds_before", []),
         "trials": _counts(sweep, last),
         "num_epochs_run": int((trials["epoch"] > 0).sum()),
         "training_s": float(trials["seconds"].sum()),
         "images_per_s": float(trials["images_per_s"].median()),
+        "ran_on": _ran_on(last),
         "failures": _failures(last),
     }
     if sweep["method"] == GRID:
@@ -130,6 +133,22 @@ def _counts(sweep: Mapping[str, Any], last: pd.DataFrame) -> dict[str, int]:
         **counts,
         records.UNFINISHED: planned - sum(counts.values()),
     }
+
+
+def _ran_on(last: pd.DataFrame) -> list[dict[str, Any]]:
+    """The different combinations of hardware, arithmetic and versions, most trials first."""
+    known = last[last["hardware"].notna()] if "hardware" in last else last[:0]
+    if known.empty:  # of sweeps from before this was kept
+        return []
+    alike = known.groupby(["hardware", "computed_in", "versions"]).size().reset_index(name="count")
+    named = [
+        {
+            "on": f"{one['hardware']} in {one['computed_in']} ({one['versions']})",
+            "trials": int(one["count"]),
+        }
+        for one in alike.to_dict("records")
+    ]
+    return sorted(named, key=lambda one: -one["trials"])
 
 
 def _failures(last: pd.DataFrame) -> list[dict[str, Any]]:

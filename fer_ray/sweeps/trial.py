@@ -18,6 +18,7 @@ from fer_ray.errors import JobFailed
 from fer_ray.group import Group
 from fer_ray.loading import Images, MemoryFeed
 from fer_ray.sweeps import records
+from fer_ray.telemetry import Telemetry
 
 ERROR = "error.txt"
 """Holds the traceback of a trial that failed for a reason that nobody foresaw."""
@@ -28,7 +29,8 @@ def run(config: dict[str, Any], *, settings: dict[str, Any]) -> None:
 
     What the trial itself is to blame for (not finite, out of memory, any exception) ends it as
     failed and is no failure to Ray Tune: a retry would end in the same way. Only a process that
-    dies is tried again.
+    dies is tried again; of several workers also one that ends by an exception that nobody
+    foresaw, since the others see no more of it than that it is gone.
 
     Args:
         config: ``number`` of the trial, and ``until``, the epoch after which it pauses.
@@ -46,15 +48,13 @@ def run(config: dict[str, Any], *, settings: dict[str, Any]) -> None:
         _finish(sweep, number, train_config, until)
     except _WorkersLost:
         raise  # as with a process that dies, Ray Tune tries again
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        records.end(sweep, number, records.FAILED, f"out of memory: {_first_line(error)}")
     except (loop.NotFinite, JobFailed) as error:
         records.end(sweep, number, records.FAILED, _first_line(error))
     except Exception as error:
-        _keep_traceback(sweep, number)
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        if "alloc" in reason and "memory" in reason:  # what PyTorch raises on CPUs
-            reason = f"out of memory: {reason}"
+        reason = worker.out_of_memory(error)
+        if not reason:
+            _keep_traceback(sweep, number)
+            reason = f"{type(error).__name__}: {_first_line(error)}"
         records.end(sweep, number, records.FAILED, reason)
     finally:
         if torch.cuda.is_available():
@@ -81,18 +81,26 @@ def _alone(
         records.save(folder, len(history), history, save)
         tune.report(_reported(history[-1]))
 
-    loop.train(
-        config,
-        info,
-        feed,
-        group=group,
-        run=f"trial {number}",
-        report=report,
-        provenance=provenance.describe(device),
-        resume=records.resume(folder),
-        until=until,
-        say=None,
-    )
+    name = _name(sweep, number)
+    with Telemetry(run=name, rank=0, folder=folder, device=device) as watch:
+        loop.train(
+            config,
+            info,
+            feed,
+            group=group,
+            run=name,
+            report=report,
+            provenance=provenance.describe(device),
+            resume=records.resume(folder),
+            until=until,
+            say=None,
+            watch=watch,
+        )
+
+
+def _name(sweep: str, number: int) -> str:
+    """What a trial's lines, metrics and checkpoints are called."""
+    return f"{storage.name_of(sweep)}-{number:05d}"
 
 
 def _reported(row: dict[str, Any]) -> dict[str, Any]:
@@ -107,9 +115,11 @@ def _with_workers(
     from ray.tune.integration.ray_train import TuneReportCallback
 
     folder = records.folder_of(sweep, number)
-    given: dict[str, Any] = {"config": config.to_dict(), "run": f"trial {number}", "folder": folder}
-    given |= {"until": until, "say": False, "note_group": True}
+    given: dict[str, Any] = {"config": config.to_dict(), "run": _name(sweep, number)}
+    given |= {"folder": folder, "until": until, "say": False, "note_group": True}
     free_workers(sweep, number)  # of this trial's process before, if it was killed
+    failure = storage.join(folder, worker.FAILURE)
+    storage.remove(failure)
     try:
         launch.run_trainer(
             worker.work,
@@ -122,8 +132,8 @@ def _with_workers(
             callbacks=[TuneReportCallback()],
         )
     except JobFailed as error:
-        raise _WorkersLost(str(error)) from error
-    failure = storage.join(folder, worker.FAILURE)
+        if not storage.exists(failure):
+            raise _WorkersLost(str(error)) from error
     if storage.exists(failure):
         raise JobFailed(storage.read_json(failure)["reason"])
 

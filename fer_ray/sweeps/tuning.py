@@ -42,7 +42,7 @@ def fit(plan: SweepPlan, *, say: Callable[[str], None] = print) -> dict[str, Any
     from fer_ray.sweeps import summary
 
     at_once = preflight.trials_at_once(plan, say)
-    storage.write_json(storage.join(plan.folder, records.SWEEP), plan.to_dict())
+    _write_plan(plan)
     if plan.space.method == GRID:
         _create_grid(plan)
     halving = _halving(plan)
@@ -59,6 +59,18 @@ def fit(plan: SweepPlan, *, say: Callable[[str], None] = print) -> dict[str, Any
         if left:
             say(f"{left} trials are not over: the same command goes on with them")
     return made
+
+
+def _write_plan(plan: SweepPlan) -> None:
+    """Writes ``sweep.json``; it remembers the numbers of seeds at which there was a result."""
+    place = storage.join(plan.folder, records.SWEEP)
+    looks: list[int] = []
+    if storage.exists(place):
+        before = storage.read_json(place)
+        looks, count = before.get("fewer_seeds_before", []), len(before["seeds"])
+        if count < len(plan.seeds) and count not in looks:
+            looks = [*looks, count]
+    storage.write_json(place, {**plan.to_dict(), "fewer_seeds_before": looks})
 
 
 def _create_grid(plan: SweepPlan) -> None:

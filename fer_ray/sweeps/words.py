@@ -71,14 +71,22 @@ def trials(summary: Summary) -> str:
     return f"{counts['planned']} trials: {became}" if became else f"{counts['planned']} trials"
 
 
+def num_seeds(summary: Summary) -> str:
+    """The seeds that arms have, such as ``n = 5``, ``n = 2 of 5`` or ``n = 2 to 4 of 5``."""
+    counts = [arm["num_seeds"] for arm in summary["arms"] if arm["num_seeds"]]
+    fewest, most, planned = min(counts), max(counts), len(summary["seeds"])
+    text = f"n = {most}" if fewest == most else f"n = {fewest} to {most}"
+    return text if fewest == planned else f"{text} of {planned}"
+
+
 def compared(arm: Summary, summary: Summary) -> str:
     """One arm against the baseline, as one sentence."""
-    one, num_seeds = arm["accuracy"], arm["num_seeds"]
+    one, seeds = arm["accuracy"], arm["num_seeds"]
     name, planned = arm["arm"], len(summary["seeds"])
-    if not num_seeds:
+    if not seeds:
         failed = f"{arm['num_failed']} failed" if arm["num_failed"] else "none is over yet"
         return f"{name}: no finished trial ({failed})."
-    n = f"n = {num_seeds}" if num_seeds == planned else f"n = {num_seeds} of {planned}"
+    n = f"n = {seeds}" if seeds == planned else f"n = {seeds} of {planned}"
     if one["difference"] is None:
         return f"{name}: no seed links it to the baseline: not compared ({n})."
     start = f"{name}: {points(one['difference'])} points"
@@ -110,13 +118,27 @@ def _of_winner(summary: Summary) -> list[str]:
     found = f"{winner['arm']}: {percent(winner['score'])} % (n = {n})"
     if summary["comparison"]["accuracy"]["df"] < 1:
         return [f"Highest accuracy: {found}, but at n = {n} nothing can be concluded from it."]
+    best, others = "Highest mean accuracy", _higher(summary)
+    if others:
+        best += " of the arms with the most seeds"
     if winner["arm"] == base:
-        return [f"Highest mean accuracy: {found}, which is the baseline."]
+        return [f"{best}: {found}, which is the baseline.", *others]
     if winner["differs"]:
         # with missing seeds, the highest mean may be of an arm that is worse on the same seeds
         which = "better" if _gain(arm) > 0 else "worse"
-        return [f"Highest mean accuracy: {found}, shown to be {which} than the baseline {base}."]
-    return [f"Highest mean accuracy: {found}, but no difference to the baseline {base} is shown."]
+        return [f"{best}: {found}, shown to be {which} than the baseline {base}.", *others]
+    return [f"{best}: {found}, but no difference to the baseline {base} is shown.", *others]
+
+
+def _higher(summary: Summary) -> list[str]:
+    """The arms that are not the winner only because they lack seeds."""
+    means = {arm["arm"]: arm["accuracy"]["mean"] for arm in summary["arms"] if arm["num_seeds"]}
+    return [
+        f"{arm['arm']} has a higher mean, {percent(means[arm['arm']])} %, but over "
+        f"n = {arm['num_seeds']} only: with a trial for every seed it might be the winner."
+        for arm in summary["arms"]
+        if means.get(arm["arm"], 0.0) > means[summary["winner"]["arm"]]
+    ]
 
 
 def _of_effects(summary: Summary) -> list[str]:
@@ -125,23 +147,34 @@ def _of_effects(summary: Summary) -> list[str]:
     effects, total = comparison["accuracy"], comparison["num_comparisons"]
     if not total:
         return []
-    better = [one["arm"] for one in summary["arms"] if one["accuracy"]["shown"] and _gain(one) > 0]
-    worse = [one["arm"] for one in summary["arms"] if one["accuracy"]["shown"] and _gain(one) < 0]
-    n = len(summary["seeds"])
+    n = num_seeds(summary)
     lines = [
         f"Shown to be {word} than {comparison['baseline']}: {', '.join(names)}."
-        for word, names in (("better", better), ("worse", worse))
-        if names
+        for word, names in _shown(summary, "accuracy")
     ]
     if not lines:
-        lines = [f"No effect shown in any of {total} comparisons at n = {n}."]
+        lines = [f"No effect shown in any of {total} comparisons at {n}."]
     return [
         *lines,
-        f"The smallest difference that n = {n} could have shown is "
+        f"The smallest difference that {n} could have shown is "
         f"{percent(effects['smallest_shown'])} points; a true difference of "
         f"{percent(effects['detectable'])} points would be shown in 80 % of such sweeps. No effect "
         "shown does not mean no effect: smaller ones stay unseen.",
     ]
+
+
+def _shown(summary: Summary, metric: str) -> list[tuple[str, list[str]]]:
+    """The arms that are shown to be better than the baseline by a metric, and those worse."""
+    found: list[tuple[str, list[str]]] = []
+    for word, sign in (("better", 1), ("worse", -1)):
+        names = [
+            f"{arm['arm']} ({points(arm[metric]['difference'])} points)"
+            for arm in summary["arms"]
+            if arm[metric]["shown"] and sign * arm[metric]["difference"] > 0
+        ]
+        if names:
+            found.append((word, names))
+    return found
 
 
 def _gain(arm: Summary) -> float:
@@ -155,10 +188,18 @@ def _of_macro_f1(summary: Summary) -> list[str]:
     best = "the same arm is" if agreement["same_winner"] else "another arm is"
     shown = "the same effects are" if agreement["same_conclusions"] else "other effects are"
     tau = f"{agreement['rank_correlation']:.2f}".replace("-", "−")
-    return [
+    lines = [
         f"By macro-F1, {best} first and {shown} shown (rank correlation of the arms, Kendall's "
         f"tau: {tau})."
     ]
+    if not agreement["same_conclusions"]:
+        effects = [f"{word}: {', '.join(names)}" for word, names in _shown(summary, "macro_f1")]
+        lines.append(
+            f"By macro-F1, with a correction of its own, shown to be {'; '.join(effects)}."
+            if effects
+            else "By macro-F1, no effect is shown."
+        )
+    return lines
 
 
 def _of_best(summary: Summary) -> str:
@@ -196,7 +237,7 @@ def _of_importance(summary: Summary) -> list[str]:
 
 def caveats(summary: Summary) -> list[str]:
     """What the numbers do not cover."""
-    lines = [*_pilot(summary), *_interim(summary)]
+    lines = [*_pilot(summary), *_interim(summary), *_mixed(summary)]
     epochs, images = summary["epochs"], summary["validation_images"]
     lines.append(
         f"Trained for {epochs} {'epoch' if epochs == 1 else 'epochs'}: what learns more slowly "
@@ -235,8 +276,9 @@ def _pilot(summary: Summary) -> list[str]:
             f"trials see {100 * summary['train_fraction']:g} % of the train split "
             f"({summary['train_images']:,} images)"
         )
-    if summary["model"]["parameters"] <= SMALL_MODEL:
-        why.append(f"the model is small ({summary['model']['parameters'] / 1e6:.2g} M parameters)")
+    parameters = summary["model"]["most_parameters"]
+    if parameters <= SMALL_MODEL:
+        why.append(f"the model is small ({parameters / 1e6:.2g} M parameters)")
     if not why:
         return []
     return [
@@ -245,10 +287,24 @@ def _pilot(summary: Summary) -> list[str]:
 
 
 def _interim(summary: Summary) -> list[str]:
-    counts = summary["trials"]
-    if not counts["unfinished"]:
+    counts, lines = summary["trials"], []
+    again = "Tests that are looked at again and again until something shows are too often wrong."
+    if counts["unfinished"]:
+        lines.append(
+            f"Interim: {counts['unfinished']} of {counts['planned']} trials are not over. {again}"
+        )
+    if summary["method"] == GRID and summary["fewer_seeds_before"]:
+        before = " and ".join(map(str, summary["fewer_seeds_before"]))
+        lines.append(
+            f"Seeds were added to this sweep when there was a result with {before}: the p-values "
+            f"do not know of that. {again}"
+        )
+    return lines
+
+
+def _mixed(summary: Summary) -> list[str]:
+    """Trials that were not all computed alike."""
+    if len(summary["ran_on"]) < 2:
         return []
-    return [
-        f"Interim: {counts['unfinished']} of {counts['planned']} trials are not over. Tests that "
-        "are looked at again and again until something shows are too often wrong."
-    ]
+    places = "; ".join(f"{one['trials']} on {one['on']}" for one in summary["ran_on"])
+    return [f"Not all trials were computed alike: {places}. Effects may come from that."]

@@ -1,0 +1,105 @@
+"""One trial of a sweep: how it ends, what it holds, what it keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import wait_for
+from sweeping import config
+
+from fer_ray import checkpoint, launch, storage, worker
+from fer_ray.errors import JobFailed
+from fer_ray.sweeps import records, trial
+
+
+@pytest.fixture(scope="module")
+def data(drawn_faces):
+    return drawn_faces
+
+
+OUT_OF_MEMORY = [
+    MemoryError("no more"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_trial_out_of_memory_is_recorded_with_its_reason(
+    data, tmp_path, monkeypatch, error, num_workers
+):
+    """Of several workers the one that runs out leaves the reason; the trial is not repeated."""
+    base = config(data, scaling={"num_workers": num_workers})
+    records.create(str(tmp_path), records.Trial(number=0, arm="one", options={}))
+
+    def ends(*arguments: object, **settings: object) -> None:
+        if num_workers == 1:
+            raise error
+        reason = worker.out_of_memory(error)
+        folder = records.folder_of(str(tmp_path), 0)
+        storage.write_json(storage.join(folder, worker.FAILURE), {"reason": reason})
+        raise JobFailed("its workers failed: the actor died")
+
+    monkeypatch.setattr(trial, "_alone", ends)
+    monkeypatch.setattr(launch, "run_trainer", ends)
+    # which is of a trial that Ray Tune runs
+    monkeypatch.setattr("ray.tune.integration.ray_train.TuneReportCallback", lambda: None)
+    settings = {"sweep": str(tmp_path), "config": base.to_dict(), "images": {}}
+    trial.run({"number": 0, "until": 2}, settings=settings)
+    ended = records.read_trial(str(tmp_path), 0)
+    assert (ended.status, ended.reason) == ("failed", f"out of memory: {error}")
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    for error in (RuntimeError("shape mismatch"), ValueError("cannot allocate memory"), OSError()):
+        assert worker.out_of_memory(error) is None
+
+
+def test_what_a_killed_trials_workers_hold_is_given_back(ray_cluster, tmp_path):
+    """Whatever Ray Train's own helper does: it fails where two clusters run on a machine."""
+    from ray.util import placement_group, placement_group_table
+
+    group = placement_group([{"CPU": 1}])
+    assert group.wait(60)
+    folder = records.folder_of(str(tmp_path), 7)
+    storage.write_json(storage.join(folder, worker.PLACEMENT_GROUP), {"id": group.id.hex()})
+    for _ in range(2):  # it may be gone already
+        trial.free_workers(str(tmp_path), 7)
+    wait_for(lambda: placement_group_table(group)["state"] == "REMOVED", 30)
+    trial.free_workers(str(tmp_path), 8)  # it had no workers yet
+
+
+def test_a_checkpoint_is_kept_whole_and_the_one_before_it_goes(tmp_path):
+    folder = str(tmp_path / "trial")
+    for place in (folder, f"file://{folder}-uri"):
+        for epoch in (1, 2):
+            history = [
+                {"epoch": number, "learning_rate": 0.1, **dict.fromkeys(records.METRICS, 0.5)}
+                for number in range(1, epoch + 1)
+            ]
+
+            def write(unfinished: Path) -> None:
+                (unfinished / "model.safetensors").write_bytes(b"weights")
+                (unfinished / checkpoint.INDEX).write_text("{}")
+
+            records.save(place, epoch, history, write)
+        names = storage.list_names(place)
+        assert names == ["checkpoint_000002", "history.parquet"]
+        assert storage.list_names(storage.join(place, "checkpoint_000002")) == [
+            *("checkpoint.json", "model.safetensors")
+        ]
+
+
+def test_what_a_crash_left_between_a_checkpoint_and_its_row_is_made_good(tmp_path, monkeypatch):
+    """Where nothing is left to train, nobody else would write the row."""
+    row = {**dict.fromkeys(records.METRICS, 0.5), "learning_rate": 0.1, "epoch": 1}
+    folder = records.folder_of(str(tmp_path), 3)
+    records.create(str(tmp_path), records.Trial(number=3, arm=None, options={}))
+    found = [SimpleNamespace(epoch=1, history=[row])]
+    monkeypatch.setattr(checkpoint, "in_run", lambda place: found)
+    assert records.resume(folder) is found[0]
+    assert [one["epoch"] for one in records.read_trial(str(tmp_path), 3).history] == [1]
