@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import re
 import struct
 from collections.abc import Mapping
@@ -38,6 +39,9 @@ MAX_IMAGE_SIZE = 1024
 
 MAX_PIXELS = 50_000_000
 """The most pixels that a picture may declare: above, it is taken for a decompression bomb."""
+
+_PIXELS_AT_ONCE = 2**18
+"""Pixels of 16 bits that are scaled at once: meanwhile each takes several times its bytes."""
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """What is decoded. A short list, because some of Pillow's other formats run programs."""
@@ -309,13 +313,26 @@ def _is_plain_jpeg(content: bytes) -> bool:
 
 def _grey(picture: Image.Image) -> np.ndarray:
     if picture.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise DecodeError("the pixels have more than 16 bits")
-        return ((values * 255 + 32767) // 65535).astype(np.uint8)
+        return _scaled(picture)
     if picture.mode == "F":
         raise DecodeError("the pixels are floating-point numbers of unknown range")
     return np.array(picture.convert("L"), np.uint8)
+
+
+def _scaled(picture: Image.Image) -> np.ndarray:
+    """16 bits as 8, rounded to the nearest, block by block."""
+    width, height = picture.size
+    grey = np.empty((height, width), np.uint8)
+    columns = min(width, _PIXELS_AT_ONCE)
+    rows = _PIXELS_AT_ONCE // columns
+    for top, left in itertools.product(range(0, height, rows), range(0, width, columns)):
+        bottom, right = min(top + rows, height), min(left + columns, width)
+        block = np.asarray(picture.crop((left, top, right, bottom)))
+        if block.min() < 0 or block.max() > 65535:
+            raise DecodeError("the pixels have more than 16 bits")
+        # 65,535 x 255 is within 32 bits
+        grey[top:bottom, left:right] = (block.astype(np.uint32) * 255 + 32767) // 65535
+    return grey
 
 
 def fit(grey: np.ndarray, size: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import nn
 
-from fer_ray import capacity, checkpoint, dataset, predictions, sources, storage
+from fer_ray import capacity, checkpoint, dataset, parts, predictions, sources, storage, streaming
 from fer_ray.checkpoint import Checkpoint
 from fer_ray.errors import UserError
 from fer_ray.labels import probability_column
-from fer_ray.preparation import quiet_ray_data
+from fer_ray.preparation import map_tasks
 
 BATCH_SIZE = 256
 """Images of a forward pass."""
@@ -32,6 +34,8 @@ IMAGES_PER_PART = 4096
 """The most loose images of a part; a prepared data set keeps its own parts."""
 
 _PROGRESS_S = 5.0
+_DONE = pa.schema([("rows", pa.int64()), ("errors", pa.int64())])
+"""What an actor says of each part: its rows, and how many of them have an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +125,7 @@ def _prepared_tasks(
     part = info.split(split)
     if not part.rows:
         raise UserError(f"--split: {split} of {info.place} has no images")
+    streaming.pieces(info, split)  # absent and damaged parts are found here and not by workers
     tasks = [
         {"part": f"part-{number:05d}.parquet", "file": storage.join(info.place, file)}
         for number, file in enumerate(part.files)
@@ -160,6 +165,10 @@ def predict(
 
     Returns:
         The folder of the predictions. Predictions that were there before are replaced.
+
+    Raises:
+        UserError: when workers do not see the input or the output, or the input is damaged.
+        JobFailed: when a worker cannot read or write.
     """
     start = time.perf_counter()
     actors = _count_actors(plan, num_actors, use_gpu, say)
@@ -213,27 +222,27 @@ def _write_parts(
     """Lets Ray Data write every part; returns how many rows have an error."""
     import ray
 
-    quiet_ray_data()
     moment = datetime.datetime.now(datetime.UTC)
-    results = ray.data.from_items(plan.tasks, override_num_blocks=len(plan.tasks)).map_batches(
-        _Predictor,
-        fn_constructor_kwargs={
-            "place": plan.checkpoint.place,
-            "row": {"run": plan.run, "split": plan.split, "predicted_at": moment},
-            "source": plan.source,
-            "staging": staging,
-            # by what was asked for: Ray hides no GPU from actors that did not ask for one
-            "device": "cuda" if use_gpu else "cpu",
-        },
-        batch_size=1,
-        batch_format="pyarrow",
+    predictor = _Predictor(
+        place=plan.checkpoint.place,
+        row={"run": plan.run, "split": plan.split, "predicted_at": moment},
+        source=plan.source,
+        staging=staging,
+        # by what was asked for: Ray hides no GPU from actors that did not ask for one
+        device="cuda" if use_gpu else "cpu",
+    )
+    results = map_tasks(
+        plan.tasks,
+        predictor,
+        _DONE,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=0 if use_gpu else 1,
         num_gpus=1 if use_gpu else None,
     )
     done = errors = 0
     said = time.monotonic()
-    for row in results.iter_rows():
+    for table in results:
+        (row,) = table.to_pylist()
         done, errors = done + row["rows"], errors + row["errors"]
         if time.monotonic() - said >= _PROGRESS_S:
             said = time.monotonic()
@@ -242,7 +251,7 @@ def _write_parts(
 
 
 class _Predictor:
-    """An actor that holds the network and writes parts."""
+    """Predicts and writes parts, in an actor; the first of them loads the network."""
 
     def __init__(
         self,
@@ -253,17 +262,17 @@ class _Predictor:
         staging: str,
         device: str,
     ) -> None:
-        self._device = torch.device(device)
+        self._place, self._device = place, torch.device(device)
+        self._row, self._source, self._staging = row, source, staging
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return checkpoint.read(self._place)
+
+    @cached_property
+    def _model(self) -> nn.Module:
         torch.set_num_threads(1)  # one actor a CPU: more threads would only compete
-        self._checkpoint = checkpoint.read(place)
-        self._model = self._checkpoint.load_model(self._device)
-        self._forward = self._checkpoint.forward
-        self._source, self._staging = source, staging
-        self._row = {
-            **row,
-            "model": self._checkpoint.model.name,
-            "checkpoint": self._checkpoint.sha256,
-        }
+        return self._checkpoint.load_model(self._device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Predicts the part that one task of `Plan.tasks` names, and writes it."""
@@ -273,26 +282,27 @@ class _Predictor:
         else:
             rows, images = _read_loose(self._source, task, self._checkpoint.image_size)
         table = self._table(rows, self._probabilities(images))
-        fs, path = storage.filesystem(storage.join(self._staging, task["part"]))
-        pq.write_table(table, path, filesystem=fs, compression="zstd")
+        parts.write_table(table, self._staging, task["part"])
         errors = sum(row["error"] is not None for row in rows)
-        return pa.table({"rows": [len(rows)], "errors": [errors]})
+        return pa.table([[len(rows)], [errors]], schema=_DONE)
 
     def _probabilities(self, images: np.ndarray) -> np.ndarray:
         """(N, classes) float32 of (N, S, S) uint8."""
+        forward = self._checkpoint.forward
         found = [np.zeros((0, len(self._checkpoint.labels)), dtype=np.float32)]
         for start in range(0, len(images), BATCH_SIZE):
             batch = torch.from_numpy(images[start : start + BATCH_SIZE]).to(self._device)
-            found.append(self._forward.probabilities(self._model, batch).cpu().numpy())
+            found.append(forward.probabilities(self._model, batch).cpu().numpy())
         return np.concatenate(found)
 
     def _table(self, rows: list[dict[str, Any]], probabilities: np.ndarray) -> pa.Table:
         """The part's rows as the contract has them; `probabilities` skip rows with an error."""
         labels = self._checkpoint.labels
+        model, sha256 = self._checkpoint.model.name, self._checkpoint.sha256
         values = iter(probabilities)
         filled = []
         for row in rows:
-            full = {**row, **self._row}
+            full = {**row, **self._row, "model": model, "checkpoint": sha256}
             if row["error"] is None:
                 scores = next(values)
                 best = int(scores.argmax())
@@ -306,8 +316,11 @@ class _Predictor:
 
 def _read_prepared(file: str, size: int) -> tuple[list[dict[str, Any]], np.ndarray]:
     fs, path = storage.filesystem(file)
-    with fs.open_input_file(path) as stream:
-        table = pq.ParquetFile(stream).read()
+    try:
+        with fs.open_input_file(path) as stream:
+            table = pq.ParquetFile(stream).read()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"--data: {file} cannot be read: {sources.first_line(error)}") from error
     columns = table.select(["image_id", "pixel_sha256", "label"])
     rows = [{**row, "error": None} for row in columns.to_pylist()]
     fit = functools.partial(dataset.fit, size=size)

@@ -41,7 +41,7 @@ LISTED = pa.schema(
 RESULTS = pa.schema(
     [
         ("part", pa.string()),
-        ("path", pa.string()),  # null: the whole source failed, `reason` says why
+        ("path", pa.string()),
         ("split", pa.string()),
         ("label", pa.string()),
         ("reason", pa.string()),  # null: the file became a row

@@ -34,7 +34,7 @@ _PACKED = pa.ipc.IpcWriteOptions(compression="zstd")
 
 _TASK_FILES = pa.schema([("path", pa.string()), ("label", pa.string()), ("at", pa.binary())])
 _TASK_MOVES = pa.schema([("path", pa.string()), ("split", pa.string())])
-_MOVED = pa.schema([("part", pa.string()), ("path", pa.string()), ("row_sha256", pa.binary())])
+MOVED = pa.schema([("part", pa.string()), ("path", pa.string()), ("row_sha256", pa.binary())])
 """What `move_rows` says of each row: where it is now."""
 
 
@@ -106,7 +106,11 @@ def write_part(batch: pa.Table, *, pictures: Pictures, staging: str, size: int) 
         size: height and width of the images.
 
     Returns:
-        One row a file, as in `RESULTS`; a single one without a path when the source failed.
+        One row a file, as in `RESULTS`.
+
+    Raises:
+        UserError: when the whole source is not there, or the folder to write into.
+        OSError: when the part cannot be written for another reason.
     """
     cv2.setNumThreads(1)  # Ray runs one task a CPU: more threads would only compete
     (task,) = batch.to_pylist()
@@ -122,9 +126,6 @@ def write_part(batch: pa.Table, *, pictures: Pictures, staging: str, size: int) 
         except (ReadError, dataset.DecodeError) as error:
             reasons[index] = str(error)
             continue
-        except UserError as error:  # as a value: Ray buries exceptions in pages of its own
-            failure = {"part": task["part"], "reason": str(error)}
-            return pa.Table.from_pylist([failure], RESULTS)
         hashes[index] = dataset.pixel_digest(grey)
         images[len(kept)] = dataset.fit(grey, size)
         kept.append(index)
@@ -170,15 +171,22 @@ def move_rows(batch: pa.Table, *, staging: str) -> pa.Table:
 
     Returns:
         One row for each that is left: `path`, `part` and `row_sha256`.
+
+    Raises:
+        UserError: when this worker does not see the part.
+        OSError: when it cannot be read or written for another reason.
     """
     (task,) = batch.to_pylist()
     targets = _unpack(task["rows"])
     fs, path = storage.filesystem(storage.join(staging, task["part"]))
-    table = pq.read_table(path, filesystem=fs, partitioning=None)
+    try:
+        table = pq.read_table(path, filesystem=fs, partitioning=None)
+    except FileNotFoundError as error:
+        raise unseen(storage.parent_of(staging)) from error
     assert table["image_id"].to_pylist() == targets["path"], f"{task['part']} holds other rows"
     # under another name, and the old part stays: a task that Ray runs again finds it
     name = task["part"].split("/", 1)[1].replace(".parquet", "-settled.parquet")
-    moved = [_MOVED.empty_table()]
+    moved = [MOVED.empty_table()]
     for split in SPLITS:
         chosen = [index for index, target in enumerate(targets["split"]) if target == split]
         if not chosen:
@@ -187,8 +195,35 @@ def move_rows(batch: pa.Table, *, staging: str) -> pa.Table:
         part = f"{split}/{name}"
         rows.write(staging, part)
         columns = [[part] * len(chosen), rows.paths, rows.hash()]
-        moved.append(pa.table(columns, schema=_MOVED))
+        moved.append(pa.table(columns, schema=MOVED))
     return pa.concat_tables(moved)
+
+
+def write_table(table: pa.Table, staging: str, part: str, **settings: Any) -> None:
+    """Writes a part as Parquet.
+
+    Args:
+        table: its rows.
+        staging: place of the unfinished output.
+        part: path of the part in it.
+        settings: further arguments of `pyarrow.parquet.write_table`.
+
+    Raises:
+        UserError: when this worker does not see the folder.
+    """
+    fs, path = storage.filesystem(storage.join(staging, part))
+    try:
+        pq.write_table(table, path, filesystem=fs, compression="zstd", **settings)
+    except FileNotFoundError as error:
+        raise unseen(storage.parent_of(staging)) from error
+
+
+def unseen(place: str) -> UserError:
+    """Builds the error for an output that workers on other machines do not see."""
+    return UserError(
+        f"--output: {place} is not seen by every worker: with several machines it has to be on a "
+        "shared disk or at a URI"
+    )
 
 
 class _Rows:
@@ -232,12 +267,10 @@ class _Rows:
             pa.array(self.labels, pa.string()),
             *(pixels, side, side, pa.array(self.pictures, pa.string())),
         ]
-        fs, path = storage.filesystem(storage.join(staging, part))
-        pq.write_table(
+        write_table(
             pa.Table.from_arrays(columns, schema=dataset.SCHEMA),
-            path,
-            filesystem=fs,
-            compression="zstd",
+            staging,
+            part,
             row_group_size=ROWS_PER_GROUP,
             use_dictionary=["split", "label"],
             write_statistics=["image_id", "split", "label"],

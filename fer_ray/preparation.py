@@ -22,14 +22,23 @@ import pyarrow.parquet as pq
 
 from fer_ray import __version__, capacity, dataset, dataset_summary, parts, settling, storage
 from fer_ray.errors import JobFailed, UserError
-from fer_ray.ledger import KEPT, Ledger
+from fer_ray.ledger import KEPT, RESULTS, Ledger
 from fer_ray.preparation_plan import Plan, plan
+from fer_ray.sources import NOT_THERE, ReadError, first_line
 
-__all__ = ["Plan", "plan", "prepare"]
+__all__ = ["Plan", "map_tasks", "plan", "prepare", "quiet_ray_data"]
 
 _PROGRESS_S = 2.0
 _DEMAND = capacity.Demand(each={"CPU": 1.0}, flags={"CPU": "RAY_ADDRESS"})
 """The least that Ray Data's tasks go on with."""
+_LOOKED_FOR = 200
+"""How many of the files that workers did not find are looked for."""
+
+Work = Callable[[pa.Table], pa.Table]
+"""What a worker makes of one task, a table of one row."""
+
+_FAILURE = (pa.field("failure", pa.string()), pa.field("mistake", pa.bool_()))
+"""Columns beside a result's own: why there is none, and whether the user can mend it."""
 
 
 def prepare(
@@ -50,7 +59,8 @@ def prepare(
         The value of ``dataset.json``.
 
     Raises:
-        UserError: when no train image can be used, or workers write to another disk.
+        UserError: when no train image can be used, or workers read or write another disk.
+        JobFailed: when a worker cannot write.
     """
     start = time.monotonic()
     ledger = plan.ledger
@@ -58,6 +68,7 @@ def prepare(
         capacity.check(_DEMAND, say=say)
         with storage.staged_directory(plan.output) as staging:
             _write_parts(plan, staging, say)
+            _check_seen(plan)
             _check_train(ledger)
             _settle(plan, staging, say)
             _check_train(ledger)
@@ -92,9 +103,7 @@ def _write_parts(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
     )
     done, total = 0, sum(counts.values())
     said = start = time.monotonic()
-    for table in _map(parts.write_tasks(plan.ledger, plan.image_size), write):
-        if not table["path"][0].is_valid:
-            raise UserError(table["reason"][0].as_py())
+    for table in map_tasks(parts.write_tasks(plan.ledger, plan.image_size), write, RESULTS):
         plan.ledger.add_results(table)
         done += table.num_rows
         if time.monotonic() - said >= _PROGRESS_S or done == total:
@@ -102,6 +111,28 @@ def _write_parts(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
             say(f"{done:,} of {total:,} images, {said - start:.0f} s")
     if done != total:
         raise JobFailed(f"{done:,} results for {total:,} files")
+
+
+def _check_seen(plan: Plan) -> None:
+    """Refuses a source of which this process sees files that a worker did not."""
+    absent = plan.ledger.rows(
+        'SELECT path, "at" FROM listed JOIN results USING (path) WHERE listed.reason IS NULL '
+        "AND results.reason = ? ORDER BY md5(path) LIMIT ?",
+        NOT_THERE,
+        _LOOKED_FOR,
+    )
+    for path, at in absent:
+        try:
+            plan.pictures.grey(path, at)
+        except ReadError as error:
+            if str(error) == NOT_THERE:  # for nobody: it is in the quarantine
+                continue
+        except dataset.DecodeError:
+            pass
+        raise UserError(
+            f"--source: {path!r} is not seen by every worker: with several machines the files "
+            "have to be on a shared disk or at a URI"
+        )
 
 
 def _settle(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
@@ -116,27 +147,71 @@ def _settle(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
     say(f"rewriting {len(tasks):,} parts without the rows that are moved or dropped")
     if plan.held_out:
         storage.make_directory(storage.join(staging, "validation"))
-    for table in _map(tasks, functools.partial(parts.move_rows, staging=staging)):
+    move = functools.partial(parts.move_rows, staging=staging)
+    for table in map_tasks(tasks, move, parts.MOVED):
         plan.ledger.move(table)
     for task in tasks:
         storage.remove(storage.join(staging, task["part"]))
 
 
-def _map(
-    tasks: Iterable[dict[str, Any]], work: Callable[[pa.Table], pa.Table]
+def map_tasks(
+    tasks: Iterable[dict[str, Any]], work: Work, schema: pa.Schema, **settings: Any
 ) -> Iterator[pa.Table]:
-    """The tables that Ray Data's tasks give, as they come; one task at a time in each."""
+    """The tables that Ray Data's workers make of tasks, as they come, one task at a time each.
+
+    Args:
+        tasks: what there is to do.
+        work: what makes a table of each; kept from task to task where `settings` name actors.
+        schema: that of the tables.
+        settings: further arguments of `map_batches`.
+
+    Raises:
+        UserError: when a worker raises one, or is refused by an object store.
+        JobFailed: when a worker cannot read or write for another reason.
+    """
     import ray
 
     quiet_ray_data()
     waiting = list(tasks)
+    careful: Any = _Careful(work, schema)
+    if "compute" in settings:  # of actors, which want a class
+        careful = _Careful
+        settings["fn_constructor_args"] = (work, schema)
     results = ray.data.from_items(waiting, override_num_blocks=len(waiting)).map_batches(
-        work, batch_size=1, batch_format="pyarrow"
+        careful, batch_size=1, batch_format="pyarrow", **settings
     )
     for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
         assert isinstance(batch, pa.Table)
-        if batch.num_rows:
-            yield batch
+        if not batch.num_rows:
+            continue
+        failure, mistake = (batch[field.name][0].as_py() for field in _FAILURE)
+        if failure:
+            raise UserError(failure) if mistake else JobFailed(failure)
+        yield batch.drop_columns([field.name for field in _FAILURE])
+
+
+class _Careful:
+    """Work whose failures are values: Ray buries exceptions in pages of its own."""
+
+    def __init__(self, work: Work, schema: pa.Schema) -> None:
+        self._work, self._schema = work, schema
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """What the work makes of a task, or one row that says why it fails."""
+        try:
+            table = self._work(batch)
+        except UserError as error:
+            return self._failed(str(error), mistake=True)
+        except OSError as error:
+            reason = f"a worker failed: {first_line(error)}"
+            return self._failed(reason, mistake=storage.is_refusal(error))
+        for field in _FAILURE:  # all tables alike, or Ray Data warns
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+        return table
+
+    def _failed(self, failure: str, *, mistake: bool) -> pa.Table:
+        schema = pa.schema([*self._schema, *_FAILURE])
+        return pa.Table.from_pylist([{"failure": failure, "mistake": mistake}], schema)
 
 
 def _verify_parts(ledger: Ledger, staging: str, output: str) -> None:
@@ -146,10 +221,7 @@ def _verify_parts(ledger: Ledger, staging: str, output: str) -> None:
         try:
             found = pq.read_metadata(storage.join(root, part), filesystem=fs).num_rows
         except FileNotFoundError as error:
-            raise UserError(
-                f"--output: {output} is not seen by every worker: with several machines it has "
-                "to be a shared disk or a URI"
-            ) from error
+            raise parts.unseen(output) from error
         assert found == count, f"{part} has {found} rows, {count} were written"
     strange = ledger.one(f"SELECT count(*) FROM {KEPT} AND split <> split_part(part, '/', 1)")
     assert not strange[0], f"{strange[0]} rows lie in another split's part"

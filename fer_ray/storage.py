@@ -220,12 +220,17 @@ def staged_directory(destination: str, *, staging: str | None = None) -> Iterato
     """
     destination = absolute(destination)
     if is_uri(destination):
-        remove(destination)
+        if not is_directory(destination):
+            remove(destination)
+        # the mark is there from the first removal to the last: what a killed process leaves may
+        # be replaced
         mark = join(destination, _UNFINISHED)
         write_bytes(mark, b"being written, or broken off while it was\n")
+        _empty(destination)
         try:
             yield destination
         except BaseException:
+            _empty(destination)
             remove(destination)
             raise
         remove(mark)
@@ -250,6 +255,16 @@ def staged_directory(destination: str, *, staging: str | None = None) -> Iterato
 
 
 _UNFINISHED = "_unfinished"
+
+
+def _empty(folder: str) -> None:
+    """Removes all that a folder holds but the mark, first the files that readers trust it for."""
+    fs, path = filesystem(folder)
+    found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    for info in sorted(found, key=lambda one: one.type == pafs.FileType.Directory):
+        # a key with a doubled slash is listed as the folder itself
+        if info.path.strip("/") != path.strip("/") and info.base_name != _UNFINISHED:
+            remove(join(folder, info.base_name))
 
 
 def is_unfinished(place: str) -> bool:

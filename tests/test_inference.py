@@ -1,7 +1,9 @@
 import io
 import json
 import shutil
+import sys
 import zipfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 
 from fer_ray import checkpoint, inference, loop, predictions, preparation
 from fer_ray.dataset import load_split, read_info
-from fer_ray.errors import UserError
+from fer_ray.errors import JobFailed, UserError
 from fer_ray.group import Group
 from fer_ray.labels import probability_column
 
@@ -134,6 +136,96 @@ def test_the_number_of_actors_does_not_change_a_bit(run, loose, tmp_path, monkey
     drop = ["predicted_at"]
     assert tables[0].drop_columns(drop).equals(tables[1].drop_columns(drop))
     assert len(list((tmp_path / "1" / "tried" / "x").glob("part-*.parquet"))) == 3
+
+
+@pytest.fixture
+def copy(data, tmp_path) -> tuple[str, Path]:
+    """The place of a data set of its own, and a part of its validation split."""
+    place = tmp_path / "copy"
+    shutil.copytree(data.place, place)
+    return str(place), place / data.split("validation").files[0]
+
+
+def damage(part: Path, how: str) -> None:
+    content = part.read_bytes()
+    part.unlink()
+    if how == "cut":
+        part.write_bytes(content[:-100])
+    if how == "another":
+        pq.write_table(pq.read_table(pa.BufferReader(content)).slice(1), part)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("absent", "validation/part-00000.parquet cannot be read"),
+        ("cut", "validation/part-00000.parquet cannot be read"),
+        ("another", "split 'validation' has 8 rows, dataset.json says 9"),
+    ],
+)
+def test_damaged_parts_are_refused_before_any_work(run, copy, how, said, tmp_path):
+    place, part = copy
+    damage(part, how)
+    with pytest.raises(UserError, match=said) as caught:
+        inference.plan(
+            checkpoint_place=str(run), data=place, split="validation", output=str(tmp_path)
+        )
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["absent", "cut"])
+def test_parts_that_workers_cannot_read_are_one_line(run, copy, how, tmp_path, capfd):
+    place, part = copy
+    output = tmp_path / "predictions"
+    plan = inference.plan(
+        checkpoint_place=str(run), data=place, split="validation", output=str(output)
+    )
+    damage(part, how)
+    with pytest.raises(UserError, match=f"--data: {part} cannot be read") as caught:
+        inference.predict(plan, num_actors=1, say=lambda line: None)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_checkpoint_that_workers_do_not_see_is_one_line(data, run, tmp_path, capfd):
+    shutil.copytree(run, tmp_path / "run")
+    plan = inference.plan(
+        checkpoint_place=str(tmp_path / "run"),
+        data=data.place,
+        split="validation",
+        output=str(tmp_path / "predictions"),
+    )
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        inference.predict(plan, num_actors=1, say=lambda line: None)
+    assert capfd.readouterr().err == ""
+
+
+@dataclass(frozen=True)
+class FailingSource:
+    """Loose images that the disk does not give."""
+
+    def read(self, path: str, at: bytes) -> bytes:
+        raise OSError(5, "Input/output error")
+
+
+def test_what_the_disk_denies_a_worker_is_one_line(ray_cluster, run, loose, tmp_path, capfd):
+    output = tmp_path / "predictions"
+    plan = inference.plan(
+        checkpoint_place=str(run), images=str(loose[0]), split="images", output=str(output)
+    )
+    this = sys.modules[__name__]  # which workers cannot import
+    ray_cluster.cloudpickle.register_pickle_by_value(this)
+    try:
+        with pytest.raises(JobFailed, match=r"a worker failed: \[Errno 5\] Input/output error$"):
+            inference.predict(
+                replace(plan, source=FailingSource()), num_actors=1, say=lambda line: None
+            )
+    finally:
+        ray_cluster.cloudpickle.unregister_pickle_by_value(this)
+    assert capfd.readouterr().err == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_labels_that_the_checkpoint_does_not_know_are_refused(data, run, tmp_path):

@@ -17,7 +17,7 @@ from processes import kill_with_descendants
 from fer_ray import dataset, preparation, storage
 from fer_ray.errors import UserError
 from fer_ray.pictures import open_pictures
-from fer_ray.sources import open_files
+from fer_ray.sources import NOT_THERE, ReadError, open_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,12 +78,26 @@ def test_tables_in_a_store_are_read(bucket, ray_cluster, tmp_path):
     }
 
 
-def test_a_key_with_a_doubled_slash_is_quarantined_and_nothing_loops(bucket):
+def test_every_key_with_a_doubled_slash_is_quarantined_and_nothing_loops(bucket):
     client = boto3.client("s3")
-    for key in ("odd/a/1.png", "odd/b/1.png", "odd//x.png"):
-        client.put_object(Bucket="faces", Key=key, Body=b"x")
-    found = {one.path: one.reason for one in open_files(f"{bucket}/odd").entries()}
-    assert found == {"a/1.png": None, "b/1.png": None, "//": "below a folder without a name"}
+    plain = ["a/1.png", "b/1.png"]
+    nameless = ["/x.png", "/y.png", "//deep.png", "/a/b.png", "/a//c.png", "a//2.png", "a/b//3.png"]
+    for key in (*plain, *nameless):
+        client.put_object(Bucket="faces", Key=f"odd/{key}", Body=b"x")
+    found = [(one.path, one.reason) for one in open_files(f"{bucket}/odd").entries()]
+    assert sorted(found, key=lambda one: one[0]) == sorted(
+        [
+            *((path, None) for path in plain),
+            *((path, "below a folder without a name") for path in nameless),
+        ],
+        key=lambda one: one[0],
+    )
+
+
+def test_a_key_that_is_not_there_is_told_apart(bucket):
+    with pytest.raises(ReadError) as caught:
+        open_files(f"{bucket}/folder").read("images/absent.png", b"")
+    assert str(caught.value) == NOT_THERE
 
 
 def test_a_query_after_the_name_changes_no_kind(bucket, store):
@@ -108,6 +122,26 @@ def test_a_failure_in_a_store_leaves_nothing(bucket, ray_cluster, tmp_path, monk
     with pytest.raises(OSError, match="full"):
         prepare(f"{bucket}/folder", f"{bucket}/failing")
     assert not storage.list_names(f"{bucket}/failing")
+
+
+def test_killed_while_it_replaces_a_data_set_the_next_run_works(bucket, ray_cluster, monkeypatch):
+    place = f"{bucket}/replaced"
+    prepare("synthetic", place, num_images=40, image_size=16)
+    remove = storage.remove
+
+    def breaking(name: str) -> None:
+        if name.endswith("/train"):
+            raise KeyboardInterrupt
+        remove(name)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "remove", breaking)
+        prepare("synthetic", place, num_images=40, image_size=16, overwrite=True)
+    assert storage.is_unfinished(place)
+    assert {"train", "dataset.json"} & set(storage.list_names(place)) == {"train"}
+    prepare("synthetic", place, num_images=30, image_size=16)
+    assert not storage.is_unfinished(place)
+    assert len(dataset.load_split(dataset.read_info(place), "train").images) == 24
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -141,6 +142,50 @@ def test_one_bit_is_black_and_white(rows):
 
 def test_one_stem_with_two_extensions_is_two_rows(rows):
     assert {"grey.png", "grey.bmp", "grey.jpg"} <= set(rows.index)
+
+
+TONES = np.arange(2**16)
+"""Every value that 16 bits have."""
+
+
+def deep(tones: np.ndarray) -> list[bytes]:
+    """Files of the kinds that hold 16 bits a pixel: of 16 bits, also the other way round, of 32."""
+    return [
+        saved(Image.fromarray(tones.astype(np.uint16)), "PNG"),
+        saved(Image.fromarray(tones.astype(np.uint16)), "TIFF"),
+        saved(Image.frombytes("I;16B", tones.shape[::-1], tones.astype(">u2").tobytes()), "TIFF"),
+        saved(Image.fromarray(tones.astype(np.int32)), "TIFF"),
+    ]
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (13, 5041), (2**16, 1), (1, 2**16)])
+@pytest.mark.parametrize("at_once", [100, 2**18])
+def test_every_tone_of_16_bits_is_rounded_however_few_rows_go_at_once(shape, at_once, monkeypatch):
+    monkeypatch.setattr(dataset, "_PIXELS_AT_ONCE", at_once)
+    tones = TONES[: shape[0] * shape[1]].reshape(shape)
+    for content in deep(tones):
+        assert np.array_equal(dataset.decode(content), (tones * 255 + 32767) // 65535)
+
+
+@pytest.mark.parametrize("tone", [-1, 2**16])
+def test_a_single_tone_beyond_16_bits_is_refused(tone, monkeypatch):
+    monkeypatch.setattr(dataset, "_PIXELS_AT_ONCE", 100)
+    pixels = np.zeros((30, 30), np.int32)
+    pixels[-1, -1] = tone
+    with pytest.raises(dataset.DecodeError, match="more than 16 bits"):
+        dataset.decode(saved(Image.fromarray(pixels), "TIFF"))
+
+
+def test_a_large_picture_of_16_bits_takes_little_memory():
+    content = saved(Image.fromarray(np.full((2000, 2000), 1000, np.uint16)), "PNG")
+    tracemalloc.start()
+    try:
+        grey = dataset.decode(content)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # its 8 bits, and a few rows
+    assert peak < 3 * grey.nbytes
 
 
 def damaged(content: bytes, seed: int) -> bytes:

@@ -86,8 +86,9 @@ def test_what_is_gone_is_a_read_error(kind, tmp_path):
         (tmp_path / "faces" / "a.jpg").unlink()
     else:
         write_zip(tmp_path / "faces.zip", {})
-    with pytest.raises(sources.ReadError):
+    with pytest.raises(sources.ReadError) as caught:
         pickle.loads(pickle.dumps(source)).read(gone.path, gone.at)
+    assert (str(caught.value) == sources.NOT_THERE) == (kind == "folder")
 
 
 @BOTH
@@ -259,6 +260,42 @@ def test_a_uri_reads_like_a_path(kind, tmp_path):
     files = faces("train/happy/1.jpg", "train/sad/2.jpg")
     place = make(kind, tmp_path, files).place
     assert content(sources.open_files(f"file://{place}")) == files
+
+
+def test_a_link_in_a_folder_whose_name_is_not_utf_8_can_be_noted(tmp_path):
+    root = write_folder(tmp_path / "faces", faces("train/happy/1.jpg"))
+    odd = os.fsencode(root) + b"/train/caf\xe9"
+    os.mkdir(odd)  # noqa: PTH102 -- a path of bytes
+    os.symlink(b"..", odd + b"/up")  # noqa: PTH211
+    reasons = {one.path: one.reason for one in sources.open_files(root).entries()}
+    assert reasons == {
+        "train/happy/1.jpg": None,
+        "train/caf\\xe9/up": "a link to a folder that is read already",
+    }
+    assert all(path.encode() for path in reasons)
+
+
+@BOTH
+def test_a_few_pictures_beside_a_folder_of_classes_are_no_classes(kind, tmp_path):
+    many = [f"faces/{label}/{index}.jpg" for label in ("happy", "sad") for index in range(5)]
+    strays = {"logos/1.png": "not in a class folder", "screenshots/2.png": "not in a class folder"}
+    source = make(kind, tmp_path, faces(*strays, *many))
+    assert layouts.find(source) == layouts.Layout(top=("faces",), has_splits=False)
+    assert rows(source) == {path: ("train", path.split("/")[1]) for path in many}
+    assert {one.path: one.reason for one in located(source) if one.reason} == strays
+
+
+def test_of_equally_many_files_the_shallower_are_the_classes(tmp_path):
+    paths = ["happy/1.jpg", "sad/2.jpg", "more/a/3.jpg", "more/b/4.jpg"]
+    source = make("folder", tmp_path, faces(*paths))
+    assert layouts.find(source).top == ()
+
+
+def test_most_files_in_several_places_are_not_left_for_a_few_in_one(tmp_path):
+    many = [f"{top}/{label}/{n}.jpg" for top in "ab" for label in ("sad", "glad") for n in range(9)]
+    source = make("folder", tmp_path, faces(*many, "logos/1.png", "screenshots/2.png"))
+    with pytest.raises(UserError, match="class folders in several places: a, b"):
+        layouts.find(source)
 
 
 def test_what_is_no_source_is_refused(tmp_path):

@@ -88,6 +88,64 @@ def test_the_folder_of_a_file_at_the_top_is_the_top():
     assert storage.parent_of("/x.csv") == "/"
 
 
+@pytest.fixture
+def occupied(tmp_path) -> str:
+    """The URI of a folder that holds something: it is written in place, as in an object store."""
+    place = f"file://{tmp_path}/out"
+    for name in ("train/part-00000.parquet", "validation/part-00000.parquet", "dataset.json"):
+        storage.write_bytes(f"{place}/{name}", b"old")
+    return place
+
+
+def fail_after(removals: int, monkeypatch) -> list[str]:
+    """Lets removing break off, as if the process were killed; what is removed until then."""
+    remove, removed = storage.remove, []
+
+    def breaking(place: str) -> None:
+        if len(removed) == removals:
+            raise KeyboardInterrupt
+        remove(place)
+        removed.append(storage.name_of(place))
+
+    monkeypatch.setattr(storage, "remove", breaking)
+    return removed
+
+
+def write_staged(place: str, *, fails: bool = False) -> None:
+    with storage.staged_directory(place) as staging:
+        for name in ("train/part-00000.parquet", "test/part-00000.parquet", "quarantine.parquet"):
+            storage.write_bytes(storage.join(staging, name), b"new")
+        if fails:
+            raise RuntimeError("the disk is full")
+
+
+@pytest.mark.parametrize("removals", range(3))
+def test_killed_while_the_old_content_is_removed_it_is_unfinished(occupied, removals, monkeypatch):
+    with monkeypatch.context() as patch:
+        removed = fail_after(removals, patch)
+        with pytest.raises(KeyboardInterrupt):
+            write_staged(occupied)
+    assert len(removed) == removals
+    assert removed[:1] in ([], ["dataset.json"]), "what makes readers trust the rest goes first"
+    assert storage.is_unfinished(occupied)
+    write_staged(occupied)
+    assert storage.list_names(occupied) == ["quarantine.parquet", "test", "train"]
+
+
+@pytest.mark.parametrize("removals", range(4))
+def test_killed_while_a_failure_is_cleared_away_it_is_unfinished(tmp_path, removals, monkeypatch):
+    place = f"file://{tmp_path}/out"
+    with monkeypatch.context() as patch:
+        # a first one looks for a file of the folder's name
+        fail_after(1 + removals, patch)
+        with pytest.raises(KeyboardInterrupt):
+            write_staged(place, fails=True)
+    assert storage.is_unfinished(place)
+    with pytest.raises(RuntimeError, match="full"):
+        write_staged(place, fails=True)
+    assert not storage.list_names(place)
+
+
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "out"
     with storage.staged_directory(str(target)) as staging:

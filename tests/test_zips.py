@@ -9,6 +9,7 @@ import tracemalloc
 import warnings
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from fer_ray import sources
 from fer_ray.errors import UserError
 from fer_ray.sources.zips import ZipSource
 
+EXTREMES = [(2**64 - 1).to_bytes(8), (2**63).to_bytes(8, "little"), bytes(8), b"\xff" * 4]
 METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2]
 NAMES = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0\\"), min_size=1, max_size=20
@@ -63,6 +65,37 @@ def test_every_zip_reads_as_python_reads_it(tmp_path_factory, files, prefix, com
         assert read == ("its path points outside the zip" if outside else content)
         plain = [part for part in name.split("/") if part not in ("", ".")]
         assert path_found == ("/".join(plain) or "(no name)")
+
+
+def write_wide(path: Path, count: int) -> None:
+    """A small zip that says all of its numbers in 64 bits, as large ones do."""
+    with (
+        mock.patch.object(zipfile, "ZIP64_LIMIT", -1),
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for index in range(count):
+            archive.writestr(f"train/happy/{index}.jpg", bytes(range(100)) * (index + 1))
+
+
+def test_a_zip_that_says_its_numbers_in_64_bits_is_read(tmp_path):
+    write_wide(tmp_path / "wide.zip", 3)
+    content = (tmp_path / "wide.zip").read_bytes()
+    assert content.count(b"PK\6\6") == content.count(b"PK\6\7") == 1
+    assert everything(tmp_path / "wide.zip") == [
+        (f"train/happy/{index}.jpg", bytes(range(100)) * (index + 1)) for index in range(3)
+    ]
+
+
+@pytest.mark.parametrize("place", [2**63 - 1, 2**63, 2**64 - 1])
+def test_a_64_bit_directory_beyond_any_file_is_refused(place, tmp_path):
+    path = tmp_path / "far.zip"
+    write_wide(path, 1)
+    content = bytearray(path.read_bytes().replace(b"PK\6\6", b"PK\6\0"))
+    locator = content.index(b"PK\6\7")
+    content[locator + 8 : locator + 16] = place.to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="64-bit directory is not where it says"):
+        everything(path)
 
 
 def test_more_entries_than_16_bits_count_are_listed_in_little_memory(tmp_path):
@@ -235,16 +268,23 @@ def test_damage_within_is_one_file_s_and_not_the_zip_s(tmp_path):
     assert found["2.jpg"] == b"2"
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_damage_is_an_error_of_one_line_or_a_reason(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("zip") / "a.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for index in range(3):
-            archive.writestr(f"train/happy/{index}.jpg", bytes(range(100)) * (index + 1))
+    if data.draw(st.booleans()):
+        write_wide(path, 3)
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for index in range(3):
+                archive.writestr(f"train/happy/{index}.jpg", bytes(range(100)) * (index + 1))
     raw = bytearray(path.read_bytes())
+    # half of it at the end, where the records are that lead to all others
+    places = st.integers(0, len(raw) - 1) | st.integers(len(raw) - 98, len(raw) - 1)
     for _ in range(data.draw(st.integers(1, 6))):
-        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+        at = data.draw(places)
+        number = data.draw(st.binary(min_size=1, max_size=1) | st.sampled_from(EXTREMES))
+        raw[at : at + len(number)] = number[: len(raw) - at]
     path.write_bytes(
         raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw
     )

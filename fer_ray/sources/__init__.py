@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from fer_ray import storage
 from fer_ray.errors import UserError
-from fer_ray.sources.files import Entry, ReadError, Source, junk_reason
+from fer_ray.sources.files import NOT_THERE, Entry, ReadError, Source, first_line, junk_reason
 from fer_ray.sources.folders import FolderSource
 from fer_ray.sources.zips import ZipSource
 
-__all__ = ["Entry", "ReadError", "Source", "list_files", "open_files"]
+__all__ = ["NOT_THERE", "Entry", "ReadError", "Source", "first_line", "list_files", "open_files"]
 
 
 def open_files(place: str, *, flag: str = "--source") -> Source:

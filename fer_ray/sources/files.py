@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 MAX_FILE_BYTES = 64 * 2**20
 """The largest file that is read: above, it is not a crop of a face, or a zip bomb."""
+
+NOT_THERE = f"cannot be read: {os.strerror(errno.ENOENT)}"
+"""The reason of a file that this process does not see; one on another machine may."""
 
 _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 
@@ -57,7 +62,7 @@ class Source(Protocol):
             at: the same entry's.
 
         Raises:
-            ReadError: for whatever prevents it, with the reason.
+            ReadError: for whatever prevents it, with the reason: `NOT_THERE` where it is gone.
             UserError: when the whole source is not there.
         """
 
@@ -89,6 +94,12 @@ def check_size(size: int) -> None:
     """
     if size > MAX_FILE_BYTES:
         raise ReadError(f"{size:,} bytes: larger than {MAX_FILE_BYTES:,}")
+
+
+def read_error(error: Exception) -> ReadError:
+    """What keeps a file from being read, `NOT_THERE` where there is none."""
+    absent = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    return ReadError(NOT_THERE if absent else f"cannot be read: {first_line(error)}")
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 
 from fer_ray import storage
 from fer_ray.errors import UserError
-from fer_ray.sources.files import Entry, ReadError, check_size, first_line
+from fer_ray.sources.files import Entry, ReadError, check_size, first_line, read_error
 
 NOT_PLAIN = "not a plain file"
 
@@ -49,7 +49,7 @@ class FolderSource:
                 raise UserError(
                     f"--source: {self.place} is gone, or not on all machines"
                 ) from error
-            raise ReadError(f"cannot be read: {first_line(error)}") from error
+            raise read_error(error) from error
 
     def fingerprint(self, listing: Iterator[tuple[str, int]]) -> str:
         """Hash of the listing: one line a file, path, tab and size."""
@@ -96,11 +96,22 @@ def _walk(fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
         for info in fs.get_file_info(pafs.FileSelector(folder)):
             path = info.path[len(root) :].strip("/")
             if info.path.strip("/") == folder.strip("/"):  # of a key with a doubled slash
-                yield Entry(path=f"{path}//", reason="below a folder without a name")
+                yield from _walk_nameless(fs, root, folder)
             elif info.type == pafs.FileType.Directory:
                 folders.append(info.path)
             else:
                 yield Entry(path=path, size=info.size or 0)
+
+
+def _walk_nameless(fs: pafs.FileSystem, root: str, folder: str) -> Iterator[Entry]:
+    """Every file of a store whose key has a doubled slash after a folder: pyarrow opens none.
+
+    Nor does it list such a folder but together with all that its parent holds, at once.
+    """
+    for info in fs.get_file_info(pafs.FileSelector(folder, recursive=True)):
+        if info.path.startswith(f"{folder}//") and info.type != pafs.FileType.Directory:
+            path, reason = info.path[len(root) + 1 :], "below a folder without a name"
+            yield Entry(path=path, size=info.size or 0, reason=reason)
 
 
 def _walk_local(fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
@@ -118,7 +129,8 @@ def _walk_local(fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
                 elif item.is_symlink() and (
                     _leads_up(item.path, folder) or _identity(item) in seen
                 ):
-                    yield Entry(path=path, reason="a link to a folder that is read already")
+                    reason = "a link to a folder that is read already"
+                    yield Entry(path=_in_utf8(path), reason=reason)
                 else:
                     folders.append(item.path)
 
@@ -136,7 +148,7 @@ def _identity(item: os.DirEntry[str] | Path) -> tuple[int, int]:
 
 
 def _local_entry(item: os.DirEntry[str], path: str) -> Entry:
-    shown = os.fsencode(path).decode(errors="backslashreplace")
+    shown = _in_utf8(path)
     if shown != path:
         return Entry(path=shown, reason="the file's name is not UTF-8")
     try:
@@ -146,6 +158,11 @@ def _local_entry(item: os.DirEntry[str], path: str) -> Entry:
     if not stat.S_ISREG(status.st_mode):
         return Entry(path=path, reason=NOT_PLAIN)
     return Entry(path=path, size=status.st_size)
+
+
+def _in_utf8(path: str) -> str:
+    """A path whose bytes that are not UTF-8 are written out: Arrow takes no others."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _leads_up(link: str, folder: str) -> bool:

@@ -36,44 +36,76 @@ class Layout:
 
 
 @dataclass(kw_only=True)
+class _Classes:
+    """What may be classes: the folders below one folder that hold files themselves."""
+
+    names: set[str] = field(default_factory=set)
+    """Their names; some, when there are very many."""
+    num_files: int = 0
+    """How many files lie in them."""
+
+
+@dataclass(kw_only=True)
 class _Seen:
     """What one look through the paths has found, in bounded memory."""
 
     num_files: int = 0
-    folders: set[str] = field(default_factory=set)
-    """Those whose files have been looked at; some, when there are very many."""
+    folders: dict[str, _Classes | None] = field(default_factory=dict)
+    """Those whose files have been looked at, with where they count; some of very many."""
     refused: Counter[str] = field(default_factory=Counter)
     """Files that cannot be read at all, by reason."""
     train_tops: set[tuple[str, ...]] = field(default_factory=set)
     """The folders above each ``train``."""
     other_split: str = ""
     """A split's folder that is not train."""
-    classes: list[dict[tuple[str, ...], set[str]]] = field(
+    classes: list[dict[tuple[str, ...], _Classes]] = field(
         default_factory=lambda: [{} for _ in range(_MAX_LEVELS_ABOVE + 1)]
     )
-    """At each depth the folders that hold files, by what lies above them; `_MOST_FOLDERS`."""
+    """At each depth what may be classes, by the folders above them; `_MOST_FOLDERS`."""
     num_classes: list[int] = field(default_factory=lambda: [0] * (_MAX_LEVELS_ABOVE + 1))
 
     def take(self, path: str) -> None:
         """Notes one path."""
         self.num_files += 1
         folder = path.rpartition("/")[0]
-        if folder in self.folders:  # another file of it says nothing new
-            return
-        if len(self.folders) < _MOST_FOLDERS:
-            self.folders.add(folder)
-        folders = tuple(folder.split("/")) if folder else ()
+        if folder in self.folders:  # another file of it is one more, and says nothing else
+            classes = self.folders[folder]
+        else:
+            classes = self._look(tuple(folder.split("/")) if folder else ())
+            if len(self.folders) < _MOST_FOLDERS:
+                self.folders[folder] = classes
+        if classes:
+            classes.num_files += 1
+
+    def _look(self, folders: tuple[str, ...]) -> _Classes | None:
+        """Notes a file's folders; returns what it counts for."""
         for depth, name in enumerate(folders[: _MAX_LEVELS_ABOVE + 1]):
             if name == "train":
                 self.train_tops.add(folders[:depth])
-                return
+                return None
             if name in SPLIT_FOLDERS:
                 self.other_split = self.other_split or "/".join(folders[: depth + 1])
         depth = len(folders) - 1
-        if 0 <= depth <= _MAX_LEVELS_ABOVE and self.num_classes[depth] < _MOST_FOLDERS:
-            names = self.classes[depth].setdefault(folders[:depth], set())
-            self.num_classes[depth] += folders[depth] not in names
-            names.add(folders[depth])
+        if not 0 <= depth <= _MAX_LEVELS_ABOVE:
+            return None
+        if self.num_classes[depth] >= _MOST_FOLDERS:
+            return self.classes[depth].get(folders[:depth])
+        classes = self.classes[depth].setdefault(folders[:depth], _Classes())
+        self.num_classes[depth] += folders[depth] not in classes.names
+        classes.names.add(folders[depth])
+        return classes
+
+    def tops(self) -> list[tuple[str, ...]]:
+        """What lies above two class folders or more, at the depth where these hold most files.
+
+        A few pictures beside a folder of classes are no classes. Of equal depths it is the least.
+        """
+        best: dict[tuple[str, ...], int] = {}
+        for by_top in self.classes:
+            found = {top: one.num_files for top, one in by_top.items() if len(one.names) > 1}
+            if sum(found.values()) > sum(best.values()):
+                best = found
+        return sorted(best)
 
 
 def find(source: Source) -> Layout:
@@ -90,10 +122,9 @@ def find(source: Source) -> Layout:
             seen.take(entry.path)
     if seen.train_tops:
         return Layout(top=_one_top(source.place, seen.train_tops), has_splits=True)
-    for by_top in seen.classes:
-        tops = [top for top, names in by_top.items() if len(names) > 1]
-        if len(tops) == 1 and not seen.other_split:
-            return Layout(top=tops[0], has_splits=False)
+    tops = seen.tops()
+    if len(tops) == 1 and not seen.other_split:
+        return Layout(top=tops[0], has_splits=False)
     raise UserError(f"--source: {source.place} has no train images: {EXPECTED}; {_found(seen)}")
 
 
@@ -163,13 +194,11 @@ def _found(seen: _Seen) -> str:
         return f"found {', '.join(refused) or 'no files that may be pictures'}"
     if seen.other_split:
         return f"found {seen.other_split} but no train"
+    if tops := seen.tops():
+        places = ", ".join("/".join(top) for top in tops[:3])
+        return f"found class folders in several places: {places}"
     for by_top in seen.classes:
-        for top, names in by_top.items():
-            if len(names) == 1:
-                return (
-                    f"found {seen.num_files:,} files, one class folder: {'/'.join((*top, *names))}"
-                )
-        if len(by_top) > 1:
-            tops = sorted("/".join(top) for top in by_top)
-            return f"found class folders in several places: {', '.join(tops[:3])}"
+        for top, one in by_top.items():
+            name = "/".join((*top, *one.names))
+            return f"found {seen.num_files:,} files, one class folder: {name}"
     return f"found {seen.num_files:,} files, none in a class folder"

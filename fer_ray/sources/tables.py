@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from fer_ray import storage
 from fer_ray.errors import UserError
-from fer_ray.sources.files import Entry, ReadError, first_line
+from fer_ray.sources.files import Entry, first_line, read_error
 from fer_ray.sources.folders import read_file
 from fer_ray.sources.layouts import SPLIT_FOLDERS
 from fer_ray.sources.zips import hash_file
@@ -67,7 +67,7 @@ class TableSource:
                 raise UserError(
                     f"--source: {self.place} is gone, or not on all machines"
                 ) from error
-            raise ReadError(f"cannot be read: {first_line(error)}") from error
+            raise read_error(error) from error
 
     def fingerprint(self, listing: Iterator[tuple[str, int]]) -> str:
         """Hash of the table's bytes; the pictures' own are in ``data_sha256``."""

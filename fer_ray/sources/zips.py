@@ -200,10 +200,12 @@ def _find_end(tail: bytes) -> int:
 
 def _read_end64(file: pa.NativeFile, locator_at: int, stated: int) -> tuple[int, int, int, int]:
     """Place of the 64-bit record; count, length and offset of the directory that it tells."""
+    nearest = locator_at - _END64.size
     # bytes before the zip move the record from where the locator says it is
-    for place in (locator_at - _END64.size, stated):
-        block = file.read_at(_END64.size, place) if place >= 0 else b""
-        if len(block) == _END64.size and block.startswith(_END64_MARK):
+    for place in (nearest, stated):
+        # what is stated may be beyond any file, and beyond what a file system takes
+        block = file.read_at(_END64.size, place) if 0 <= place <= nearest else b""
+        if block.startswith(_END64_MARK):
             *_, count, length, offset = _END64.unpack(block)
             return place, count, length, offset
     raise _Damaged("its 64-bit directory is not where it says")
