@@ -7,6 +7,7 @@ another. Nothing is compiled on either side.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import tempfile
@@ -80,8 +81,10 @@ def plan(
         UserError: for whatever is wrong about them.
     """
     keys = _chosen(set(only))
-    if rounds < 1 or round_s <= 0:
-        raise UserError(f"--rounds {rounds}, --round-s {round_s:g}: more than 0 is needed")
+    if rounds < 1 or not 0 < round_s < math.inf:
+        raise UserError(
+            f"--rounds {rounds}, --round-s {round_s:g}: more than 0 is needed, and an end"
+        )
     if "workers_over_limit" in keys and config.scaling.num_workers < 2:
         raise UserError("--num-workers: workers_over_limit is of 2 or more; --only leaves it out")
     labels, size = len(FER2013_LABELS), _IMAGE_SIZE

@@ -149,6 +149,12 @@ KEYS = {
 }
 """The numbers, by their name in the result."""
 
+LIMIT_OF_PREPARATION = (
+    "Reading, decoding and hashing alone, in as many processes as CPUs, is {:.2f} times as fast "
+    "as all that the one process with Pillow does."
+)
+"""What bounds `prepare_over_pillow` on a machine."""
+
 
 def numbers(keys: Sequence[str], found: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of `KEYS` from what was measured.
@@ -187,6 +193,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
     if result["images_per_s"]:
         lines += ["", "images/s, medians of the rounds:"]
     lines += [f"  {name:26}{value:>12,.1f}" for name, value in result["images_per_s"].items()]
+    if "prepare_limit_over_pillow" in result:
+        lines.append(LIMIT_OF_PREPARATION.format(result["prepare_limit_over_pillow"]))
     if "asha" in result:
         full, halved = result["asha"]["full"], result["asha"]["halved"]
         lines.append(

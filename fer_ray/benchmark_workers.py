@@ -89,17 +89,18 @@ def alone(settings: dict[str, Any]) -> None:
 
     Args:
         settings: ``config``, ``names`` of what to measure, ``rounds``, ``round_s``, ``step_s``
-            of the plain loop, ``spare_cpus`` to stream with, and the ``folder`` for the result.
+            of the plain loop (0 where no training is measured), ``spare_cpus`` to stream with,
+            and the ``folder`` for the result.
     """
     entered = time.time()
     place = Workplace.of(settings)
     names, rounds, device = settings["names"], settings["rounds"], place.group.device
     round_s, batch_size = settings["round_s"], place.config.schedule.global_batch_size
-    steps = steps_for(settings["step_s"], round_s, batch_size)
-    feed = WatchedFeed(place.feed(steps), device)
-    loaded = time.time()
-    found: dict[str, Any] = {"steps": steps, "threads": place.threads, "rounds": {}}
+    found: dict[str, Any] = {"threads": place.threads, "rounds": {}}
     if {"epochs", "train"} & set(names):
+        steps = found["steps"] = steps_for(settings["step_s"], round_s, batch_size)
+        feed = WatchedFeed(place.feed(steps), device)
+        loaded = time.time()
         trainer = place.trainer(feed)
         built = time.time()
         trainer.fit(lambda history, save: None)

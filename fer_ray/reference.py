@@ -217,9 +217,12 @@ def _conditions(record: dict[str, Any]) -> str:
         return f"Sweeps: once each, on drawn faces; {ran_on}"
     if "prepare" in rounds:
         growth = "few and many drawn faces once each; " if "prepare_few" in rounds else ""
+        bound = ""
+        if limit := record.get("prepare_limit_over_pillow"):
+            bound = f" {benchmark_numbers.LIMIT_OF_PREPARATION.format(limit)}"
         return (
             f"Preparation: {rounds['prepare']} rounds each beside Pillow, {record['images']:,} "
-            f"images; {growth}{ran_on}"
+            f"images; {growth}{ran_on}{bound}"
         )
     return (
         f"`{record['model']['name']}`: {record['model']['multiply_adds'] / 1e6:,.0f} M "

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
         help="measure these numbers (the model's)",
     )
     add("--rounds", type=cli.integer(1), default=5, help="rounds of each side")
-    add("--round-s", type=float, default=3.0, help="seconds of a round, about")
+    add("--round-s", type=cli.number(0.0), default=3.0, help="seconds of a round, about")
     add("--show-augmentations", metavar="FILE.html", help="only write this page of pictures")
     cli.add_config_flags(made)
     return made

@@ -1,11 +1,10 @@
-"""The benchmark: its arithmetic, its rounds, its mistakes, the page of pictures; and one run."""
+"""The benchmark: its arithmetic, its rounds, its mistakes; and one run."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import re
 import time
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from fer_ray import (
 )
 from fer_ray.benchmark_loops import Plain, Workplace, in_turn, rate, spread, steps_for
 from fer_ray.benchmark_numbers import KEYS, numbers, table
-from fer_ray.config import AUGMENTATIONS, NORMALIZATIONS, STRENGTHS, TrainConfig
+from fer_ray.config import TrainConfig
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.group import Group
 from fer_ray.loading import Images
@@ -272,6 +271,7 @@ WRONG = {
     "rounds": (["--rounds", "0"], "'0' is not a whole number >= 1"),
     "model": (["--model", "resnet"], "custom_cnn"),
     "range": (["--rotation", "500"], "from 0 to 180"),
+    "no end": (["--round-s", "inf"], "'inf' is not a number above 0"),
 }
 
 
@@ -291,6 +291,8 @@ def test_a_plan_finds_mistakes(tmp_path):
             benchmark.plan(settings or on_drawn_faces(num_workers=2), **arguments)
 
     refused("more than 0", round_s=-1.0)
+    refused("and an end", round_s=float("inf"))
+    refused("and an end", round_s=float("nan"))
     refused("more than 0", rounds=0)
     refused("--num-workers: workers_over_limit", on_drawn_faces(num_workers=1))
     refused("is a folder", output=str(tmp_path))
@@ -319,54 +321,6 @@ def test_what_the_machine_lacks_is_refused(ray_cluster):
         with pytest.raises(UserError, match=message):
             benchmark.measure(wanted, start_ray=lambda: None, say=said.append)
     assert not said
-
-
-@pytest.fixture(scope="module")
-def page() -> str:
-    return augmentation_page.render()
-
-
-def test_the_page_shows_every_option_preset_and_normalization(page):
-    for name in (*STRENGTHS, *AUGMENTATIONS):
-        assert page.count(f'id="{name}"') == 1, name
-    for name in NORMALIZATIONS:
-        assert f"--normalization {name}<" in page
-    by_both = len(STRENGTHS) - len(augmentation_page.MIXING) + len(AUGMENTATIONS)
-    for engine in ("albumentations", "device"):
-        assert page.count(f"<figcaption>{engine}</figcaption>") == by_both
-
-
-def test_the_page_needs_nothing_from_outside(page):
-    assert "http" not in page.replace("http-equiv", "")
-    sources = re.findall(r'(?:src|href)="([^"]{0,22})', page)
-    assert sources and all(one == "data:image/png;base64," for one in sources)
-
-
-def test_the_page_has_pictures_that_differ_by_what_was_done(page):
-    pictures = re.findall(r'<img src="([^"]+)" alt="(\w+) by (\w+)', page)
-    by_name = {(name, engine): content for content, name, engine in pictures}
-    assert len(by_name) == len(pictures)
-    same = {name for name, engine in by_name if engine == "device"}
-    same = {n for n in same if by_name[n, "device"] == by_name[n, "albumentations"]}
-    assert same == {"none"}
-    assert len(set(by_name.values())) == len(by_name) - 1
-
-
-def test_a_picture_holds_the_faces_in_rows():
-    import base64
-
-    import cv2
-
-    shown = augmentation_page.faces(4).reshape(2, 2, 48, 48)
-    content = base64.b64decode(augmentation_page.picture(shown).split(",")[1])
-    sheet = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE)
-    assert sheet.shape == (98, 98)
-    assert np.array_equal(sheet[50:, :48], shown[1, 0])
-
-
-def test_strengths_are_those_of_the_preset_strong():
-    assert augmentation_page.strength_of("rotation") == 15.0
-    assert augmentation_page.strength_of("zoom") == 0.12
 
 
 @pytest.fixture
@@ -404,13 +358,17 @@ def test_preparation_is_measured_on_request(ray_cluster, monkeypatch, capfd):
     monkeypatch.setattr(benchmark_prepare, "_FEW", 30)
     monkeypatch.setattr(benchmark_prepare, "_MANY", 60)
     only = [name for name, key in KEYS.items() if key.needs.startswith("prepare")]
-    plan = benchmark.plan(on_drawn_faces(num_workers=1), only=only, rounds=1)
+    only = ["input_us_per_image", *only]  # without any training beside it
+    plan = benchmark.plan(on_drawn_faces(num_workers=1), only=only, rounds=1, round_s=0.1)
     result = benchmark.measure(plan, start_ray=lambda: None, say=lambda line: None)
     assert list(result["targets"]) == only and all(result[name] > 0 for name in only)
     few, many = result["prepare_growth"]["peak_mib"]
     assert {"driver", "raylet", "gcs_server"} <= few.keys() & many.keys()
     assert result["prepare_memory_growth"] == max(many[k] / few[k] for k in few.keys() & many)
-    assert len(result["rounds"]["prepare"]) == len(result["rounds"]["prepare_plain"]) == 1
+    sides = {name: result["rounds"][f"prepare{name}"] for name in ("", "_plain", "_limit")}
+    assert all(len(rounds) == 1 for rounds in sides.values())
+    assert result["prepare_limit_over_pillow"] == sides["_limit"][0] / sides["_plain"][0]
+    assert result["prepare_limit_over_pillow"] > result["prepare_over_pillow"]
 
 
 @pytest.mark.slow

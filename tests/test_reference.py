@@ -88,7 +88,8 @@ def test_benchmarks_of_models_of_preparation_and_of_sweeps_have_tables_of_their_
     rounds = {"train": [1.0] * 5, "train_plain": [1.0] * 5}
     benchmark_record(folder, "custom_cnn", {"train_over_plain": 0.9}, rounds=rounds)
     rounds = {"prepare": [4.0] * 3, "prepare_plain": [1.0] * 3}
-    benchmark_record(folder, "preparation", {"prepare_over_pillow": 5.5}, rounds=rounds)
+    limit = {"prepare_limit_over_pillow": 7.25}
+    benchmark_record(folder, "preparation", {"prepare_over_pillow": 5.5}, rounds=rounds, **limit)
     benchmark_record(folder, "sweeps", {"asha_saving": 0.3, "asha_loss": 0.01}, asha={})
     first, second, third = reference.benchmarks(tmp_path).split("\n\n| number")
     assert "| `train_over_plain` | ≥ 0.95 | 0.90 (missed) |" in first
@@ -96,6 +97,7 @@ def test_benchmarks_of_models_of_preparation_and_of_sweeps_have_tables_of_their_
     assert first.splitlines()[-1].startswith("`custom_cnn`: 142 M multiply-adds, batch 128, 5 rou")
     assert "| `prepare_over_pillow` | ≥ 5 | 5.50 |" in second
     assert "Preparation: 3 rounds each beside Pillow, 1,000 images" in second
+    assert second.endswith("is 7.25 times as fast as all that the one process with Pillow does.")
     assert "| `asha_saving` | ≤ 0.4 | 0.30 |" in third and "0.01 (missed)" in third
     assert third.splitlines()[-1] == (
         "Sweeps: once each, on drawn faces; Nimble, 2 cores; torch 2, ray 3."
