@@ -5,6 +5,10 @@ DEMO := results/demo
 CLUSTER := results/cluster
 DEMO_TRAIN := $(BIN)/python jobs/train.py --data $(DEMO)/data --storage $(DEMO)/runs
 
+# uv does not read pip's settings: where pip was told of another index, uv is told too
+INDEX = index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}; \
+	[ -z "$$index" ] || export UV_DEFAULT_INDEX=$${UV_DEFAULT_INDEX:-$${UV_INDEX_URL:-$$index}}
+
 # without cached bytecode every Ray process would compile all packages anew
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -20,7 +24,7 @@ setup: .venv/ready ## .venv with the exact versions of requirements.lock
 	@echo "setting up .venv: about 3 GB to download, 6 GB on the disk"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$$(sed -n 's/^uv==\([^ ]*\).*/\1/p' requirements.lock)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(INDEX); $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 

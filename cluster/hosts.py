@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -187,11 +188,14 @@ def _on_loopback(name: str, *, cpus: int, wait_s: float) -> Iterator[dict[str, s
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        taken = [
-            stack.enter_context(socket.create_server((nodes.LOOPBACK, 0))) for _ in range(count)
-        ]
-        return [one.getsockname()[1] for one in taken]
+    """Below those that the kernel gives away, which others may get before Ray listens."""
+    found: list[int] = []
+    for port in random.sample(range(20_000, 32_768), 1000):
+        with contextlib.suppress(OSError), socket.create_server((nodes.LOOPBACK, port)):
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 if __name__ == "__main__":

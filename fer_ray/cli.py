@@ -210,10 +210,22 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
-def conclude(place: str) -> None:
-    """Says where a job's result lies: the last line, after whatever is still to be said."""
+def conclude(*places: str) -> None:
+    """Says where a job's results lie: the last lines, after whatever is still to be said.
+
+    Workers' lines come to the driver by and by: what is left of them comes when Ray shuts down.
+    """
     capacity.stop_following()
-    say(place)
+    if _started:
+        import ray
+
+        ray.shutdown(_exiting_interpreter=True)  # waits for them
+    for place in places:
+        say(place)
+
+
+_started: list[bool] = []
+"""Not empty where this process is to end Ray: where it was not there before."""
 
 
 def lasting(flag: str, place: str) -> str:
@@ -257,6 +269,7 @@ def start_ray(**settings: Any) -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         settings = {"address": "local", "include_dashboard": False, **settings}
     ray.init(log_to_driver=True, logging_level=logging.ERROR, **settings)
+    _started.append(True)
     resources = ray.cluster_resources()
     say(
         f"ray {ray.__version__}: {len(ray.nodes())} node(s), {resources.get('CPU', 0):g} CPUs, "

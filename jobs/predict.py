@@ -45,9 +45,8 @@ def main() -> None:
         for split in flags.split or ["images" if flags.images else "validation"]
     ]
     cli.start_ray()
-    for plan in plans:
-        settings = {"num_actors": flags.num_actors, "use_gpu": flags.use_gpu}
-        cli.conclude(inference.predict(plan, **settings, say=cli.say))
+    settings = {"num_actors": flags.num_actors, "use_gpu": flags.use_gpu}
+    cli.conclude(*[inference.predict(plan, **settings, say=cli.say) for plan in plans])
 
 
 if __name__ == "__main__":

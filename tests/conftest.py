@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 from faces import HOSTILE
+from processes import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_IMAGES = ROOT.parent / "shared" / "fer2013" / "facial-emotion-expressions.zip"
@@ -20,9 +20,7 @@ os.environ.pop("RAY_ADDRESS", None)
 # the tests' networks are so small that a second thread only makes the first wait for it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # before Ray starts, so that its workers know it too
-with socket.socket() as _free:
-    _free.bind(("127.0.0.1", 0))
-    STORE_PORT = _free.getsockname()[1]
+(STORE_PORT,) = free_ports(1)
 os.environ["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{STORE_PORT}"
 os.environ |= {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests"}
 os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
@@ -35,6 +33,7 @@ def ray_cluster():
     from fer_ray import cli
 
     cli.start_ray(num_cpus=2)
+    cli._started.clear()  # jobs that run in this process leave it to the others
     import ray
 
     yield ray

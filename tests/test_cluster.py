@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -21,8 +22,9 @@ from pathlib import Path
 import local
 import nodes
 import pandas as pd
+import psutil
 import pytest
-from processes import wait_for
+from processes import free_ports, wait_for
 
 from fer_ray import predictions
 from fer_ray.errors import UserError
@@ -195,18 +197,11 @@ class Cluster:
         """The addresses on which the cluster's processes accept connections."""
         found = set()
         for process in nodes.processes(self.folder):
-            for connection in process.net_connections(kind="tcp"):
-                if connection.status == "LISTEN":
-                    found.add(connection.laddr.ip.removeprefix("::ffff:"))
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+                for connection in process.net_connections(kind="tcp"):
+                    if connection.status == "LISTEN":
+                        found.add(connection.laddr.ip.removeprefix("::ffff:"))
         return found
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from fer_ray.errors import JobFailed
 
 ROOT = Path(__file__).resolve().parents[1]
 RAY = Path(sys.executable).parent / "ray"
-EPOCHS = 6
+EPOCHS = 10
 # all of them took nine minutes on two cores beside a dozen other processes
 pytestmark = pytest.mark.timeout(1200)
 
@@ -163,7 +164,7 @@ def run(cluster: hosts.Cluster, *command: str, host: str = "head") -> subprocess
         )
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what
@@ -275,7 +276,10 @@ def test_every_port_of_the_hosts_wants_the_token_but_those_of_metrics(cluster, t
     for host, other in (("head", "worker"), ("worker", "head")):
         ports = ports_of(cluster, host)
         answers = knock(cluster, other, host, token, ports)
+        still = ports_of(cluster, host)  # a worker may have ended meanwhile
         for port, answer in answers.items():
+            if answer == "closed" and port not in still:
+                continue
             assert answer in {*refused, "objects UNAUTHENTICATED", "metrics 200"}, (host, port)
         assert answers["8076"] == "objects UNAUTHENTICATED"
         assert answers["52365"] in refused
@@ -353,7 +357,10 @@ class Training:
     @property
     def epochs(self) -> list[int]:
         history = self.run / "history.parquet"
-        return pq.read_table(history)["epoch"].to_pylist() if history.exists() else []
+        if not history.exists():
+            return []
+        # at once: it is replaced while it is read
+        return pq.read_table(io.BytesIO(history.read_bytes()))["epoch"].to_pylist()
 
     def reach(self, epoch: int) -> None:
         """Waits for the end of an epoch."""
@@ -377,8 +384,9 @@ def test_a_training_survives_that_a_host_is_cut_off_and_comes_back(cluster, jour
     time.sleep(2)  # less than it takes to be taken for dead: nothing is lost
     cluster.network.mend("worker")
     training.reach(len(training.epochs) + 1)
-    assert cluster.alive() == both and "going on after" not in training.log
     done = training.epochs
+    wait_for(lambda: cluster.alive() == both, "a host was lost")
+    assert "going on after" not in training.log
     assert len(done) < EPOCHS - 1, "too fast to be cut off"
     cluster.network.cut("worker")
     wait_for(lambda: cluster.alive() == [head], "the head does not notice that a host is gone")

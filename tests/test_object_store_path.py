@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import http.server
-import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import boto3
@@ -16,7 +14,7 @@ import pandas as pd
 import pyarrow.dataset as ds
 import pytest
 import small
-from processes import descendants
+from processes import killing
 
 from fer_ray import (
     checkpoint,
@@ -34,6 +32,8 @@ from fer_ray.errors import JobFailed, UserError
 from fer_ray.sweeps import planning, records, tuning
 
 ROOT = Path(__file__).resolve().parents[1]
+EPOCHS = 8
+"""Enough of them that the run is still under way when its first checkpoint is noticed."""
 
 
 def quiet(line: str) -> None:
@@ -61,24 +61,21 @@ def config(data: str, **sections) -> TrainConfig:
 @pytest.fixture(scope="module")
 def run(bucket, data) -> str:
     """A run that lost its worker after an epoch and was begun again from its checkpoint."""
-    settings = config(data, schedule={"epochs": 3}, scaling={"max_failures": 0})
+    settings = config(data, schedule={"epochs": EPOCHS}, scaling={"max_failures": 0})
 
     def fit() -> None:
         wanted = training.plan(settings, storage_place=f"{bucket}/runs", run="tried")
         training.fit(wanted, say=quiet)
 
-    def kill_after_first_epoch() -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not checkpoint.in_run(f"{bucket}/runs/tried"):
-            time.sleep(0.02)
-        for process in descendants(os.getpid(), "ray::RayTrainWorker"):
-            os.kill(process, 9)
+    def has_a_checkpoint() -> bool:
+        return bool(checkpoint.in_run(f"{bucket}/runs/tried"))
 
-    killer = threading.Thread(target=kill_after_first_epoch)
-    killer.start()
-    with pytest.raises(JobFailed, match="the same command resumes it"):
+    with (
+        killing("ray::RayTrainWorker", has_a_checkpoint) as killed,
+        pytest.raises(JobFailed, match="the same command resumes it"),
+    ):
         fit()
-    killer.join()
+    assert killed
     left = storage.list_names(f"{bucket}/runs/tried")
     assert "run.json" not in left
     assert checkpoint.in_run(f"{bucket}/runs/tried"), "there is nothing to resume from"
@@ -89,12 +86,12 @@ def run(bucket, data) -> str:
 @pytest.mark.slow
 def test_a_run_resumes_from_the_store(run, data):
     result = storage.read_json(f"{run}/run.json")
-    assert result["epochs"] == 3
+    assert result["epochs"] == EPOCHS
     assert result["data_sha256"] == dataset.read_info(data).data_sha256
-    assert pd.read_parquet(f"{run}/history.parquet")["epoch"].tolist() == [1, 2, 3]
+    assert pd.read_parquet(f"{run}/history.parquet")["epoch"].tolist() == list(range(1, EPOCHS + 1))
     best = checkpoint.find(run)
     assert best.sha256 == result["checkpoint_sha256"]
-    assert {3, best.epoch} <= {one.epoch for one in checkpoint.in_run(run)}
+    assert {EPOCHS, best.epoch} <= {one.epoch for one in checkpoint.in_run(run)}
 
 
 @pytest.fixture(scope="module")

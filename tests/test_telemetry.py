@@ -138,7 +138,7 @@ def values(text: str, name: str) -> dict[tuple[str, str], float]:
 @pytest.mark.slow
 def test_the_metrics_can_be_scraped_while_two_workers_train(ray_cluster, drawn_faces, tmp_path):
     values_of = small.config(
-        schedule={"epochs": 10_000, "time_limit_s": 25.0, "global_batch_size": 32},
+        schedule={"epochs": 10_000, "time_limit_s": 32.0, "global_batch_size": 32},
         scaling={"num_workers": 2},
     ).to_dict()
     plan = training.plan(
@@ -163,7 +163,7 @@ def test_the_metrics_can_be_scraped_while_two_workers_train(ray_cluster, drawn_f
     for key in both:
         assert images[key] == 16 * steps[key] > 0
     speed = sum(values(text, "fer_ray_train_images_per_s")[key] for key in both)
-    assert 0.2 * result["images_per_s"] < speed < 5 * result["images_per_s"]
+    assert 0.05 * result["images_per_s"] < speed < 5 * result["images_per_s"]  # of one epoch
     assert min(values(text, "fer_ray_device_memory_bytes")[key] for key in both) > 50 * 2**20
     told = lines(plan.folder)
     assert {line["rank"] for line in told} == {0, 1}
