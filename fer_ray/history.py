@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +22,25 @@ SCHEMA = pa.schema(
         pa.field("learning_rate", pa.float64(), nullable=False),
         pa.field("images_per_s", pa.float64(), nullable=False),
         pa.field("seconds", pa.float64(), nullable=False),
+        pa.field("ended_at", pa.timestamp("ms", tz="UTC")),
     ]
 )
 """The columns of ``history.parquet``."""
 
 
 def write_history(place: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes ``history.parquet`` whole: a row that is there twice or missing cannot come about."""
+    """Writes ``history.parquet`` whole: a row that is there twice or missing cannot come about.
+
+    Args:
+        place: of the file.
+        rows: as checkpoints hold them; ``ended_at`` in ISO 8601, and not in those of before it was
+            kept.
+    """
+    moments = [{**row, "ended_at": _moment(row.get("ended_at"))} for row in rows]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink)
+    pq.write_table(pa.Table.from_pylist(moments, schema=SCHEMA), sink)
     storage.write_bytes(place, sink.getvalue().to_pybytes())
+
+
+def _moment(text: str | None) -> datetime.datetime | None:
+    return datetime.datetime.fromisoformat(text) if text else None

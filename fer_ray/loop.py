@@ -3,6 +3,7 @@ whoever calls it, so that a trainer's worker, a sweep's trial and a test share i
 
 from __future__ import annotations
 
+import datetime
 import math
 import time
 import warnings
@@ -162,6 +163,7 @@ class Trainer:
                     "learning_rate": self._learning_rate(len(self.history), 0),
                     "images_per_s": seen / self.group.slowest(train_s),
                     "seconds": seconds,
+                    "ended_at": datetime.datetime.now(datetime.UTC).isoformat(),
                 }
             )
             if self.watch:

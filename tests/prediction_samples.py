@@ -151,7 +151,9 @@ def save_history(runs: Path, run: str, epochs: int = 5) -> Path:
         "images_per_s": np.full(epochs, 1234.5),
         "seconds": np.full(epochs, 12.0),
     }
-    rows = pa.table(columns).cast(history.SCHEMA).to_pylist()
+    rows = pa.table(columns).to_pylist()
+    for row in rows:
+        row["ended_at"] = f"2026-01-01T00:00:{12 * row['epoch'] % 60:02}+00:00"
     history.write_history(str(folder / "history.parquet"), rows)
     (folder / "run.json").write_text(json.dumps({"hardware": {"processor": "two cores"}}))
     return folder

@@ -45,7 +45,7 @@ def rows(folder: Path) -> pd.DataFrame:
     return pq.read_table(folder / "trials.parquet").to_pandas()
 
 
-MEASURED = ["images_per_s", "seconds"]
+MEASURED = ["images_per_s", "seconds", "ended_at"]
 
 
 def same_results(first: Path, second: Path) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import json
 import re
 import subprocess
@@ -19,8 +21,10 @@ from test_report import HOSTILE, Page, browse
 
 from fer_ray import figures
 from fer_ray.errors import UserError
+from fer_ray.sweeps import figures as figures_of_sweeps
 from fer_ray.sweeps import records, report, summary, words
-from fer_ray.sweeps.space import Arm
+from fer_ray.sweeps.records import Trial
+from fer_ray.sweeps.space import Arm, Range
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,38 @@ def test_figures_are_well_formed(tmp_path: Path):
     report.publish(str(folder))
     drawn = re.findall(r"<svg.*?</svg>", read_page(folder), re.DOTALL)
     assert drawn and all(ET.fromstring(one).attrib["viewBox"] for one in drawn)
+
+
+def test_epochs_are_counted_as_they_were_spent(tmp_path: Path):
+    """A trial that ASHA promotes late ends late, whatever its number."""
+
+    def trial(number: int, ends: list[int], status: str) -> Trial:
+        rows = samples.history(0.5 + number / 10, len(ends))
+        times = [datetime.datetime.fromtimestamp(end, datetime.UTC) for end in ends]
+        history = [{**row, "ended_at": time} for row, time in zip(rows, times)]
+        return Trial(number=number, arm=None, options={"schedule.seed": 0, "transforms.flip": 0.5},
+                     status=status, history=history)  # fmt: skip
+
+    given = [
+        trial(0, [1, 8, 9], records.FINISHED),
+        trial(1, [2], records.STOPPED),
+        trial(2, [3, 4, 5], records.FINISHED),
+        trial(3, [6, 7], records.FAILED),
+    ]
+    ranges = {"transforms.flip": Range(low=0.0, high=1.0)}
+    config = samples.base(schedule={"epochs": 3})
+    folder = samples.save(tmp_path / "s", given, config=config, ranges=ranges)
+    ended = figures_of_sweeps.as_they_ended(records.read_trials(str(folder)))
+    assert ended[["trial", "spent"]].to_numpy().tolist() == [[2, 5], [0, 9]]
+    report.publish(str(folder))
+    assert "Each finished trial where it ended" in read_page(folder)
+    untimed = [dataclasses.replace(one, history=samples.history(0.5, len(one.history)))
+               for one in given]  # fmt: skip
+    samples.save(folder, untimed, config=config, ranges=ranges)
+    ended = figures_of_sweeps.as_they_ended(records.read_trials(str(folder)))
+    assert ended[["trial", "spent"]].to_numpy().tolist() == [[0, 3], [2, 7]]
+    report.publish(str(folder))
+    assert "Trials in the order of their numbers" in read_page(folder)
 
 
 def test_the_page_replaces_nothing_else(grid: Path, tmp_path: Path):

@@ -170,17 +170,16 @@ def _curve_style(number: int, epochs: int) -> dict[str, Any]:
 
 
 def accuracy_against_epochs(trials: pd.DataFrame) -> str:
-    """The best finished trial so far against the epochs that all trials so far have run.
+    """The best finished trial so far against the epochs that all trials had run by then.
 
     Args:
-        trials: the content of ``trials.parquet``; its rows carry no time, so the trials stand
-            in the order of their numbers.
+        trials: the content of ``trials.parquet``; where its rows lack their time (it was not
+            always kept), the trials stand in the order of their numbers.
     """
-    spent = trials[trials["epoch"] > 0].groupby("trial").size().cumsum()
-    last = trials.drop_duplicates("trial", keep="last").set_index("trial")
-    scores = last[last["status"] == records.FINISHED]["validation_accuracy"].dropna()
+    ended = as_they_ended(trials)
+    scores = ended["validation_accuracy"]
     best = 100 * scores.cummax()
-    ends = [*spent.reindex(scores.index), spent.iloc[-1]]
+    ends = [*ended["spent"], int((trials["epoch"] > 0).sum())]
     with drawn(3.4) as (figure, axes):
         axes.plot(
             ends[:-1],
@@ -205,6 +204,22 @@ def accuracy_against_epochs(trials: pd.DataFrame) -> str:
         legend(figure, 2)
         told = f"{best.iloc[-1]:.1f} % after {ends[-1]:,} epochs"
         return as_svg(figure, f"Best accuracy of a finished trial against epochs run: {told}")
+
+
+def as_they_ended(trials: pd.DataFrame) -> pd.DataFrame:
+    """The last rows of the finished trials, with `spent`, the epochs of all trials up to them."""
+    run = trials[trials["epoch"] > 0]
+    if is_timed(trials):
+        run = run.sort_values(["ended_at", "trial", "epoch"])
+    run = run.assign(spent=range(1, len(run) + 1))
+    last = run.sort_values("epoch").drop_duplicates("trial", keep="last").sort_values("spent")
+    return last[(last["status"] == records.FINISHED) & last["validation_accuracy"].notna()]
+
+
+def is_timed(trials: pd.DataFrame) -> bool:
+    """Whether it is known of every epoch when it ended."""
+    run = trials[trials["epoch"] > 0]
+    return "ended_at" in run and bool(run["ended_at"].notna().all())
 
 
 def importance_bars(summary: Mapping[str, Any]) -> str:

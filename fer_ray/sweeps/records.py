@@ -61,6 +61,7 @@ SCHEMA = pa.schema(
         *(pa.field(column, _type_of(name)) for column, name in options.COLUMNS.items()),
         pa.field("epoch", pa.int32(), nullable=False),
         *(pa.field(metric, pa.float64()) for metric in METRICS),
+        pa.field("ended_at", pa.timestamp("ms", tz="UTC")),
         pa.field("status", pa.string(), nullable=False),
         pa.field("stop_reason", pa.string()),
         *(pa.field(name, pa.string()) for name in ("hardware", "computed_in", "versions")),
@@ -236,7 +237,8 @@ def rows(trials: Iterable[Trial], base: TrainConfig) -> list[dict[str, Any]]:
 
 
 def _epoch(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"epoch": row["epoch"], **{metric: row[metric] for metric in METRICS}}
+    measured = {metric: row[metric] for metric in METRICS}
+    return {"epoch": row["epoch"], **measured, "ended_at": row.get("ended_at")}
 
 
 def write_trials(sweep: str, base: TrainConfig) -> list[Trial]:

@@ -89,6 +89,7 @@ def render(made: Mapping[str, Any], trials: pd.DataFrame) -> str:
         sentences=[words.compared(arm, made) for arm in made["arms"][1:]] if is_grid else [],
         between=words.between,
         fewest_stable=importance.FEWEST_STABLE,
+        timed=figures.is_timed(trials),
     )
 
 
