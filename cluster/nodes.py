@@ -36,10 +36,10 @@ def processes(folder: Path) -> list[Any]:
     Ray titles its workers anew and gives job drivers sessions of their own, so that neither
     command lines nor process groups find all of them.
     """
-    psutil = _psutil()
+    library = psutil()
     found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
+    for process in library.process_iter():
+        with contextlib.suppress(library.Error, OSError):
             if process.environ().get(MARKER) == str(folder) and process.pid != os.getpid():
                 found.append(process)
     return found
@@ -59,7 +59,8 @@ def alive(jobs: str, token: str) -> list[dict[str, Any]]:
     return [node for node in nodes if node["state"] == "ALIVE"]
 
 
-def _psutil() -> Any:
+def psutil() -> Any:
+    """The library that Ray brings."""
     importlib.import_module("ray")  # puts the psutil that it brings on the path
     return importlib.import_module("psutil")
 
@@ -168,13 +169,13 @@ def wait(folder: Path, nodes: Mapping[str, subprocess.Popen], deadline: float, r
 
 def end(folder: Path) -> int:
     """Ends the processes of the cluster, its nodes first; returns how many there were."""
-    psutil = _psutil()
+    library = psutil()
     found = processes(folder)
     # `ray start --block` ends its node in order, a worker only while its head still answers;
     # what is left then gets no such courtesy
     for role in ("--address=", "--head"):
         for process in found:
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(library.Error):
                 arguments = process.cmdline()
                 if "--block" in arguments and any(one.startswith(role) for one in arguments):
                     process.terminate()
@@ -182,9 +183,9 @@ def end(folder: Path) -> int:
     left = processes(folder)
     while left:
         for process in left:
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(library.Error):
                 process.kill()
-        psutil.wait_procs(left, timeout=_STOP_S)
+        library.wait_procs(left, timeout=_STOP_S)
         left = processes(folder)
     (folder / TOKEN).unlink(missing_ok=True)
     return len(found)

@@ -65,7 +65,12 @@ class Growth:
     """Whether it is known here."""
     types: tuple[NodeType, ...] = ()
     most: int = 0
-    """How many nodes of all types there may be."""
+    """How many nodes there may be beside the head; 0 where that is not known either."""
+
+    def of(self, num_nodes: int) -> Growth:
+        """What is known of it, seen that so many nodes live."""
+        complete = not self.known and 0 < self.most < num_nodes
+        return Growth() if complete else self
 
     def fitting(self, each: Mapping[str, float]) -> int:
         """How many processes fit all nodes that may be started."""
@@ -236,7 +241,7 @@ def _shortest(demand: Demand, free: Sequence[Mapping[str, float]]) -> str:
     return f"{text}, but {fitting(demand.each, free)} of {demand.count} fit on single nodes"
 
 
-def _growth(nodes: Iterable[Mapping[str, Any]]) -> Growth:
+def _growth(nodes: Sequence[Mapping[str, Any]]) -> Growth:
     """Asks the head of the connected cluster how far it grows."""
     import ray
 
@@ -245,13 +250,13 @@ def _growth(nodes: Iterable[Mapping[str, Any]]) -> Growth:
     context = ray.get_runtime_context()
     session, own = context.get_session_name(), context.get_node_id()
     if any(node["NodeID"] == own and _HEAD in node["Resources"] for node in nodes):
-        return growth_of(session)
+        return growth_of(session).of(len(nodes))
     look = ray.remote(num_cpus=0, resources={_HEAD: 0.001})(growth_of)
     try:
         found: Growth = ray.get(look.remote(session), timeout=_LOOK_S)
     except (ray.exceptions.RayError, TimeoutError):
         return Growth(known=False)
-    return found
+    return found.of(len(nodes))
 
 
 def growth_of(session: str) -> Growth:
@@ -302,6 +307,6 @@ def _settings(place: Path) -> Growth:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return Growth(known=False)
     types = tuple(one for one in types if one.most)
-    if not all(one.resources for one in types):  # such as machines of one's own
-        return Growth(known=False)
+    if not all(one.resources for one in types):  # machines of one's own: all of them may be there
+        return Growth(known=False, most=most)
     return Growth(types=types, most=most)

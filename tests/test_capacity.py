@@ -174,7 +174,7 @@ SETTINGS = {
         # machines of one's own: what they have shows when they are there
         (
             {**SETTINGS, "available_node_types": {"local.cluster.node": {"resources": {}}}},
-            Growth(known=False),
+            Growth(known=False, most=2),
         ),
     ],
     ids=["autoscaler", "fixed", "damaged", "own machines"],
@@ -193,6 +193,13 @@ def test_the_head_knows_how_far_it_grows(settings, expected, tmp_path):
         monitor.kill()
     assert found == expected
     assert capacity.growth_of(session) == Growth(known=False), "a head that is scaled from outside"
+
+
+def test_machines_of_ones_own_are_all_when_they_are_there():
+    own = Growth(known=False, most=2)
+    assert [own.of(nodes) for nodes in (1, 2, 3)] == [own, own, Growth()]
+    assert Growth(known=False).of(9) == Growth(known=False)
+    assert GPUS.of(9) == GPUS
 
 
 def test_a_real_head_without_an_autoscaler_is_known_for_one(ray_cluster, monkeypatch):

@@ -22,7 +22,6 @@ from pathlib import Path
 import local
 import nodes
 import pandas as pd
-import psutil
 import pytest
 from processes import free_ports, wait_for
 
@@ -197,7 +196,7 @@ class Cluster:
         """The addresses on which the cluster's processes accept connections."""
         found = set()
         for process in nodes.processes(self.folder):
-            with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+            with contextlib.suppress(nodes.psutil().NoSuchProcess):  # ended meanwhile
                 for connection in process.net_connections(kind="tcp"):
                     if connection.status == "LISTEN":
                         found.add(connection.laddr.ip.removeprefix("::ffff:"))
