@@ -12,7 +12,7 @@ INDEX = index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-
 # without cached bytecode every Ray process would compile all packages anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test slow long cluster lint models benchmark reference lock clean
+.PHONY: help setup demo test slow long cluster lint google models benchmark reference lock clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ lint: .venv/ready ## style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+google: .venv/ready ## Google's client, for `ray up cluster/gcp.yaml` and a test against its API
+	@$(INDEX); $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r cluster/gcp.lock
 
 models: .venv/ready ## parameters and multiply-adds of every model and setting
 	$(BIN)/python jobs/train.py --list-models

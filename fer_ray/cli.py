@@ -210,8 +210,8 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
-def conclude(*places: str) -> None:
-    """Says where a job's results lie: the last lines, after whatever is still to be said.
+def conclude(place: str) -> None:
+    """Says where a job's result lies: the last line, after whatever is still to be said.
 
     Workers' lines come to the driver by and by: what is left of them comes when Ray shuts down.
     """
@@ -220,8 +220,7 @@ def conclude(*places: str) -> None:
         import ray
 
         ray.shutdown(_exiting_interpreter=True)  # waits for them
-    for place in places:
-        say(place)
+    say(place)
 
 
 _started: list[bool] = []

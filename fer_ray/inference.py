@@ -167,7 +167,8 @@ def predict(
         The folder of the predictions. Predictions that were there before are replaced.
 
     Raises:
-        UserError: when workers do not see the input or the output, or the input is damaged.
+        UserError: when workers do not see the prepared input or the output, or it is damaged. A
+            loose picture that a worker does not see is a row with an error.
         JobFailed: when a worker cannot read or write.
     """
     start = time.perf_counter()

@@ -163,12 +163,17 @@ class Trainer:
                     "learning_rate": self._learning_rate(len(self.history), 0),
                     "images_per_s": seen / self.group.slowest(train_s),
                     "seconds": seconds,
-                    "ended_at": datetime.datetime.now(datetime.UTC).isoformat(),
+                    "ended_at": self._now(),
                 }
             )
             if self.watch:
                 self.watch.epoch((epoch + 1) * self.steps_per_epoch, self.history[-1])
             report(self.history, self.save)
+
+    def _now(self) -> str:
+        """The same on every worker, as all of the history is."""
+        latest = self.group.slowest(time.time())
+        return datetime.datetime.fromtimestamp(latest, datetime.UTC).isoformat()
 
     def _finished(self) -> bool:
         schedule, done = self.config.schedule, len(self.history)

@@ -24,7 +24,8 @@ from fer_ray.telemetry import Telemetry
 
 HISTORY = "history.parquet"
 FAILURE = "failure.json"
-"""Where the first worker leaves the reason for a failure that a retry would only repeat."""
+"""Where a worker leaves why it failed: the first one where all did alike, which no retry would
+change; the one that ran out of memory."""
 PLACEMENT_GROUP = "placement_group.json"
 SPLITS = ("train", "validation")
 

@@ -46,7 +46,9 @@ def main() -> None:
     ]
     cli.start_ray()
     settings = {"num_actors": flags.num_actors, "use_gpu": flags.use_gpu}
-    cli.conclude(*[inference.predict(plan, **settings, say=cli.say) for plan in plans])
+    for plan in plans[:-1]:
+        cli.say(inference.predict(plan, **settings, say=cli.say))
+    cli.conclude(inference.predict(plans[-1], **settings, say=cli.say))
 
 
 if __name__ == "__main__":

@@ -285,6 +285,21 @@ def test_a_few_pictures_beside_a_folder_of_classes_are_no_classes(kind, tmp_path
     assert {one.path: one.reason for one in located(source) if one.reason} == strays
 
 
+@BOTH
+def test_folders_within_a_class_are_no_classes_however_full(kind, tmp_path):
+    own = [f"{label}/{n}.jpg" for label in ("happy", "sad") for n in range(5)]
+    batches = [f"happy/batch{batch}/{n}.jpg" for batch in (1, 2) for n in range(20)]
+    source = make(kind, tmp_path, faces(*own, *batches))
+    assert layouts.find(source).top == ()
+    assert rows(source) == {path: ("train", path.split("/")[0]) for path in own}
+
+
+def test_a_stray_picture_beside_the_classes_makes_no_class_of_their_folder(tmp_path):
+    many = [f"faces/{label}/{n}.jpg" for label in ("happy", "sad") for n in range(20)]
+    source = make("folder", tmp_path, faces(*many, "faces/cover.jpg", "logos/1.png"))
+    assert layouts.find(source).top == ("faces",)
+
+
 def test_of_equally_many_files_the_shallower_are_the_classes(tmp_path):
     paths = ["happy/1.jpg", "sad/2.jpg", "more/a/3.jpg", "more/b/4.jpg"]
     source = make("folder", tmp_path, faces(*paths))

@@ -44,6 +44,10 @@ def test_augmentation_turns_each_option_of_the_preset_off_and_each_other_on():
 def test_an_arm_without_augmentation_has_none_whatever_else_was_asked_for():
     base = options.changed(BASE, {"transforms.noise": 0.05, "transforms.flip": 0.25})
     none = space.load("augmentation", base).arms[-1]
+    without = options.changed(BASE, {"transforms.flip": 0.0})
+    assert space.load("augmentation", without).arms[-1].options == {
+        "transforms.augmentation": "none"
+    }
     assert none.name == "augmentation=none"
     found = options.changed(base, none.options).transforms
     assert not any(getattr(found, strength) for strength in STRENGTHS)

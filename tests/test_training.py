@@ -117,11 +117,14 @@ def test_history_is_written_whole_with_its_schema(tmp_path):
         {name: number if name == "epoch" else 0.5 for name in history.SCHEMA.names}
         for number in (1, 2)
     ]
+    rows[0].pop("ended_at")  # as of runs from before it was kept
+    rows[1]["ended_at"] = "2026-11-25T22:59:14.859658+00:00"
     place = str(tmp_path / "run" / "history.parquet")
     history.write_history(place, rows)
     history.write_history(place, rows)
     table = pq.read_table(place)
     assert table.schema.equals(history.SCHEMA) and table["epoch"].to_pylist() == [1, 2]
+    assert [one and one.second for one in table["ended_at"].to_pylist()] == [None, 14]
 
 
 def tensors(folder: Path) -> dict[str, bytes]:

@@ -304,3 +304,45 @@ def test_another_sweep_under_the_same_name_is_refused_and_shown(swept, data):
         plan(data, folder.parent, TWO, num_seeds=3, config=settings)
     with pytest.raises(UserError, match="train_fraction: other than before"):
         plan(data, folder.parent, HALF, num_seeds=3, config=settings, train_fraction=0.5)
+
+
+def test_a_sweep_whose_settings_had_another_meaning_is_not_gone_on_with(data, tmp_path):
+    """Once, another preset undid what was set beside it: --noise 0.05 held in one arm only."""
+    text = "space.transforms.augmentation = ['none', 'standard']"
+    noisy = config(data, transforms={"noise": 0.05})
+    made = plan(data, tmp_path, text, config=noisy)
+    place = storage.join(made.folder, records.SWEEP)
+    old = made.to_dict()
+    storage.write_json(place, old)
+    plan(data, tmp_path, text, config=noisy)
+    del old["most_parameters"]
+    storage.write_json(place, old)
+    with pytest.raises(UserError, match="undid what is set beside"):
+        plan(data, tmp_path, text, config=noisy)
+
+
+def test_seeds_are_called_added_only_where_there_was_a_result(data, tmp_path):
+    def added(seeds: int) -> list[int]:
+        made = plan(data, tmp_path, num_seeds=seeds)
+        tuning._write_plan(made)
+        return storage.read_json(storage.join(made.folder, records.SWEEP))["fewer_seeds_before"]
+
+    assert added(1) == added(2) == []
+    made = plan(data, tmp_path, num_seeds=2)
+    records.create(made.folder, records.Trial(number=0, arm="one", options={}))
+    records.end(made.folder, 0, records.FINISHED)
+    assert (added(3), added(3), added(4)) == ([2], [2], [2, 3])
+
+
+def test_the_largest_network_of_a_search_has_all_that_makes_it_large(data, tmp_path):
+    text = """
+    method = "search"
+    space.model.width = { low = 4, high = 8 }
+    space.model.depth = [1, 2]
+    """
+    made = plan(data, tmp_path, text).to_dict()
+    alone = [
+        plan(data, tmp_path, config=config(data, model=model), run="other").to_dict()["parameters"]
+        for model in ({"width": 8}, {"depth": 2}, {"width": 8, "depth": 2})
+    ]
+    assert made["most_parameters"] == max(alone) == alone[-1]

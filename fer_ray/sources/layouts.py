@@ -23,6 +23,8 @@ EXPECTED = (
 _MAX_LEVELS_ABOVE = 2
 _MOST_FOLDERS = 10_000
 """So many different folders at one level are no classes; bounds the memory of looking."""
+_STRAYS = 0.1
+"""Fewer files than this share of those below them are strays, and their folders no classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,13 @@ class _Seen:
         classes.names.add(folders[depth])
         return classes
 
+    def _is_class(self, top: tuple[str, ...], num_files: int) -> bool:
+        """Whether a folder is itself one of several classes, and not of a few strays."""
+        around = self.classes[len(top) - 1].get(top[:-1]) if top else None
+        if around is None or len(around.names) < 2 or top[-1] not in around.names:
+            return False
+        return around.num_files > _STRAYS * num_files
+
     def tops(self) -> list[tuple[str, ...]]:
         """What lies above two class folders or more, at the depth where these hold most files.
 
@@ -102,7 +111,11 @@ class _Seen:
         """
         best: dict[tuple[str, ...], int] = {}
         for by_top in self.classes:
-            found = {top: one.num_files for top, one in by_top.items() if len(one.names) > 1}
+            found = {
+                top: one.num_files
+                for top, one in by_top.items()
+                if len(one.names) > 1 and not self._is_class(top, one.num_files)
+            }
             if sum(found.values()) > sum(best.values()):
                 best = found
         return sorted(best)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fer_ray import models, shared_images, storage, training
-from fer_ray.config import TrainConfig, differences
+from fer_ray import models, options, shared_images, storage, training
+from fer_ray.config import DEFAULT_LEARNING_RATE, TrainConfig, differences
 from fer_ray.dataset import DatasetInfo
 from fer_ray.errors import UserError
 from fer_ray.sweeps import records
@@ -59,7 +59,8 @@ class SweepPlan:
     def to_dict(self) -> dict[str, Any]:
         """The content of ``sweep.json``."""
         cost = self._cost(self.config)
-        varied = {config.model: config for config in self.space.configs(self.config)}
+        largest = options.changed(self.config, self.space.largest_model())
+        varied = {one.model: one for one in (*self.space.configs(self.config), largest)}
         return {
             "format": records.FORMAT,
             "sweep": self.space.name,
@@ -195,6 +196,8 @@ def _check_same(plan: SweepPlan) -> None:
     for name in ("data_sha256", "train_fraction", "method", "arms", "space"):
         if saved.get(name) != asked.get(name):
             found.append(f"{name}: other than before")
+    if "most_parameters" not in saved and _has_own_values(plan):
+        found.append("version: it began when another preset or optimizer undid what is set beside")
     if saved["seeds"] != asked["seeds"][: len(saved["seeds"])]:
         found.append(f"seeds: {saved['seeds']} -> {asked['seeds']}, more but not fewer are allowed")
     elif saved["num_trials"] > asked["num_trials"]:
@@ -206,3 +209,13 @@ def _check_same(plan: SweepPlan) -> None:
             f"--run: {plan.folder} exists with other settings ({'; '.join(found)}): give another "
             "name, or the same settings to go on with it"
         )
+
+
+def _has_own_values(plan: SweepPlan) -> bool:
+    """Whether something is set beside a preset or an optimizer that is varied."""
+    named = {name for arm in plan.space.arms for name in arm.options} | set(plan.space.ranges)
+    optimizer = plan.config.optimizer
+    own_rate = optimizer.learning_rate != DEFAULT_LEARNING_RATE[optimizer.optimizer]
+    return ("transforms.augmentation" in named and bool(options.own_strengths(plan.config))) or (
+        "optimizer.optimizer" in named and own_rate
+    )

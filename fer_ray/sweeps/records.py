@@ -3,8 +3,9 @@
 ``<storage>/<run>/`` holds ``sweep.json`` (what was asked for), ``trials.parquet`` (one row a
 trial and epoch), ``summary.json`` and a folder a trial, ``trials/00007/``: ``trial.json`` (its
 options), ``history.parquet`` (its epochs so far), while it is unfinished its last checkpoint,
-and once it is over ``end.json``. The folders are the truth, the tables are made from them: a
-process that is killed at any moment leaves a trial that is over or one that goes on.
+and once it is over ``end.json``; its lines are in ``logs/``. The folders are the truth, the tables
+are made from them: a process that is killed at any moment leaves a trial that is over or one that
+goes on.
 """
 
 from __future__ import annotations

@@ -97,6 +97,14 @@ class Space:
             found += [options.changed(base, {name: value}) for value in ends]
         return found
 
+    def largest_model(self) -> dict[str, Any]:
+        """Of a search, the largest numbers of the settings of the network, by dotted name."""
+        found: dict[str, Any] = {}
+        for name, given in self.ranges.items():
+            if name.startswith("model.") and "low" in options.FIELDS[name].metadata:
+                found[name] = given.high if isinstance(given, Range) else max(given)
+        return found
+
 
 def load(what: str, base: TrainConfig) -> Space:
     """The preset or file of that name.
@@ -140,7 +148,7 @@ def _augmentation(base: TrainConfig) -> Space:
         arms.append(Arm(name=f"{strength}={value:g}", options={f"transforms.{strength}": value}))
     if preset != "none":
         # what the base has beyond its preset would stay
-        own = options.own_strengths(base)
+        own = [name for name, value in options.own_strengths(base).items() if value]
         nothing = {"transforms.augmentation": "none", **dict.fromkeys(own, 0.0)}
         arms.append(Arm(name="augmentation=none", options=nothing))
     return Space(name="augmentation", method=GRID, arms=tuple(arms))

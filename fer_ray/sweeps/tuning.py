@@ -68,7 +68,8 @@ def _write_plan(plan: SweepPlan) -> None:
     if storage.exists(place):
         before = storage.read_json(place)
         looks, count = before.get("fewer_seeds_before", []), len(before["seeds"])
-        if count < len(plan.seeds) and count not in looks:
+        over = any(trial.status == records.FINISHED for trial in records.read_all(plan.folder))
+        if over and count < len(plan.seeds) and count not in looks:
             looks = [*looks, count]
     storage.write_json(place, {**plan.to_dict(), "fewer_seeds_before": looks})
 
