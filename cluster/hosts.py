@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -174,7 +172,7 @@ def _command(folder: Path, host: str, cpus: int) -> list[str]:
 def _on_loopback(name: str, *, cpus: int, wait_s: float) -> Iterator[dict[str, str]]:
     """Two nodes of `local.py` on free ports; gives the environment of what uses them."""
     folder = _folder(name)
-    port, dashboard_port, client_port = _free_ports(3)
+    port, dashboard_port, client_port = nodes.free_ports(3)
     ports = [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--client-port={client_port}"]
     others = [f"--dir={folder}", f"--cpus-per-node={cpus}", f"--wait-s={wait_s:g}"]
     flags = local.parser().parse_args([*ports, *others])
@@ -185,17 +183,6 @@ def _on_loopback(name: str, *, cpus: int, wait_s: float) -> Iterator[dict[str, s
             yield nodes.environment(folder, f"http://{nodes.LOOPBACK}:{dashboard_port}")
         finally:
             nodes.end(folder)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Below those that the kernel gives away, which others may get before Ray listens."""
-    found: list[int] = []
-    for port in random.sample(range(20_000, 32_768), 1000):
-        with contextlib.suppress(OSError), socket.create_server((nodes.LOOPBACK, port)):
-            found.append(port)
-        if len(found) == count:
-            break
-    return found
 
 
 if __name__ == "__main__":

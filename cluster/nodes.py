@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -57,6 +58,23 @@ def alive(jobs: str, token: str) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [node for node in nodes if node["state"] == "ALIVE"]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nobody has, and that the kernel gives nobody who asks for any.
+
+    Those it gives away (from 32768 on) may be taken again before whoever asked here listens.
+
+    Raises:
+        JobFailed: where there are not so many.
+    """
+    found: list[int] = []
+    for port in random.sample(range(20_000, 32_768), 1000):
+        with contextlib.suppress(OSError), socket.create_server((LOOPBACK, port)):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise JobFailed(f"there are no {count} free ports below 32768")
 
 
 def psutil() -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,28 +65,34 @@ def work(settings: dict[str, Any]) -> None:
     watch = Telemetry(
         run=settings["run"], rank=rank, folder=settings["folder"], device=group.device
     )
+    with _noting_failure(settings["folder"], rank), watch:
+        loop.train(
+            config,
+            info,
+            feed,
+            group=group,
+            run=settings["run"],
+            report=_reporter(rank, settings["folder"], config.schedule.epochs, say),
+            provenance=provenance.describe(group.device),
+            resume=resume,
+            until=settings.get("until"),
+            say=say,
+            watch=watch,
+        )
+
+
+@contextlib.contextmanager
+def _noting_failure(folder: str, rank: int) -> Iterator[None]:
+    """Leaves in `FAILURE` why the training failed, where that is known."""
     try:
-        with watch:
-            loop.train(
-                config,
-                info,
-                feed,
-                group=group,
-                run=settings["run"],
-                report=_reporter(rank, settings["folder"], config.schedule.epochs, say),
-                provenance=provenance.describe(group.device),
-                resume=resume,
-                until=settings.get("until"),
-                say=say,
-                watch=watch,
-            )
+        yield
     except loop.NotFinite as error:
         # raised by all workers alike: a retry would end the same way, so there is none
         if rank == 0:
-            _note_failure(settings["folder"], str(error))
+            _note_failure(folder, str(error))
     except Exception as error:
         if reason := out_of_memory(error):  # of one worker: its end is what tells the others
-            _note_failure(settings["folder"], reason)
+            _note_failure(folder, reason)
         raise
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from faces import HOSTILE
-from processes import free_ports
+from nodes import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_IMAGES = ROOT.parent / "shared" / "fer2013" / "facial-emotion-expressions.zip"
@@ -69,6 +69,22 @@ def real_images() -> Path:
     if not REAL_IMAGES.exists():
         pytest.skip(f"the FER-2013 images are not at {REAL_IMAGES.relative_to(ROOT.parent)}")
     return REAL_IMAGES
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory) -> Path:
+    """A generated sweep of normalizations with known effects."""
+    import sweep_samples
+
+    return sweep_samples.normalization(tmp_path_factory.mktemp("sweeps") / "normalization")
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory) -> Path:
+    """A generated search in which the learning rate decides."""
+    import sweep_samples
+
+    return sweep_samples.search(tmp_path_factory.mktemp("sweeps") / "search")
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -76,20 +74,6 @@ def killing(title: str, when: Callable[[], object], most: int | None = None) -> 
     finally:
         over.set()
         killer.join()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody has, and that the kernel gives nobody who asks for any.
-
-    Those it gives away (from 32768 on) may be taken again before whoever asked here listens.
-    """
-    found: list[int] = []
-    for port in random.sample(range(20_000, 32_768), 1000):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError("there are no free ports")
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 180) -> None:

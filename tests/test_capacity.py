@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import free_ports, kill_with_descendants
+from nodes import free_ports
+from processes import kill_with_descendants
 
 from fer_ray import capacity
 from fer_ray.capacity import Demand, Growth, NodeType

@@ -23,7 +23,7 @@ import local
 import nodes
 import pandas as pd
 import pytest
-from processes import free_ports, wait_for
+from processes import wait_for
 
 from fer_ray import predictions
 from fer_ray.errors import UserError
@@ -205,7 +205,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster():
-    port, dashboard_port, client_port = free_ports(3)
+    port, dashboard_port, client_port = nodes.free_ports(3)
     folder = Path(tempfile.mkdtemp(prefix="fer", dir="/tmp")) / "c"
     place = ["--dir", str(folder)]
     ports = [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--client-port={client_port}"]

@@ -27,16 +27,6 @@ from fer_ray.sweeps.records import Trial
 from fer_ray.sweeps.space import Arm, Range
 
 
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory) -> Path:
-    return samples.normalization(tmp_path_factory.mktemp("sweeps") / "normalization")
-
-
-@pytest.fixture(scope="module")
-def search(tmp_path_factory) -> Path:
-    return samples.search(tmp_path_factory.mktemp("sweeps") / "search")
-
-
 def test_summary_json_is_json_without_nan(grid: Path, search: Path):
     for folder in (grid, search):
         made = summary.write(str(folder))

@@ -20,16 +20,6 @@ from fer_ray.sweeps.records import FAILED, FINISHED, Trial
 from fer_ray.sweeps.space import Range
 
 
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory) -> Path:
-    return samples.normalization(tmp_path_factory.mktemp("sweeps") / "normalization")
-
-
-@pytest.fixture(scope="module")
-def search(tmp_path_factory) -> Path:
-    return samples.search(tmp_path_factory.mktemp("sweeps") / "search")
-
-
 def arm_of(made: dict, name: str) -> dict:
     return next(arm for arm in made["arms"] if arm["arm"] == name)
 

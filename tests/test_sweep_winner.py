@@ -16,16 +16,6 @@ from fer_ray.sweeps import records, summary, winner
 from fer_ray.sweeps.space import Arm
 
 
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory) -> Path:
-    return samples.normalization(tmp_path_factory.mktemp("sweeps") / "normalization")
-
-
-@pytest.fixture(scope="module")
-def search(tmp_path_factory) -> Path:
-    return samples.search(tmp_path_factory.mktemp("sweeps") / "search")
-
-
 def trained(monkeypatch, *flags: str) -> tuple[str | None, TrainConfig]:
     """The run's name and the settings that jobs/train.py would take."""
     parser = cli.JobParser()
