@@ -72,7 +72,7 @@ benchmark: .venv/ready ## what this machine achieves beside plain loops; 10 minu
 		--only sweep_overhead_s asha_saving asha_loss
 
 reference: .venv/ready ## keep the results of results/ in results/reference, and the README's table
-	$(BIN)/python -m fer_ray.reference collect
+	$(BIN)/python -m fer_ray.benchmarks.reference collect
 
 lock: ## resolve the newest versions into requirements.lock, and cluster/gcp.lock
 	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \

@@ -23,10 +23,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fer_ray import cli, predictions, storage
-from fer_ray.dataset import read_info
+from fer_ray import cli, storage
+from fer_ray.data import predictions
+from fer_ray.data.dataset import read_info
+from fer_ray.data.labels import probability_column
 from fer_ray.errors import JobFailed, UserError
-from fer_ray.labels import probability_column
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ("validation",)

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fer_ray import capacity, storage
-from fer_ray.config import SECTIONS, STRENGTHS, Section, TrainConfig, flag_of
+from fer_ray import storage
+from fer_ray.config.schema import SECTIONS, STRENGTHS, Section, TrainConfig, flag_of
 from fer_ray.errors import JobFailed, UserError, unknown
+from fer_ray.runtime import resources as capacity
 
 FAILED_STATUS = 1
 USER_ERROR_STATUS = 2
@@ -61,7 +62,7 @@ class ListModels(argparse.Action):
         super().__init__(nargs=0, **settings)
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
-        from fer_ray import models
+        from fer_ray.models import registry as models
 
         print(f"{'model':26}{'input':>8}{'parameters':>14}{'multiply-adds':>16}")
         for name, size, cost in models.variants():

@@ -36,13 +36,14 @@ def main() -> None:
     config = cli.config_from_flags(arguments, data=arguments.data)
 
     if arguments.show_augmentations:
-        from fer_ray import augmentation_page
+        from fer_ray.reporting import augmentation_page
 
         place = cli.lasting("--show-augmentations", arguments.show_augmentations)
         cli.say(augmentation_page.write(place))
         return
 
-    from fer_ray import benchmark, benchmark_numbers
+    from fer_ray.benchmarks import run as benchmark
+    from fer_ray.benchmarks import targets as benchmark_numbers
 
     plan = benchmark.plan(
         config,

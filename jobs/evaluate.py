@@ -39,7 +39,10 @@ def main() -> None:
         report_sweep(flags.sweep, flags.output)
         return
 
-    from fer_ray import evaluation, evaluation_tables, report, storage
+    from fer_ray import storage
+    from fer_ray.evaluation import report
+    from fer_ray.evaluation import scores as evaluation
+    from fer_ray.evaluation import tables as evaluation_tables
 
     output = storage.absolute(cli.lasting("--output", flags.output or "results/evaluation"))
     report.check_places(output, flags.runs, flags.data)

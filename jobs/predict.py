@@ -30,7 +30,7 @@ def main() -> None:
     """Parses, checks, predicts, and prints where the predictions lie."""
     flags = parser().parse_args()
 
-    from fer_ray import inference
+    from fer_ray.inference import run as inference
 
     cli.lasting("--output", flags.output)
     plans = [

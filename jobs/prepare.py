@@ -40,7 +40,8 @@ def main() -> None:
     settings = vars(parser().parse_args())
     page = settings.pop("preview")
 
-    from fer_ray import preparation, preview
+    from fer_ray.preparation import preview
+    from fer_ray.preparation import run as preparation
 
     cli.lasting("--output", settings["output"])
     if page is not None:

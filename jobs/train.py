@@ -29,7 +29,7 @@ def main() -> None:
     arguments = made.parse_args()
     config = cli.config_from_flags(arguments, data=arguments.data)
 
-    from fer_ray import training
+    from fer_ray.training import run as training
 
     cli.lasting("--storage", arguments.storage)
     run = arguments.run or winner or config.model.name

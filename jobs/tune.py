@@ -35,7 +35,9 @@ def main() -> None:
     flags = parser().parse_args()
     config = cli.config_from_flags(flags, data=flags.data)
 
-    from fer_ray.sweeps import planning, summary, tuning
+    from fer_ray.sweeps import plan as planning
+    from fer_ray.sweeps import run as tuning
+    from fer_ray.sweeps import summary
 
     plan = planning.plan(
         config,

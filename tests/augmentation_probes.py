@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 from scipy import ndimage, stats
 
-from fer_ray.config import TransformConfig
-from fer_ray.loading import as_tensor
+from fer_ray.config.schema import TransformConfig
+from fer_ray.training.feed import as_tensor
 from fer_ray.transforms import DeviceAugmenter, LibraryAugmenter
 
 ENGINES = ("albumentations", "device")

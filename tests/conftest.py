@@ -55,7 +55,7 @@ def store():
 @pytest.fixture(scope="session")
 def drawn_faces(ray_cluster, tmp_path_factory) -> str:
     """The place of a prepared data set of 400 drawn faces, 320 of them in train."""
-    from fer_ray import preparation
+    from fer_ray.preparation import run as preparation
 
     place = str(tmp_path_factory.mktemp("data") / "faces")
     plan = preparation.plan(source="synthetic", output=place, num_images=400)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from fer_ray import preparation
+from fer_ray.preparation import run as preparation
 
 
 def picture(tone: int, size: tuple[int, int] = (48, 48), kind: str = "PNG") -> bytes:

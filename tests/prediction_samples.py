@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fer_ray import dataset, history, predictions
-from fer_ray.labels import FER2013_LABELS, probability_column
+from fer_ray.data import dataset, history, predictions
+from fer_ray.data.labels import FER2013_LABELS, probability_column
 
 WHEN = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
 

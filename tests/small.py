@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from fer_ray.config import TrainConfig
-from fer_ray.dataset import DatasetInfo, Split, SplitInfo
-from fer_ray.group import Group
-from fer_ray.loading import Images, MemoryFeed
+from fer_ray.config.schema import TrainConfig
+from fer_ray.data.dataset import DatasetInfo, Split, SplitInfo
+from fer_ray.training.feed import Images, MemoryFeed
+from fer_ray.training.process_group import Group
 
 LABELS = ("angry", "happy", "sad")
 

@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fer_ray import options
-from fer_ray.config import TrainConfig
-from fer_ray.sweeps import importance, records, space
-from fer_ray.sweeps.records import FAILED, FINISHED, STOPPED, UNFINISHED, Trial
+from fer_ray.config import overrides as options
+from fer_ray.config.schema import TrainConfig
+from fer_ray.sweeps import importance, space
+from fer_ray.sweeps import store as records
+from fer_ray.sweeps.store import FAILED, FINISHED, STOPPED, UNFINISHED, Trial
 
 EPOCHS = 4
 EFFECTS = {"clahe": 0.03, "equalize": -0.02}

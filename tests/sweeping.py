@@ -8,9 +8,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 import small
 
-from fer_ray.config import TrainConfig
-from fer_ray.sweeps import planning
-from fer_ray.sweeps.planning import Limits
+from fer_ray.config.schema import TrainConfig
+from fer_ray.sweeps import plan as planning
+from fer_ray.sweeps.plan import Limits
 
 
 def config(data: str, **sections) -> TrainConfig:

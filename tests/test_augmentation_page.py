@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from fer_ray import augmentation_page
-from fer_ray.config import AUGMENTATIONS, NORMALIZATIONS, STRENGTHS
+from fer_ray.config.schema import AUGMENTATIONS, NORMALIZATIONS, STRENGTHS
+from fer_ray.reporting import augmentation_page
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fer_ray import batchnorm
+from fer_ray.training import batch_norm as batchnorm
 
 COUNTS = (5, 2)  # uneven parts of the batch
 

@@ -14,24 +14,22 @@ import small
 import torch
 from test_jobs import job
 
-from fer_ray import (
-    augmentation_page,
-    benchmark,
-    benchmark_input,
-    benchmark_loops,
-    benchmark_numbers,
-    benchmark_predict,
-    benchmark_prepare,
-    benchmark_processes,
-    benchmark_sweeps,
-    preparation,
-)
-from fer_ray.benchmark_loops import Plain, Workplace, in_turn, rate, spread, steps_for
-from fer_ray.benchmark_numbers import KEYS, numbers, table
-from fer_ray.config import TrainConfig
+from fer_ray.benchmarks import input as benchmark_input
+from fer_ray.benchmarks import loops as benchmark_loops
+from fer_ray.benchmarks import predict as benchmark_predict
+from fer_ray.benchmarks import prepare as benchmark_prepare
+from fer_ray.benchmarks import processes as benchmark_processes
+from fer_ray.benchmarks import run as benchmark
+from fer_ray.benchmarks import sweeps as benchmark_sweeps
+from fer_ray.benchmarks import targets as benchmark_numbers
+from fer_ray.benchmarks.loops import Plain, Workplace, in_turn, rate, spread, steps_for
+from fer_ray.benchmarks.targets import KEYS, numbers, table
+from fer_ray.config.schema import TrainConfig
 from fer_ray.errors import JobFailed, UserError
-from fer_ray.group import Group
-from fer_ray.loading import Images
+from fer_ray.preparation import run as preparation
+from fer_ray.reporting import augmentation_page
+from fer_ray.training.feed import Images
+from fer_ray.training.process_group import Group
 
 MEASURED = {
     "rounds": {

@@ -15,9 +15,9 @@ import pytest
 from nodes import free_ports
 from processes import kill_with_descendants
 
-from fer_ray import capacity
-from fer_ray.capacity import Demand, Growth, NodeType
 from fer_ray.errors import UserError
+from fer_ray.runtime import resources as capacity
+from fer_ray.runtime.resources import Demand, Growth, NodeType
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {"CPU": "--num-workers", "GPU": "--use-gpu"}

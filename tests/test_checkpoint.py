@@ -5,9 +5,10 @@ import pytest
 import small
 import torch
 
-from fer_ray import checkpoint, loop
 from fer_ray.errors import UserError
-from fer_ray.group import Group
+from fer_ray.models import checkpoint
+from fer_ray.training import loop
+from fer_ray.training.process_group import Group
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,10 @@ import pandas as pd
 import pytest
 from processes import wait_for
 
-from fer_ray import predictions
+from fer_ray.data import predictions
+from fer_ray.data.labels import FER2013_LABELS, probability_column
 from fer_ray.errors import UserError
-from fer_ray.labels import FER2013_LABELS, probability_column
-from fer_ray.sweeps import records
+from fer_ray.sweeps import store as records
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "cluster" / "local.py"
@@ -59,7 +59,8 @@ def package(root: Path, folder: Path) -> Path:
 def test_the_working_directory_is_uploaded_without_data_results_and_caches(tmp_path):
     made = package(ROOT, tmp_path)
     names = zipfile.ZipFile(made).namelist()
-    assert {"fer_ray/cli.py", "fer_ray/report.html.j2", "jobs/train.py"} <= set(names)
+    template = "fer_ray/reporting/templates/report.html.j2"
+    assert {"fer_ray/cli.py", template, "jobs/train.py"} <= set(names)
     assert {name.split("/")[0] for name in names if "/" in name} == {"fer_ray", "jobs"}
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
     assert made.stat().st_size < MIB

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fer_ray import cli
-from fer_ray.config import (
+from fer_ray.config.schema import (
     SECTIONS,
     STRENGTHS,
     ModelConfig,

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from fer_ray import dataset
+from fer_ray.data import dataset
+from fer_ray.data.labels import UNKNOWN_LABEL
 from fer_ray.errors import UserError
-from fer_ray.labels import UNKNOWN_LABEL
 
 PICTURES = hnp.arrays(np.uint8, st.tuples(st.integers(1, 70), st.integers(1, 70)))
 

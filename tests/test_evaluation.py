@@ -15,8 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from fer_ray import evaluation, evaluation_tables, metrics, report
+from fer_ray import metrics
 from fer_ray.errors import UserError
+from fer_ray.evaluation import report
+from fer_ray.evaluation import scores as evaluation
+from fer_ray.evaluation import tables as evaluation_tables
 
 LABELS = ("calm", "tense")
 RIGHT, WRONG = [0.9, 0.1], [0.2, 0.8]  # of a calm image

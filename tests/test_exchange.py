@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fer_ray import exchange
-from fer_ray.group import Group
+from fer_ray.training import exchange
+from fer_ray.training.process_group import Group
 
 SIZE = 3
 LONG = 4225

@@ -14,11 +14,15 @@ import small
 import torch
 from PIL import Image
 
-from fer_ray import checkpoint, inference, loop, predictions, preparation
-from fer_ray.dataset import load_split, read_info
+from fer_ray.data import predictions
+from fer_ray.data.dataset import load_split, read_info
+from fer_ray.data.labels import probability_column
 from fer_ray.errors import JobFailed, UserError
-from fer_ray.group import Group
-from fer_ray.labels import probability_column
+from fer_ray.inference import run as inference
+from fer_ray.models import checkpoint
+from fer_ray.preparation import run as preparation
+from fer_ray.training import loop
+from fer_ray.training.process_group import Group
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import os
 import pytest
 import ray.util
 
-from fer_ray import interface
+from fer_ray.training import gloo as interface
 
 
 @pytest.mark.parametrize(("address", "chosen"), [("127.0.0.1", "lo"), ("192.0.2.77", "")])

@@ -3,12 +3,12 @@ import pytest
 import small
 import torch
 
-from fer_ray import loading
-from fer_ray.config import TrainConfig
-from fer_ray.dataset import Split
-from fer_ray.group import Group
-from fer_ray.labels import UNKNOWN_LABEL
-from fer_ray.loading import Batch, Images, MemoryFeed
+from fer_ray.config.schema import TrainConfig
+from fer_ray.data.dataset import Split
+from fer_ray.data.labels import UNKNOWN_LABEL
+from fer_ray.training import feed as loading
+from fer_ray.training.feed import Batch, Images, MemoryFeed
+from fer_ray.training.process_group import Group
 from fer_ray.transforms import DeviceAugmenter, LibraryAugmenter, histogram
 
 ENGINES = ("device", "albumentations")

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fer_ray import checkpoint, loop
-from fer_ray.config import TrainConfig
-from fer_ray.group import Group
+from fer_ray.config.schema import TrainConfig
+from fer_ray.models import checkpoint
+from fer_ray.training import loop
+from fer_ray.training.process_group import Group
 from fer_ray.transforms import Normalizer
 
 

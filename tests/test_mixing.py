@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fer_ray.config import TransformConfig
-from fer_ray.group import Group
-from fer_ray.loading import Batch
-from fer_ray.optimization import summed_loss
+from fer_ray.config.schema import TransformConfig
+from fer_ray.training.feed import Batch
+from fer_ray.training.optimization import summed_loss
+from fer_ray.training.process_group import Group
 from fer_ray.transforms import Mix, MixPlan, draw_mix
 
 CPU = torch.device("cpu")

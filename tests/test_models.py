@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from fer_ray import models
-from fer_ray.config import MODELS, ModelConfig
+from fer_ray.config.schema import MODELS, ModelConfig
 from fer_ray.errors import UserError
+from fer_ray.models import registry as models
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fer_ray.config import NORMALIZATIONS
+from fer_ray.config.schema import NORMALIZATIONS
 from fer_ray.errors import UserError
 from fer_ray.transforms import normalization
 from fer_ray.transforms.normalization import Normalizer, clahe, equalize, histogram, moments

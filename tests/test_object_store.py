@@ -14,10 +14,12 @@ import pytest
 from faces import HOSTILE, KEPT, prepare
 from processes import kill_with_descendants
 
-from fer_ray import dataset, preparation, storage
+from fer_ray import storage
+from fer_ray.data import dataset
+from fer_ray.data.image_source import open_pictures
+from fer_ray.data.sources import NOT_THERE, ReadError, open_files
 from fer_ray.errors import UserError
-from fer_ray.pictures import open_pictures
-from fer_ray.sources import NOT_THERE, ReadError, open_files
+from fer_ray.preparation import run as preparation
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,20 +16,19 @@ import pytest
 import small
 from processes import killing
 
-from fer_ray import (
-    checkpoint,
-    dataset,
-    evaluation,
-    inference,
-    predictions,
-    preparation,
-    report,
-    storage,
-    training,
-)
-from fer_ray.config import TrainConfig
+from fer_ray import storage
+from fer_ray.config.schema import TrainConfig
+from fer_ray.data import dataset, predictions
 from fer_ray.errors import JobFailed, UserError
-from fer_ray.sweeps import planning, records, tuning
+from fer_ray.evaluation import report
+from fer_ray.evaluation import scores as evaluation
+from fer_ray.inference import run as inference
+from fer_ray.models import checkpoint
+from fer_ray.preparation import run as preparation
+from fer_ray.sweeps import plan as planning
+from fer_ray.sweeps import run as tuning
+from fer_ray.sweeps import store as records
+from fer_ray.training import run as training
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 8

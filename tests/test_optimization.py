@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fer_ray import optimization
-from fer_ray.config import OptimizerConfig
+from fer_ray.config.schema import OptimizerConfig
+from fer_ray.training import optimization
 
 
 def rates(config: OptimizerConfig, *, epochs: int = 10, steps: int = 20) -> list[float]:

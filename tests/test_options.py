@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fer_ray import cli, options
-from fer_ray.config import NORMALIZATIONS, PRESETS, TrainConfig
+from fer_ray import cli
+from fer_ray.config import overrides as options
+from fer_ray.config.schema import NORMALIZATIONS, PRESETS, TrainConfig
 from fer_ray.errors import UserError
 
 

@@ -15,9 +15,9 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
-from fer_ray import predictions
+from fer_ray.data import predictions
+from fer_ray.data.labels import FER2013_LABELS
 from fer_ray.errors import UserError
-from fer_ray.labels import FER2013_LABELS
 
 
 @pytest.fixture

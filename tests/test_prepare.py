@@ -26,8 +26,12 @@ import pytest
 from faces import HOSTILE, KEPT, prepare, write_classes
 from PIL import Image
 
-from fer_ray import __version__, dataset, ledger, parts, preparation, sources
+from fer_ray import __version__
+from fer_ray.data import dataset, sources
 from fer_ray.errors import JobFailed, UserError
+from fer_ray.preparation import inventory as ledger
+from fer_ray.preparation import run as preparation
+from fer_ray.preparation import shards as parts
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = ROOT / "jobs" / "prepare.py"

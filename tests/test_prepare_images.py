@@ -15,7 +15,7 @@ import pytest
 from faces import picture, prepare, split_of
 from PIL import Image, ImageOps
 
-from fer_ray import dataset
+from fer_ray.data import dataset
 
 RAMP = np.add.outer(np.arange(0, 144, 3), np.arange(0, 96, 2)).astype(np.uint8)
 """48 x 48, no two rows or columns the same: a rotation or a flip shows."""

@@ -13,8 +13,11 @@ from faces import HOSTILE, KEPT, picture, prepare, split_of, write_classes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fer_ray import dataset, parts, preparation, preview, sources
+from fer_ray.data import dataset, sources
 from fer_ray.errors import UserError
+from fer_ray.preparation import preview
+from fer_ray.preparation import run as preparation
+from fer_ray.preparation import shards as parts
 
 # ------------------------------------------------------------------ held out, dropped, other labels
 

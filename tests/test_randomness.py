@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fer_ray.transforms import randomness
+from fer_ray.transforms import keyed_random as randomness
 
 MASK = 2**64 - 1
 PUBLISHED = [

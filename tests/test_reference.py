@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fer_ray import reference
+from fer_ray.benchmarks import reference
 from fer_ray.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

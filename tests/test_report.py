@@ -17,8 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fer_ray import evaluation, figures, pages, report
 from fer_ray.errors import UserError
+from fer_ray.evaluation import report
+from fer_ray.evaluation import scores as evaluation
+from fer_ray.reporting import html as pages
+from fer_ray.reporting import svg as figures
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 

@@ -14,9 +14,14 @@ import sweep_samples
 import torch
 from conftest import ROOT
 
-from fer_ray import dataset, evaluation, evaluation_tables, history, predictions, report, telemetry
-from fer_ray.sweeps import records, summary
-from fer_ray.telemetry import Telemetry
+from fer_ray.data import dataset, history, predictions
+from fer_ray.evaluation import report
+from fer_ray.evaluation import scores as evaluation
+from fer_ray.evaluation import tables as evaluation_tables
+from fer_ray.sweeps import store as records
+from fer_ray.sweeps import summary
+from fer_ray.training import telemetry
+from fer_ray.training.telemetry import Telemetry
 
 TEXT = (ROOT / "results" / "README.md").read_text()
 SQL = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fer_ray import dataset_summary, settling
-from fer_ray.ledger import RESULTS, Ledger
-from fer_ray.sources import RELABELLED, REPEATED, Entry
+from fer_ray.data.sources import RELABELLED, REPEATED, Entry
+from fer_ray.preparation import splitting as settling
+from fer_ray.preparation import statistics as dataset_summary
+from fer_ray.preparation.inventory import RESULTS, Ledger
 
 Row = tuple[str, str, str | None]
 """Picture, split and label."""

@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from fer_ray import sources
+from fer_ray.data import sources
+from fer_ray.data.sources import files as source_files
+from fer_ray.data.sources import folders, layouts
 from fer_ray.errors import UserError
-from fer_ray.sources import files as source_files
-from fer_ray.sources import folders, layouts
 
 
 def write_folder(root: Path, files: dict[str, bytes]) -> str:

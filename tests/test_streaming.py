@@ -8,13 +8,14 @@ import small
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fer_ray import preparation, streaming
-from fer_ray.config import TrainConfig
-from fer_ray.dataset import load_split, read_info
+from fer_ray.config.schema import TrainConfig
+from fer_ray.data.dataset import load_split, read_info
 from fer_ray.errors import UserError
-from fer_ray.group import Group
-from fer_ray.loading import library_augmenter
-from fer_ray.streaming import Piece, StreamFeed, cut, pieces
+from fer_ray.preparation import run as preparation
+from fer_ray.training import stream_feed as streaming
+from fer_ray.training.feed import library_augmenter
+from fer_ray.training.process_group import Group
+from fer_ray.training.stream_feed import Piece, StreamFeed, cut, pieces
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fer_ray.sweeps.halving import Halving, Job, rungs
-from fer_ray.sweeps.records import FAILED, FINISHED, STOPPED, UNFINISHED, Trial
+from fer_ray.sweeps.store import FAILED, FINISHED, STOPPED, UNFINISHED, Trial
 
 RUNGS = (1, 3, 9)
 

@@ -19,12 +19,14 @@ from conftest import ROOT
 from sweep_samples import BASE, CLAHE, MINMAX, read_page, saved, table
 from test_report import HOSTILE, Page, browse
 
-from fer_ray import figures
 from fer_ray.errors import UserError
+from fer_ray.reporting import svg as figures
 from fer_ray.sweeps import figures as figures_of_sweeps
-from fer_ray.sweeps import records, report, summary, words
-from fer_ray.sweeps.records import Trial
+from fer_ray.sweeps import report, summary
+from fer_ray.sweeps import sentences as words
+from fer_ray.sweeps import store as records
 from fer_ray.sweeps.space import Arm, Range
+from fer_ray.sweeps.store import Trial
 
 
 def test_summary_json_is_json_without_nan(grid: Path, search: Path):

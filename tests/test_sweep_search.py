@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fer_ray.sweeps import records
+from fer_ray.sweeps import store as records
 from fer_ray.sweeps.halving import Halving
-from fer_ray.sweeps.records import FAILED, FINISHED, UNFINISHED, Trial
 from fer_ray.sweeps.search import Planner, Suggestions
 from fer_ray.sweeps.space import Range
+from fer_ray.sweeps.store import FAILED, FINISHED, UNFINISHED, Trial
 
 RANGES = {
     "optimizer.learning_rate": Range(low=0.001, high=1.0, log=True),

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from fer_ray import options
-from fer_ray.config import NORMALIZATIONS, STRENGTHS, TrainConfig
+from fer_ray.config import overrides as options
+from fer_ray.config.schema import NORMALIZATIONS, STRENGTHS, TrainConfig
 from fer_ray.errors import UserError
 from fer_ray.sweeps import space
 from fer_ray.sweeps.space import Range

@@ -14,10 +14,12 @@ import sweep_samples as samples
 from sweep_samples import ARMS, BASE, CLAHE, MINMAX, read_page, saved, table
 from test_report import Page
 
-from fer_ray import options
-from fer_ray.sweeps import importance, records, report, summary, words
-from fer_ray.sweeps.records import FAILED, FINISHED, Trial
+from fer_ray.config import overrides as options
+from fer_ray.sweeps import importance, report, summary
+from fer_ray.sweeps import sentences as words
+from fer_ray.sweeps import store as records
 from fer_ray.sweeps.space import Range
+from fer_ray.sweeps.store import FAILED, FINISHED, Trial
 
 
 def arm_of(made: dict, name: str) -> dict:

@@ -10,9 +10,10 @@ import sweep_samples as samples
 from sweep_samples import BASE, CLAHE, MINMAX, saved, table
 
 from fer_ray import cli
-from fer_ray.config import TrainConfig
+from fer_ray.config.schema import TrainConfig
 from fer_ray.errors import UserError
-from fer_ray.sweeps import records, summary, winner
+from fer_ray.sweeps import store as records
+from fer_ray.sweeps import summary, winner
 from fer_ray.sweeps.space import Arm
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fer_ray import synthetic
-from fer_ray.labels import FER2013_LABELS
+from fer_ray.data import synthetic
+from fer_ray.data.labels import FER2013_LABELS
 
 
 def test_an_image_depends_on_seed_and_index_alone():

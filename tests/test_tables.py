@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fer_ray import pictures, sources
+from fer_ray.data import image_source as pictures
+from fer_ray.data import sources
+from fer_ray.data.sources import kaggle, pixels, tables
 from fer_ray.errors import UserError
-from fer_ray.sources import kaggle, pixels, tables
 
 # ------------------------------------------------------------------ paths and labels
 

@@ -16,9 +16,11 @@ import pytest
 import small
 import torch
 
-from fer_ray import loop, storage, telemetry, training
-from fer_ray.config import TrainConfig
-from fer_ray.group import Group
+from fer_ray import storage
+from fer_ray.config.schema import TrainConfig
+from fer_ray.training import loop, telemetry
+from fer_ray.training import run as training
+from fer_ray.training.process_group import Group
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -15,10 +15,12 @@ import pytest
 import small
 from processes import kill_with_descendants, killing
 
-from fer_ray import checkpoint, history, training
-from fer_ray.config import TrainConfig
-from fer_ray.dataset import read_info
+from fer_ray.config.schema import TrainConfig
+from fer_ray.data import history
+from fer_ray.data.dataset import read_info
 from fer_ray.errors import JobFailed, UserError
+from fer_ray.models import checkpoint
+from fer_ray.training import run as training
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -24,9 +24,11 @@ from augmentation_probes import (
 )
 from scipy import ndimage
 
-from fer_ray.config import AUGMENTATIONS, PRESETS, STRENGTHS, TransformConfig
-from fer_ray.forward import resize
-from fer_ray.transforms import DeviceAugmenter, parameters, randomness
+from fer_ray.config.schema import AUGMENTATIONS, PRESETS, STRENGTHS, TransformConfig
+from fer_ray.models.forward import resize
+from fer_ray.transforms import DeviceAugmenter
+from fer_ray.transforms import keyed_random as randomness
+from fer_ray.transforms import sampling as parameters
 
 
 def test_every_option_has_a_probe():

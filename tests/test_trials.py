@@ -10,9 +10,13 @@ import torch
 from processes import wait_for
 from sweeping import config
 
-from fer_ray import checkpoint, launch, storage, worker
+from fer_ray import storage
 from fer_ray.errors import JobFailed
-from fer_ray.sweeps import records, trial
+from fer_ray.models import checkpoint
+from fer_ray.sweeps import store as records
+from fer_ray.sweeps import trial
+from fer_ray.training import ray_trainer as launch
+from fer_ray.training import worker
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweeping import TWO, config, plan, rows
 
-from fer_ray import shared_images, storage
+from fer_ray import storage
+from fer_ray.data import object_store as shared_images
 from fer_ray.errors import UserError
-from fer_ray.sweeps import images, planning, preflight, progress, records, tuning
+from fer_ray.sweeps import images, preflight, progress
+from fer_ray.sweeps import plan as planning
+from fer_ray.sweeps import run as tuning
+from fer_ray.sweeps import store as records
 from fer_ray.sweeps.halving import Halving, Job
-from fer_ray.sweeps.planning import Limits
+from fer_ray.sweeps.plan import Limits
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import pytest
 from processes import descendants, kill_with_descendants, killing, wait_for
 from sweeping import TWO, config, grid, plan, rows, same_results
 
-from fer_ray.sweeps import records, tuning
+from fer_ray.sweeps import run as tuning
+from fer_ray.sweeps import store as records
 
 ROOT = Path(__file__).resolve().parents[1]
 

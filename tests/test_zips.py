@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fer_ray import sources
+from fer_ray.data import sources
+from fer_ray.data.sources.zips import ZipSource
 from fer_ray.errors import UserError
-from fer_ray.sources.zips import ZipSource
 
 EXTREMES = [(2**64 - 1).to_bytes(8), (2**63).to_bytes(8, "little"), bytes(8), b"\xff" * 4]
 METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2]

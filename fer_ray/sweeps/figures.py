@@ -1,4 +1,4 @@
-"""The figures of a sweep's report, drawn in the style of `fer_ray.figures`."""
+"""The figures of a sweep's report, drawn in the style of `fer_ray.reporting.svg`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fer_ray import options
-from fer_ray.figures import (
+from fer_ray.config import overrides as options
+from fer_ray.reporting.svg import (
     GRID,
     INK,
     MARKERS,
@@ -20,7 +20,8 @@ from fer_ray.figures import (
     series_colour,
     short,
 )
-from fer_ray.sweeps import records, words
+from fer_ray.sweeps import sentences as words
+from fer_ray.sweeps import store as records
 from fer_ray.sweeps.importance import plain
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fer_ray.checkpoint import SCORE
-from fer_ray.sweeps.records import FAILED, FINISHED, Trial
+from fer_ray.models.checkpoint import SCORE
+from fer_ray.sweeps.store import FAILED, FINISHED, Trial
 
 REDUCTION = 3
 """One in so many trials of a rung is promoted."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fer_ray import shared_images
+from fer_ray.data import object_store as shared_images
 from fer_ray.errors import UserError
-from fer_ray.sweeps.planning import SweepPlan
-from fer_ray.worker import SPLITS
+from fer_ray.sweeps.plan import SweepPlan
+from fer_ray.training.worker import SPLITS
 
 _MEMORY_SHARE = 0.5
 """The most of a node's object store that the images may fill: all trials share them."""

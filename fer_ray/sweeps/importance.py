@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fer_ray import options
-from fer_ray.sweeps import records
+from fer_ray.config import overrides as options
+from fer_ray.sweeps import store as records
 
 FEWEST_STABLE = 30
 """Below so many trials the shares change much from one search to the next."""

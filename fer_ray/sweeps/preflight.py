@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fer_ray import capacity
+from fer_ray.runtime import resources as capacity
 from fer_ray.sweeps.halving import REDUCTION, Halving
-from fer_ray.sweeps.planning import SweepPlan
+from fer_ray.sweeps.plan import SweepPlan
 from fer_ray.sweeps.space import GRID
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from ray.tune import Callback
 
-from fer_ray.config import TrainConfig
-from fer_ray.sweeps import records
+from fer_ray.config.schema import TrainConfig
+from fer_ray.sweeps import store as records
 from fer_ray.sweeps.halving import Halving
-from fer_ray.sweeps.records import Trial
+from fer_ray.sweeps.store import Trial
 from fer_ray.sweeps.trial import free_workers
 
 _ON_A_TERMINAL_EVERY_S = 2.0

@@ -8,9 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from fer_ray import evaluation_tables, options, pages, storage
+from fer_ray import storage
+from fer_ray.config import overrides as options
 from fer_ray.errors import UserError
-from fer_ray.sweeps import figures, importance, records, summary, words
+from fer_ray.evaluation import tables as evaluation_tables
+from fer_ray.reporting import html as pages
+from fer_ray.sweeps import figures, importance, summary
+from fer_ray.sweeps import sentences as words
+from fer_ray.sweeps import store as records
 from fer_ray.sweeps.space import GRID
 
 _PAGE = ".html"

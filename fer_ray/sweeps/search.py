@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from ray.tune.search import Searcher
 
-from fer_ray.checkpoint import SCORE
-from fer_ray.sweeps import records
+from fer_ray.models.checkpoint import SCORE
+from fer_ray.sweeps import store as records
 from fer_ray.sweeps.halving import Halving, Job
 from fer_ray.sweeps.importance import distribution
-from fer_ray.sweeps.records import Trial
 from fer_ray.sweeps.space import Choices, Range
+from fer_ray.sweeps.store import Trial
 
 _STARTUP_TRIALS = 10
 """Optuna draws so many at random before TPE takes over: its own default."""

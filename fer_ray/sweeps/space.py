@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fer_ray import models, options
-from fer_ray.config import NORMALIZATIONS, PRESETS, STRENGTHS, TrainConfig
+from fer_ray.config import overrides as options
+from fer_ray.config.schema import NORMALIZATIONS, PRESETS, STRENGTHS, TrainConfig
 from fer_ray.errors import UserError, unknown
+from fer_ray.models import registry as models
 
 GRID, SEARCH = "grid", "search"
 METHODS = (GRID, SEARCH)

@@ -9,9 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from fer_ray import evaluation_tables, options, storage
-from fer_ray.config import TrainConfig
-from fer_ray.sweeps import records, winner, words
+from fer_ray import storage
+from fer_ray.config import overrides as options
+from fer_ray.config.schema import TrainConfig
+from fer_ray.evaluation import tables as evaluation_tables
+from fer_ray.sweeps import sentences as words
+from fer_ray.sweeps import store as records
+from fer_ray.sweeps import winner
 from fer_ray.sweeps.analysis import LEVEL, POWER, Analysis, analyse
 from fer_ray.sweeps.importance import importance, plain
 from fer_ray.sweeps.space import GRID

@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 
-from fer_ray import launch, loop, provenance, storage, worker
-from fer_ray.config import TrainConfig
-from fer_ray.dataset import DatasetInfo
+from fer_ray import storage
+from fer_ray.config.schema import TrainConfig
+from fer_ray.data.dataset import DatasetInfo
 from fer_ray.errors import JobFailed
-from fer_ray.group import Group
-from fer_ray.loading import Images, MemoryFeed
-from fer_ray.sweeps import records
-from fer_ray.telemetry import Telemetry
+from fer_ray.runtime import environment as provenance
+from fer_ray.sweeps import store as records
+from fer_ray.training import loop, worker
+from fer_ray.training import ray_trainer as launch
+from fer_ray.training.feed import Images, MemoryFeed
+from fer_ray.training.process_group import Group
+from fer_ray.training.telemetry import Telemetry
 
 ERROR = "error.txt"
 """Holds the traceback of a trial that failed for a reason that nobody foresaw."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from fer_ray import options, storage
-from fer_ray.config import TrainConfig
+from fer_ray import storage
+from fer_ray.config import overrides as options
+from fer_ray.config.schema import TrainConfig
 from fer_ray.errors import UserError
-from fer_ray.sweeps import records
+from fer_ray.sweeps import store as records
 from fer_ray.sweeps.importance import plain
 
 

@@ -5,8 +5,8 @@ randomness is keyed by (seed, epoch, sample): it depends neither on the number o
 on the order of the images, and a resumed run repeats it exactly.
 """
 
-from fer_ray.transforms.device import DeviceAugmenter
-from fer_ray.transforms.library import LibraryAugmenter
+from fer_ray.transforms.albumentations_engine import LibraryAugmenter
+from fer_ray.transforms.augmentation import DeviceAugmenter
 from fer_ray.transforms.mixing import Mix, MixPlan
 from fer_ray.transforms.mixing import draw as draw_mix
 from fer_ray.transforms.normalization import Normalizer, histogram, moments, needs_statistics

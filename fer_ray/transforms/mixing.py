@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fer_ray.config import TransformConfig
+from fer_ray.config.schema import TransformConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fer_ray.config import NORMALIZATIONS
+from fer_ray.config.schema import NORMALIZATIONS
 from fer_ray.errors import unknown
 
 NUM_TILES = 3

@@ -1,0 +1,1 @@
+"""`jobs/benchmark.py`: speed as ratios to named alternatives, and the recorded results."""

@@ -1,0 +1,183 @@
+"""The real prediction beside a bare forward loop, in turn: each in an actor of one thread."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from fer_ray import storage
+from fer_ray.benchmarks.loops import autocast, float_batches, rate
+from fer_ray.config.schema import TrainConfig
+from fer_ray.data import dataset
+from fer_ray.data.dataset import DatasetInfo, load_split, read_info
+from fer_ray.errors import JobFailed
+from fer_ray.inference import run as inference
+from fer_ray.models import checkpoint
+from fer_ray.preparation.shards import ROWS_PER_PART
+from fer_ray.training.feed import Images, MemoryFeed
+from fer_ray.training.loop import Trainer
+from fer_ray.training.process_group import Group
+
+_MOST_PARTS = 64
+_SETTLE_S = 1.0
+"""Seconds in which Ray Data's processes end before the bare loop is timed."""
+
+
+class Bare:
+    """An actor that runs the network over normalized images, and nothing else."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        """Makes a checkpoint of fresh weights, which both sides then load.
+
+        Args:
+            settings: ``config``, and the ``folder`` that gets ``checkpoint``.
+        """
+        torch.set_num_threads(1)  # as the real actor
+        config = TrainConfig.from_dict(settings["config"])
+        device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
+        info = read_info(config.data)
+        split = load_split(info, "train")
+        images = Images.known(split.images, split.labels)
+        place = Path(settings["folder"]) / "checkpoint"
+        place.mkdir()
+        _save(config, info, images, device, place)
+        found = checkpoint.read(str(place))
+        self._device, self._forward = device, found.forward
+        self._model = found.load_model(device)
+        self._batches = float_batches(
+            images,
+            self._forward,
+            batch_size=inference.BATCH_SIZE,
+            steps=ROWS_PER_PART // inference.BATCH_SIZE,
+            device=device,
+        )
+        self._run(2)
+
+    def rate(self, batches: int) -> float:
+        """Images/s over so many batches, a GPU not waited for in between."""
+        return rate(lambda: self._run(batches), self._device)
+
+    @torch.inference_mode()
+    def _run(self, batches: int) -> int:
+        seen = 0
+        for images, _ in itertools.islice(itertools.cycle(self._batches), batches):
+            with autocast(self._device, self._forward.bfloat16):
+                result = self._model(images).float().softmax(1)
+                if self._forward.flip_at_test:
+                    result = (result + self._model(images.flip(3)).float().softmax(1)) / 2
+            seen += len(result)
+        return seen
+
+
+def _save(
+    config: TrainConfig, info: DatasetInfo, images: Images, device: torch.device, place: Path
+) -> None:
+    """A checkpoint as the loop writes it, before the first step."""
+    group = Group(device=device)
+    feed = MemoryFeed(config, info, images, images, group=group)
+    labels: dict[str, Any] = {"run": "benchmark", "provenance": {}}
+    Trainer(config, info, feed, group=group, labels=labels, resume=None).save(place)
+
+
+def measure(settings: dict[str, Any], *, rounds: int, round_s: float) -> dict[str, Any]:
+    """Predicts in turn with both.
+
+    Args:
+        settings: as of `Bare`.
+        rounds: how many of each are kept.
+        round_s: about how many seconds each takes.
+
+    Returns:
+        ``rounds`` of ``predict`` and ``predict_plain`` in images/s, and ``predict_parts``.
+    """
+    import ray
+
+    # no CPU reserved: it rests while the other works, and Ray Data needs one for itself
+    config = TrainConfig.from_dict(settings["config"])
+    bare: Any = ray.remote(num_cpus=0)(Bare).remote(settings)
+    speed = ray.get(bare.rate.remote(1))
+    batches = max(round(speed * round_s / inference.BATCH_SIZE), 2)
+    parts, rows = parts_for(speed, round_s)
+    data = _cut(read_info(config.data), storage.join(settings["folder"], "parts"), parts, rows)
+    found: dict[str, list[float]] = {"predict": [], "predict_plain": []}
+    for _ in range(rounds):
+        found["predict"].append(_predict(data, settings["folder"], config.scaling.use_gpu))
+        time.sleep(_SETTLE_S)
+        found["predict_plain"].append(ray.get(bare.rate.remote(batches)))
+    ray.kill(bare)
+    return {"rounds": found, "predict_parts": parts, "predict_rows_per_part": rows}
+
+
+def parts_for(speed: float, round_s: float) -> tuple[int, int]:
+    """How many parts of how many rows: one to start with, then at least two for `round_s`.
+
+    Args:
+        speed: images/s of the bare loop.
+        round_s: seconds of a round.
+    """
+    batches = max(round(speed * round_s / 2 / inference.BATCH_SIZE), 1)
+    rows = min(batches * inference.BATCH_SIZE, ROWS_PER_PART)
+    return min(1 + max(math.ceil(speed * round_s / rows), 2), _MOST_PARTS), rows
+
+
+def _predict(data: str, folder: str, use_gpu: bool) -> float:
+    """Images/s of the real path once it runs: from the first written part to the last."""
+    plan = inference.plan(
+        checkpoint_place=storage.join(folder, "checkpoint"),
+        data=data,
+        split="train",
+        output=storage.join(folder, "predictions", "all"),
+    )
+    written = inference.predict(plan, num_actors=1, use_gpu=use_gpu, say=lambda line: None)
+    files = [Path(written) / task["part"] for task in plan.tasks]
+    speed = steady_rate({file: pq.read_metadata(file).num_rows for file in files})
+    storage.remove(written)
+    return speed
+
+
+def steady_rate(rows: dict[Path, int]) -> float:
+    """Images/s from the moment the first part was written to that of the last.
+
+    Args:
+        rows: images of each part's file; two files or more.
+    """
+    order = sorted(rows, key=lambda file: file.stat().st_mtime_ns)
+    elapsed_s = (order[-1].stat().st_mtime_ns - order[0].stat().st_mtime_ns) / 1e9
+    if elapsed_s <= 0:
+        raise JobFailed("predict_over_plain: the parts were written too fast to be timed")
+    return sum(rows[file] for file in order[1:]) / elapsed_s
+
+
+def _cut(info: DatasetInfo, folder: str, parts: int, rows: int) -> str:
+    """A prepared data set of so many parts of so many images; images come again if need be."""
+    tables: list[pa.Table] = []
+    for file in info.split("train").files:
+        fs, path = storage.filesystem(storage.join(info.place, file))
+        with fs.open_input_file(path) as stream:
+            tables.append(pq.ParquetFile(stream).read())
+        if sum(len(table) for table in tables) >= parts * rows:
+            break
+    whole = pa.concat_tables(tables)
+    files = []
+    for number in range(parts):
+        places = np.arange(number * rows, (number + 1) * rows)
+        table = whole.take(places % len(whole))
+        names = pa.array([f"{place:07d}" for place in places])
+        table = table.set_column(table.schema.get_field_index("image_id"), "image_id", names)
+        files.append(f"train/part-{number:05d}.parquet")
+        (Path(folder) / "train").mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, str(Path(folder) / files[-1]), compression="zstd")
+    value = storage.read_json(storage.join(info.place, dataset.INFO_NAME))
+    split = {"rows": parts * rows, "files": files, "classes": {}, "unlabelled": 0}
+    storage.write_json(
+        storage.join(folder, dataset.INFO_NAME), {**value, "splits": {"train": split}}
+    )
+    return folder

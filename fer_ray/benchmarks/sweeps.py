@@ -1,0 +1,147 @@
+"""What a sweep costs beyond its training, and what halving saves, on drawn faces.
+
+Both train small networks, whatever the benchmark's model is: they measure the sweep.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fer_ray import storage
+from fer_ray.config import overrides as options
+from fer_ray.config.schema import TrainConfig
+from fer_ray.preparation import run as preparation
+from fer_ray.sweeps import plan as planning
+from fer_ray.sweeps import run as tuning
+from fer_ray.sweeps import store as records
+from fer_ray.sweeps.plan import Limits
+
+_OVERHEAD_TRIALS = 10
+_OVERHEAD_IMAGES = 1_000
+_HALVING_IMAGES = 2_000
+_HALVING_EPOCHS = 9
+_GRID: dict[str, list[Any]] = {
+    "optimizer.learning_rate": [0.0005, 0.003, 0.02],
+    "transforms.normalization": ["none", "minmax", "dataset"],
+    "transforms.augmentation": ["none", "standard", "strong"],
+}
+"""27 configurations, of which some are poor from the start and others only later."""
+
+
+def overhead(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Seconds a trial of one process beyond its epochs, one trial at a time.
+
+    From the start of Ray Tune to its end, the first process and its imports included, less the
+    epochs (training, validation), over the trials.
+
+    Args:
+        folder: to write below; empty.
+        say: takes lines of progress.
+    """
+    say(f"the overhead of {_OVERHEAD_TRIALS} trials")
+    data = _draw(folder, _OVERHEAD_IMAGES)
+    sweep = _file(folder, "overhead", {"transforms.normalization": ["none"]})
+    plan = planning.plan(
+        _config(data, width=4, epochs=2),
+        sweep=sweep,
+        storage_place=storage.join(folder, "sweeps"),
+        num_seeds=_OVERHEAD_TRIALS,
+        limits=Limits(max_concurrent=1),
+    )
+    start = time.monotonic()
+    tuning.fit(plan, say=lambda line: None)
+    seconds = time.monotonic() - start
+    trials = records.read_all(plan.folder)
+    trained_s = sum(row["seconds"] for trial in trials for row in trial.history)
+    return {
+        "rounds": {},
+        "sweep_overhead_s": (seconds - trained_s) / len(trials),
+        "sweep": {"trials": len(trials), "seconds": seconds, "epochs_s": trained_s},
+    }
+
+
+def halving(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Epochs that ASHA runs over those of a full grid of the same 27 trials, and what it loses.
+
+    Args:
+        folder: to write below; empty.
+        say: takes lines of progress.
+    """
+    data = _draw(folder, _HALVING_IMAGES)
+    config = _config(data, width=8, epochs=_HALVING_EPOCHS)
+    say("27 trials in full")
+    grid = planning.plan(
+        config,
+        sweep=_file(folder, "grid", _GRID),
+        storage_place=storage.join(folder, "sweeps"),
+        num_seeds=1,
+        limits=Limits(),
+    )
+    tuning.fit(grid, say=lambda line: None)
+    say("the same 27 trials with ASHA")
+    search = planning.plan(
+        config,
+        sweep=_file(folder, "halved", _GRID, method="search"),
+        storage_place=storage.join(folder, "sweeps"),
+        num_trials=len(grid.space.arms),
+        limits=Limits(),
+    )
+    names = list(_GRID)
+    for number, values in enumerate(itertools.product(*_GRID.values())):
+        chosen = {**dict(zip(names, values)), "schedule.seed": config.schedule.seed}
+        records.create(search.folder, records.Trial(number=number, arm=None, options=chosen))
+    tuning.fit(search, say=lambda line: None)
+    full, halved = (_outcome(plan.folder) for plan in (grid, search))
+    return {
+        "rounds": {},
+        "asha_saving": halved["epochs"] / full["epochs"],
+        "asha_loss": full["best"] - halved["best"],
+        "asha": {"full": full, "halved": halved, "epochs_a_trial": _HALVING_EPOCHS},
+    }
+
+
+def _outcome(sweep: str) -> dict[str, Any]:
+    trials = records.read_all(sweep)
+    scores = [
+        trial.history[-1]["validation_accuracy"]
+        for trial in trials
+        if trial.status == records.FINISHED
+    ]
+    return {
+        "trials": len(trials),
+        "finished": len(scores),
+        "epochs": sum(len(trial.history) for trial in trials),
+        "best": max(scores),
+    }
+
+
+def _config(data: str, *, width: int, epochs: int) -> TrainConfig:
+    config = options.changed(
+        TrainConfig(data=data),
+        {
+            "model.width": width,
+            "schedule.epochs": epochs,
+            "schedule.global_batch_size": 32,
+            "optimizer.optimizer": "adamw",
+        },
+    )
+    return replace(config, scaling=replace(config.scaling, num_workers=1))
+
+
+def _draw(folder: str, num_images: int) -> str:
+    place = storage.join(folder, "faces")
+    plan = preparation.plan(source="synthetic", output=place, num_images=num_images)
+    preparation.prepare(plan, say=lambda line: None)
+    return place
+
+
+def _file(folder: str, name: str, space: dict[str, Any], method: str = "grid") -> str:
+    place = Path(folder) / f"{name}.json"
+    place.write_text(json.dumps({"method": method, "space": space}))
+    return str(place)

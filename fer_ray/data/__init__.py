@@ -1,0 +1,1 @@
+"""The data contracts: labels, prepared data sets, predictions, histories; sources of images."""

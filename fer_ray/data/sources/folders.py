@@ -1,0 +1,170 @@
+"""A folder of files, on any file system that pyarrow reads."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from fer_ray import storage
+from fer_ray.data.sources.files import Entry, ReadError, check_size, first_line, read_error
+from fer_ray.errors import UserError
+
+NOT_PLAIN = "not a plain file"
+
+
+class FolderSource:
+    """The files below a folder."""
+
+    kind = "folder"
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def entries(self) -> Iterator[Entry]:
+        """Every file, folder by folder; pipes, broken links and bad names with a reason."""
+        fs, root = self._filesystem
+        walk = _walk_local if isinstance(fs, pafs.LocalFileSystem) else _walk
+        try:
+            yield from walk(fs, root)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(
+                f"--source: {self.place} cannot be listed: {first_line(error)}"
+            ) from error
+
+    def read(self, path: str, at: bytes) -> bytes:
+        """One file's content; see `Source.read`."""
+        try:
+            return read_file(*self._filesystem, path)
+        except (OSError, pa.ArrowException, ValueError) as error:
+            if not storage.is_directory(self.place):
+                raise UserError(
+                    f"--source: {self.place} is gone, or not on all machines"
+                ) from error
+            raise read_error(error) from error
+
+    def fingerprint(self, listing: Iterator[tuple[str, int]]) -> str:
+        """Hash of the listing: one line a file, path, tab and size."""
+        digest = hashlib.sha256()
+        for path, size in listing:
+            digest.update(f"{path}\t{size}\n".encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _filesystem(self) -> tuple[pafs.FileSystem, str]:
+        fs, root = storage.filesystem(self.place)
+        return fs, root.rstrip("/")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+
+def read_file(fs: pafs.FileSystem, root: str, path: str) -> bytes:
+    """A file below a folder.
+
+    Raises:
+        ReadError: when it is too large, or a pipe or device.
+        OSError: when it cannot be read.
+    """
+    full = f"{root}/{path}" if root else path
+    if isinstance(fs, pafs.LocalFileSystem):
+        # not waiting: a pipe would; half the time of Path.open
+        with io.FileIO(os.open(full, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as local:
+            status = os.fstat(local.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ReadError(NOT_PLAIN)
+            check_size(status.st_size)
+            return local.read(status.st_size)
+    with fs.open_input_file(full) as file:
+        check_size(file.size())
+        return file.read()
+
+
+def _walk(fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
+    """Every file of a store, one folder's listing at a time."""
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        for info in fs.get_file_info(pafs.FileSelector(folder)):
+            path = info.path[len(root) :].strip("/")
+            if info.path.strip("/") == folder.strip("/"):  # of a key with a doubled slash
+                yield from _walk_nameless(fs, root, folder)
+            elif info.type == pafs.FileType.Directory:
+                folders.append(info.path)
+            else:
+                yield Entry(path=path, size=info.size or 0)
+
+
+def _walk_nameless(fs: pafs.FileSystem, root: str, folder: str) -> Iterator[Entry]:
+    """Every file of a store whose key has a doubled slash after a folder: pyarrow opens none.
+
+    Nor does it list such a folder but together with all that its parent holds, at once.
+    """
+    for info in fs.get_file_info(pafs.FileSelector(folder, recursive=True)):
+        if info.path.startswith(f"{folder}//") and info.type != pafs.FileType.Directory:
+            path, reason = info.path[len(root) + 1 :], "below a folder without a name"
+            yield Entry(path=path, size=info.size or 0, reason=reason)
+
+
+def _walk_local(fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
+    """Every file below a local folder; pyarrow's own listing omits broken links in silence."""
+    folders = [root or "/"]
+    seen: set[tuple[int, int]] = set()  # else links could lead round in circles
+    while folders:
+        folder = folders.pop()
+        seen.add(_identity(Path(folder)))
+        with os.scandir(folder) as found:
+            for item in found:
+                path = item.path[len(root) :].strip("/")
+                if not _is_folder(item):
+                    yield _local_entry(item, path)
+                elif item.is_symlink() and (
+                    _leads_up(item.path, folder) or _identity(item) in seen
+                ):
+                    reason = "a link to a folder that is read already"
+                    yield Entry(path=_in_utf8(path), reason=reason)
+                else:
+                    folders.append(item.path)
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _identity(item: os.DirEntry[str] | Path) -> tuple[int, int]:
+    status = item.stat()
+    return status.st_dev, status.st_ino
+
+
+def _local_entry(item: os.DirEntry[str], path: str) -> Entry:
+    shown = _in_utf8(path)
+    if shown != path:
+        return Entry(path=shown, reason="the file's name is not UTF-8")
+    try:
+        status = item.stat()
+    except OSError:
+        return Entry(path=path, reason="a broken link")
+    if not stat.S_ISREG(status.st_mode):
+        return Entry(path=path, reason=NOT_PLAIN)
+    return Entry(path=path, size=status.st_size)
+
+
+def _in_utf8(path: str) -> str:
+    """A path whose bytes that are not UTF-8 are written out: Arrow takes no others."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _leads_up(link: str, folder: str) -> bool:
+    target, real = os.path.realpath(link), os.path.realpath(folder)
+    return real == target or real.startswith(target.rstrip("/") + "/")

@@ -1,0 +1,1 @@
+"""`jobs/evaluate.py`: predictions to scores, comparisons and a report."""

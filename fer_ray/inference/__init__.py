@@ -1,0 +1,1 @@
+"""`jobs/predict.py`: batch inference on Ray Data."""

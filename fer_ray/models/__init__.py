@@ -1,0 +1,1 @@
+"""The networks, how a batch goes through one, and checkpoints."""

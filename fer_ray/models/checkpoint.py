@@ -1,0 +1,239 @@
+"""A checkpoint: a folder that holds all that inference and a resumed run need, without pickle.
+
+``model.safetensors`` has the weights that are evaluated, ``training.safetensors`` those that
+train and the optimizer's tensors, ``checkpoint.json`` the rest and the hashes of the two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from fer_ray import storage
+from fer_ray.config.schema import ModelConfig
+from fer_ray.errors import UserError
+from fer_ray.models import registry as models
+from fer_ray.models.forward import Forward
+from fer_ray.transforms import Normalizer
+
+FORMAT = 1
+SCORE = "validation_accuracy"
+"""The metric whose highest value makes the best checkpoint."""
+
+INDEX = "checkpoint.json"
+"""The file without which a folder is no checkpoint."""
+MODEL = "model.safetensors"
+_TRAINING = "training.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What ``checkpoint.json`` says."""
+
+    place: str
+    """The folder: local path or URI."""
+    run: str
+    """Name of the run that wrote it."""
+    provenance: dict[str, Any]
+    """Hardware and versions under which it was trained."""
+    model: ModelConfig
+    """The network."""
+    labels: tuple[str, ...]
+    """The classes, in the order of the logits."""
+    image_size: int
+    """Pixels a side of the images it was trained on."""
+    normalizer: Normalizer
+    """Exactly that of training."""
+    flip_at_test: bool
+    """Whether its probabilities average each image and its mirror image."""
+    bfloat16: bool
+    """Whether it was trained and validated under bfloat16 autocast."""
+    epoch: int
+    """Epochs that are done."""
+    history: list[dict[str, Any]]
+    """One dict an epoch: the rows of ``history.parquet``."""
+    config: dict[str, Any]
+    """The whole configuration of the run."""
+    files: dict[str, str]
+    """SHA-256 of each tensor file."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The last epoch's row of the history."""
+        return self.history[-1]
+
+    @property
+    def score(self) -> float:
+        """What the best checkpoint has most of."""
+        return float(self.metrics[SCORE])
+
+    @property
+    def sha256(self) -> str:
+        """Identifies what the checkpoint predicts: its weights and all that goes around them."""
+        around = [asdict(self.model), self.labels, self.image_size, asdict(self.normalizer)]
+        text = json.dumps([self.files[MODEL], *around, self.flip_at_test, self.bfloat16])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def forward(self) -> Forward:
+        """How its network takes images."""
+        return Forward(
+            normalizer=self.normalizer,
+            input_size=self.model.input_size or self.image_size,
+            bfloat16=self.bfloat16,
+            flip_at_test=self.flip_at_test,
+        )
+
+    def load_model(self, device: torch.device) -> nn.Module:
+        """The network with the evaluated weights, in evaluation mode.
+
+        Raises:
+            UserError: where the weights' file is not the one that was written.
+        """
+        # the weights come from the checkpoint: nothing is to be downloaded for them
+        config = ModelConfig(**{**asdict(self.model), "weights": ""})
+        network = models.build(config, num_classes=len(self.labels), image_size=self.image_size)
+        network.load_state_dict(self.load_tensors(MODEL))
+        return network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+
+    def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """A tensor file's content, checked against its hash."""
+        content = storage.read_bytes(storage.join(self.place, name))
+        if hashlib.sha256(content).hexdigest() != self.files[name]:
+            raise UserError(f"{self.place}: {name} is damaged: its hash is not the recorded one")
+        return safetensors.torch.load(content)
+
+    def restore(self, model: nn.Module, average: nn.Module, optimizer: Any) -> None:
+        """Puts a training run's tensors back where they were after `epoch`."""
+        tensors = self.load_tensors(_TRAINING)
+        own = {key: value for key, value in tensors.items() if key.startswith("model.")}
+        model.load_state_dict({key.removeprefix("model."): own[key] for key in own})
+        average.load_state_dict(self.load_tensors(MODEL))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key in tensors.keys() - own.keys():
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = tensors[key]
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def save(
+    folder: Path, *, values: Mapping[str, Any], model: nn.Module, average: nn.Module, optimizer: Any
+) -> None:
+    """Writes a checkpoint into an existing local folder.
+
+    Args:
+        folder: where to.
+        values: the fields of `Checkpoint` but for `place` and `files`.
+        model: the network that trains.
+        average: the network that is evaluated.
+        optimizer: its state has to be tensors alone.
+    """
+    training = {f"model.{key}": value for key, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            assert isinstance(value, torch.Tensor), f"optimizer state {name!r} is not a tensor"
+            training[f"optimizer.{index}.{name}"] = value
+    files = {}
+    for name, tensors in ((MODEL, average.state_dict()), (_TRAINING, training)):
+        # a copy a tensor: safetensors takes neither views nor channels_last strides
+        content = safetensors.torch.save(
+            {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        )
+        (folder / name).write_bytes(content)
+        files[name] = hashlib.sha256(content).hexdigest()
+    index = {"format": FORMAT, **_plain(values), "files": files}
+    storage.write_json(str(folder / INDEX), index)
+
+
+def read(place: str) -> Checkpoint:
+    """Reads a checkpoint folder.
+
+    Raises:
+        UserError: where it is none, or not whole.
+    """
+    try:
+        value = storage.read_json(storage.join(place, INDEX))
+        if value.pop("format") != FORMAT:
+            raise UserError(f"{place}: a checkpoint of another version of this project")
+        for name in value["files"]:
+            if not storage.exists(storage.join(place, name)):
+                raise UserError(f"{place}: not a whole checkpoint: {name} is missing")
+        value["model"] = ModelConfig(**value["model"])
+        value["normalizer"] = Normalizer(**value["normalizer"])
+        value["labels"] = tuple(value["labels"])
+        return Checkpoint(place=place, **value)
+    except FileNotFoundError as error:
+        raise UserError(f"{place}: not a checkpoint: {INDEX} is missing") from error
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not UTF-8
+        raise UserError(f"{place}: {INDEX} is damaged: {error}") from error
+
+
+def find(place: str) -> Checkpoint:
+    """The checkpoint at a place: the folder itself, or the best one of a run's folder.
+
+    Of equally good ones it is the latest, as Ray Train keeps it. One whose weights are damaged
+    (a crash may leave half a copy, written again under another name by the resumed run) is
+    passed over.
+
+    Raises:
+        UserError: where there is none.
+    """
+    place = storage.absolute(place)
+    if not storage.is_directory(place):
+        raise UserError(f"{place}: no checkpoint here: no such folder")
+    if storage.exists(storage.join(place, INDEX)):
+        return read(place)
+    found = in_run(place)
+    ranked = sorted(found, key=lambda one: (one.score, one.epoch, one.place), reverse=True)
+    if best := _first_undamaged(ranked, MODEL):
+        return best
+    raise UserError(f"{place}: no checkpoint here: give a checkpoint's or a run's folder")
+
+
+def latest(place: str) -> Checkpoint | None:
+    """Where a run's folder has it go on: its latest undamaged checkpoint, or None at the start."""
+    ranked = sorted(in_run(place), key=lambda one: (one.epoch, one.place), reverse=True)
+    return _first_undamaged(ranked, MODEL, _TRAINING)
+
+
+def _first_undamaged(candidates: Sequence[Checkpoint], *names: str) -> Checkpoint | None:
+    for candidate in candidates:
+        # Ray Train may remove one while it is read
+        with contextlib.suppress(UserError, FileNotFoundError):
+            for name in names:
+                candidate.load_tensors(name)
+            return candidate
+    return None
+
+
+def in_run(place: str) -> list[Checkpoint]:
+    """The whole checkpoints of a run's folder; what a crash left half written is passed over."""
+    found = []
+    for name in storage.list_names(place):
+        folder = storage.join(place, name)
+        if name.startswith("checkpoint_") and storage.exists(storage.join(folder, INDEX)):
+            try:
+                found.append(read(folder))
+            except UserError:
+                continue
+    return found
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dataclasses as dicts, so that JSON takes them."""
+    return {
+        key: asdict(value) if hasattr(value, "__dataclass_fields__") else value
+        for key, value in values.items()
+    }

@@ -1,0 +1,1 @@
+"""What talks to Ray and to the machine."""

@@ -1,0 +1,1 @@
+"""`jobs/train.py`: data-parallel training on Ray."""

@@ -1,0 +1,322 @@
+"""The training loop of one worker. It knows `torch.distributed` but not Ray: it reports to
+whoever calls it, so that a trainer's worker, a sweep's trial and a test share it."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from fer_ray.config.schema import TrainConfig
+from fer_ray.data.dataset import DatasetInfo
+from fer_ray.metrics import accuracy, macro_f1
+from fer_ray.models import checkpoint
+from fer_ray.models import registry as models
+from fer_ray.models.checkpoint import Checkpoint
+from fer_ray.models.forward import Forward
+from fer_ray.training import batch_norm as batchnorm
+from fer_ray.training import optimization
+from fer_ray.training.feed import Batch, Feed
+from fer_ray.training.process_group import Group
+from fer_ray.transforms import Normalizer, histogram, moments, needs_statistics
+
+PROGRESS_EVERY_S = 15.0
+"""Seconds between lines of progress within an epoch."""
+
+Report = Callable[[list[dict[str, Any]], Callable[[Path], None]], None]
+"""Takes the history so far and a function that writes a checkpoint into a folder."""
+
+
+class Watch(Protocol):
+    """Who is told how training goes, on every worker."""
+
+    def step(self, epoch: int, step: int, images: int, loss: torch.Tensor) -> None:
+        """After a step: epoch and step of the run from 1, this worker's images and summed loss."""
+
+    def epoch(self, step: int, row: dict[str, Any]) -> None:
+        """After an epoch: its last step, of the run from 1, and its row of the history."""
+
+
+def train(
+    config: TrainConfig,
+    info: DatasetInfo,
+    feed: Feed,
+    *,
+    group: Group,
+    run: str,
+    report: Report,
+    provenance: dict[str, Any] | None = None,
+    resume: Checkpoint | None = None,
+    until: int | None = None,
+    say: Callable[[str], None] | None = None,
+    watch: Watch | None = None,
+) -> None:
+    """Trains to the end of the schedule, or until it is stopped early.
+
+    Args:
+        config: everything that decides the result.
+        info: the prepared data set.
+        feed: where the batches come from.
+        group: the workers.
+        run: the run's name, kept in its checkpoints.
+        provenance: hardware and versions, kept in its checkpoints.
+        report: called by every worker after each epoch.
+        resume: a checkpoint of the same run to go on from.
+        until: the epoch after which to pause; None: none.
+        say: takes a line now and then within a long epoch; None: nobody wants to know.
+        watch: is told of every step and epoch.
+    """
+    labels = {"run": run, "provenance": provenance or {}}
+    trainer = Trainer(config, info, feed, group=group, labels=labels, resume=resume)
+    trainer.say, trainer.watch = say, watch
+    trainer.fit(report, until)
+
+
+class Trainer:
+    """The state of one worker's training."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        info: DatasetInfo,
+        feed: Feed,
+        *,
+        group: Group,
+        labels: dict[str, Any],
+        resume: Checkpoint | None,
+    ) -> None:
+        self.config, self.info, self.group, self.labels = config, info, group, labels
+        self.say: Callable[[str], None] | None = None
+        self.watch: Watch | None = None
+        self.feed, self.steps_per_epoch = feed, feed.steps_per_epoch
+        self.history = list(resume.history) if resume else []
+        self.forward = Forward(
+            normalizer=resume.forward.normalizer if resume else self._normalizer(),
+            input_size=config.model.input_size or info.image_size,
+            bfloat16=self._agree_on_bfloat16(resume),
+            flip_at_test=config.schedule.flip_at_test,
+        )
+        weights = optimization.class_weights(feed.class_counts, config.optimizer)
+        self.class_weights = None if weights is None else weights.to(group.device)
+        self._last_said = time.monotonic()
+        self._build_model(resume)
+
+    def _normalizer(self) -> Normalizer:
+        """With statistics of the train split, taken after what comes before them."""
+        name = self.config.transforms.normalization
+        plain = Normalizer(normalization=name, mean=self.info.pixel_mean, std=self.info.pixel_std)
+        if not needs_statistics(name):
+            return plain
+        counts = self.feed.histogram(lambda images: histogram(plain.pixel_stage(images)))
+        mean, std = moments(torch.from_numpy(self.group.total(counts)))
+        return Normalizer(normalization=name, mean=mean, std=std)
+
+    def _agree_on_bfloat16(self, resume: Checkpoint | None) -> bool:
+        """A resumed run keeps its precision; workers of different kinds take what all have."""
+        own = resume.bfloat16 if resume else _bfloat16(self.config, self.group.device)
+        return int(self.group.total(np.array([int(own)]))[0]) == self.group.size
+
+    def _build_model(self, resume: Checkpoint | None) -> None:
+        torch.manual_seed(self.config.schedule.seed)
+        model = models.build(
+            self.config.model, num_classes=len(self.info.labels), image_size=self.info.image_size
+        )
+        model = model.to(self.group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = optimization.WeightAverage(model, self.config.optimizer.ema_decay)
+        self.optimizer = optimization.build_optimizer(model, self.config.optimizer)
+        if resume:
+            resume.restore(model, self.average.model, self.optimizer)
+        self.model: nn.Module = model
+        self.parallel: nn.Module = model
+        if self.group.size > 1:
+            self.model = batchnorm.synchronize(model, self.group.device)
+            with warnings.catch_warnings():
+                # torch 2.15 renames the flag, the releases before do not know the new name
+                warnings.simplefilter("ignore", FutureWarning)
+                # buffers need no broadcast: the batch norms compute the same ones everywhere
+                self.parallel = nn.parallel.DistributedDataParallel(
+                    self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
+
+    def fit(self, report: Report, until: int | None = None) -> None:
+        """Runs the epochs that are left and reports each; raises `NotFinite` on every worker."""
+        while not self._finished() and (until is None or len(self.history) < until):
+            epoch, start = len(self.history), time.perf_counter()
+            trained = self._train_epoch(epoch)
+            train_s = time.perf_counter() - start
+            validated = self.evaluate()
+            if not math.isfinite(validated["loss"]):  # all-reduced: the same on every worker
+                raise NotFinite(epoch=epoch + 1, step=(epoch + 1) * self.steps_per_epoch)
+            # the slowest worker's clock, so that all agree on when the time is up
+            seconds = self.group.slowest(time.perf_counter() - start)
+            seen = self.steps_per_epoch * self.config.schedule.global_batch_size
+            self.history.append(
+                {
+                    "epoch": epoch + 1,
+                    **{f"train_{name}": value for name, value in trained.items()},
+                    **{f"validation_{name}": value for name, value in validated.items()},
+                    "learning_rate": self._learning_rate(len(self.history), 0),
+                    "images_per_s": seen / self.group.slowest(train_s),
+                    "seconds": seconds,
+                    "ended_at": self._now(),
+                }
+            )
+            if self.watch:
+                self.watch.epoch((epoch + 1) * self.steps_per_epoch, self.history[-1])
+            report(self.history, self.save)
+
+    def _now(self) -> str:
+        """The same on every worker, as all of the history is."""
+        latest = self.group.slowest(time.time())
+        return datetime.datetime.fromtimestamp(latest, datetime.UTC).isoformat()
+
+    def _finished(self) -> bool:
+        schedule, done = self.config.schedule, len(self.history)
+        if done >= schedule.epochs:
+            return True
+        if done == 0:
+            return False
+        spent_s = sum(row["seconds"] for row in self.history)
+        if schedule.time_limit_s and spent_s > schedule.time_limit_s:
+            return True
+        scores = [row[checkpoint.SCORE] for row in self.history]
+        return bool(schedule.patience) and done - 1 - int(np.argmax(scores)) >= schedule.patience
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        seed = np.random.SeedSequence((self.config.schedule.seed, epoch, self.group.rank))
+        torch.manual_seed(int(seed.generate_state(1)[0]))  # dropout
+        self.model.train()
+        device, classes = self.group.device, len(self.info.labels)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+        bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        check_every = 1 if device.type == "cpu" else 50  # reading it makes a GPU wait
+        for step, batch in enumerate(self.feed.train(epoch)):
+            loss, logits, finite = self._step(batch, epoch, step)
+            loss_sum += loss
+            cells = batch.targets[: len(logits)] * classes + logits.argmax(1)
+            confusion.scatter_add_(0, cells, torch.ones_like(cells))  # `bincount` makes a GPU wait
+            bad_step = torch.where((bad_step < 0) & ~finite, step, bad_step)
+            self._progress(epoch, step)
+            if self.watch:
+                at = epoch * self.steps_per_epoch + step + 1
+                self.watch.step(epoch + 1, at, len(logits), loss)
+            if (step + 1) % check_every == 0 or step + 1 == self.steps_per_epoch:
+                self._check_finite(epoch, int(bad_step))
+        return self._summarize(loss_sum.item(), confusion.cpu().numpy())
+
+    def _step(
+        self, batch: Batch, epoch: int, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One step; returns this worker's summed loss, its logits, and whether all is finite."""
+        optimizer, settings = self.optimizer, self.config.optimizer
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = self._learning_rate(epoch, step)
+        logits = self.forward.logits(self.parallel, batch.images, batch.mix)
+        loss = optimization.summed_loss(
+            logits,
+            batch.targets,
+            label_smoothing=settings.label_smoothing,
+            weights=self.class_weights,
+            mix=batch.mix,
+        )
+        optimizer.zero_grad(set_to_none=True)
+        # DistributedDataParallel averages over the workers: undo that, divide by the images
+        (loss * (self.group.size / self.config.schedule.global_batch_size)).backward()
+        limit = settings.clip_grad_norm or math.inf
+        # the norm is over gradients that the workers share: all see the same value, and with
+        # it the same verdict, without asking each other
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        optimizer.step()
+        self.average.update(self.model, epoch * self.steps_per_epoch + step)
+        return loss.detach(), logits.detach(), torch.isfinite(norm)
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss, accuracy and macro-F1 of the averaged weights on the whole validation split.
+
+        The loss is the mean negative log-likelihood in nats, without smoothing or weights.
+        """
+        classes = len(self.info.labels)
+        loss_sum, confusion = 0.0, np.zeros(classes * classes, dtype=np.int64)
+        for images, targets in self.feed.validation():
+            probabilities = self.forward.probabilities(self.average.model, images)
+            chosen = probabilities.gather(1, targets[:, None]).clamp_min(1e-12)
+            loss_sum -= float(chosen.double().log().sum())
+            cells = targets * classes + probabilities.argmax(1)
+            confusion += torch.bincount(cells, minlength=classes * classes).cpu().numpy()
+        return self._summarize(loss_sum, confusion)
+
+    def _summarize(self, loss_sum: float, confusion: np.ndarray) -> dict[str, float]:
+        """Metrics over all workers, from this worker's sums."""
+        classes = len(self.info.labels)
+        matrix = self.group.total(confusion).reshape(classes, classes)
+        loss = float(self.group.total(np.array([loss_sum]))[0]) / int(matrix.sum())
+        return {"loss": loss, "accuracy": accuracy(matrix), "macro_f1": macro_f1(matrix)}
+
+    def save(self, folder: Path) -> None:
+        """Writes a checkpoint of the state after the last finished epoch."""
+        values = {
+            **self.labels,
+            "model": self.config.model,
+            "labels": self.info.labels,
+            "image_size": self.info.image_size,
+            "normalizer": self.forward.normalizer,
+            "flip_at_test": self.forward.flip_at_test,
+            "bfloat16": self.forward.bfloat16,
+            "epoch": len(self.history),
+            "history": self.history,
+            "config": self.config.to_dict(),
+        }
+        checkpoint.save(
+            folder,
+            values=values,
+            model=self.model,
+            average=self.average.model,
+            optimizer=self.optimizer,
+        )
+
+    def _learning_rate(self, epoch: int, step: int) -> float:
+        return optimization.learning_rate(
+            epoch * self.steps_per_epoch + step,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=self.config.schedule.epochs,
+            config=self.config.optimizer,
+        )
+
+    def _progress(self, epoch: int, step: int) -> None:
+        """Says where a long epoch stands, from the first worker, now and then."""
+        now = time.monotonic()
+        if self.say is None or self.group.rank or now - self._last_said < PROGRESS_EVERY_S:
+            return
+        self._last_said = now
+        epochs, steps = self.config.schedule.epochs, self.steps_per_epoch
+        self.say(f"epoch {epoch + 1}/{epochs}, step {step + 1}/{steps}")
+
+    def _check_finite(self, epoch: int, bad_step: int) -> None:
+        if bad_step >= 0:
+            raise NotFinite(epoch=epoch + 1, step=epoch * self.steps_per_epoch + bad_step + 1)
+
+
+class NotFinite(ArithmeticError):
+    """The loss or its gradient became infinite or not a number; raised on every worker."""
+
+    def __init__(self, *, epoch: int, step: int) -> None:
+        """Names the epoch and the step of the whole run, both from 1."""
+        super().__init__(
+            f"the loss or its gradient is not finite at step {step} (epoch {epoch}): a lower "
+            "--learning-rate, a longer --warmup-epochs or --clip-grad-norm may help"
+        )
+
+
+def _bfloat16(config: TrainConfig, device: torch.device) -> bool:
+    if config.schedule.precision == "auto":
+        return models.prefers_bfloat16(config.model, device)
+    return config.schedule.precision == "bfloat16"

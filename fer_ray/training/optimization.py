@@ -1,0 +1,161 @@
+"""How weights move: the loss, the optimizer and its schedule, and the average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fer_ray.config.schema import OptimizerConfig
+from fer_ray.errors import unknown
+from fer_ray.transforms import Mix
+
+
+def class_weights(
+    counts: Sequence[int] | np.ndarray, config: OptimizerConfig
+) -> torch.Tensor | None:
+    """The loss's weight of each class.
+
+    Args:
+        counts: images of each class in the train split.
+        config: which weighting; ``capped`` is the inverse frequency with no weight above
+            ``class_weight_cap``.
+
+    Returns:
+        (classes,) float32 whose mean over the train images is 1, 0 for a class without images;
+        None where all weigh the same.
+    """
+    if config.class_weights == "none":
+        return None
+    frequency = np.asarray(counts, dtype=np.float64)
+    weights = np.divide(1.0, frequency, out=np.zeros_like(frequency), where=frequency > 0)
+    weights *= frequency.sum() / (weights * frequency).sum()
+    if config.class_weights == "capped":
+        weights = _cap(weights, frequency, config.class_weight_cap)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def _cap(weights: np.ndarray, frequency: np.ndarray, cap: float) -> np.ndarray:
+    """Weights of at most `cap` with the same mean over the images.
+
+    What a capped class loses goes to the others in proportion, which may lift one of them over
+    the cap in turn: at most as many rounds as there are classes.
+    """
+    for _ in range(len(weights)):
+        over = weights >= cap
+        rest = (weights * frequency)[~over].sum()
+        if not rest:
+            break
+        left = frequency.sum() - cap * frequency[over].sum()
+        weights = np.where(over, cap, weights * left / rest)
+    return weights
+
+
+def summed_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    label_smoothing: float,
+    weights: torch.Tensor | None,
+    mix: Mix | None = None,
+) -> torch.Tensor:
+    """The cross-entropy of a batch, added up over its images.
+
+    Added up and not averaged: workers divide by the size of the global batch, so that uneven
+    parts weigh what they should.
+
+    Args:
+        logits: (N, classes).
+        targets: (M,) classes of the batch's images; M is N where nothing is mixed.
+        label_smoothing: share of the target spread evenly over all classes.
+        weights: (classes,) or None.
+        mix: how the images were mixed, and so the targets.
+    """
+
+    def summed(targets: torch.Tensor, reduction: str) -> torch.Tensor:
+        return F.cross_entropy(
+            logits, targets, weight=weights, label_smoothing=label_smoothing, reduction=reduction
+        )
+
+    if mix is None:
+        return summed(targets, "sum")
+    own, other = summed(targets[: len(logits)], "none"), summed(targets[mix.partner], "none")
+    return torch.lerp(other, own, mix.own_share).sum()
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer over a model's parameters; weight decay on matrices and kernels alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    assert config.learning_rate is not None
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups,
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+        )
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999))
+    raise unknown("--optimizer", config.optimizer, ("sgd", "adamw"))
+
+
+def learning_rate(
+    step: int, *, steps_per_epoch: int, epochs: int, config: OptimizerConfig
+) -> float:
+    """The rate of a step: a linear warm-up, then a cosine that reaches 0 after the last step.
+
+    Args:
+        step: counted from 0 over the whole run.
+        steps_per_epoch: steps of one epoch.
+        epochs: epochs of the whole run.
+        config: gives the peak and the length of the warm-up.
+    """
+    assert config.learning_rate is not None
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(epochs * steps_per_epoch - warmup, 1)
+    return config.learning_rate * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
+class WeightAverage:
+    """The exponential moving average of a model's weights and batch statistics."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Starts from the model's present weights.
+
+        Args:
+            model: the one that trains.
+            decay: share of the average that a step keeps, in [0, 1); 0 follows the model.
+        """
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Takes in the weights after a step (from 0); early steps keep less of the average.
+
+        The decay is at most (1 + step) / (10 + step), as in TensorFlow's
+        ``ExponentialMovingAverage``, so that the first random weights are forgotten soon.
+        """
+        keep = min(self._decay, (1 + step) / (10 + step)) if self._decay else 0.0
+        averages, values = self._state(self.model), self._state(model)
+        floating = [name for name in averages if averages[name].is_floating_point()]
+        torch._foreach_lerp_(
+            [averages[name] for name in floating], [values[name] for name in floating], 1.0 - keep
+        )
+        for name in averages.keys() - set(floating):
+            averages[name].copy_(values[name])
+
+    @staticmethod
+    def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+        return model.state_dict(keep_vars=False)

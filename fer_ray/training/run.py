@@ -1,0 +1,309 @@
+"""A data-parallel training run on Ray: `plan` it without Ray, then `fit` it.
+
+A run is a folder, ``<storage>/<run>/``: `Ray Train` keeps its checkpoints there (the best and
+the last), beside ``config.json``, ``history.parquet`` and, when it has ended, ``run.json``.
+The same name with the same settings goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fer_ray import storage
+from fer_ray.config.schema import ScalingConfig, TrainConfig, differences
+from fer_ray.data import object_store as shared_images
+from fer_ray.data.dataset import DatasetInfo, read_info
+from fer_ray.data.history import write_history
+from fer_ray.errors import JobFailed, UserError
+from fer_ray.models import registry as models
+from fer_ray.runtime import environment as provenance
+from fer_ray.runtime import resources as capacity
+from fer_ray.training import ray_trainer as launch
+from fer_ray.training import stream_feed as streaming
+from fer_ray.training import worker
+from fer_ray.training.stream_feed import Piece
+from fer_ray.training.worker import HISTORY, SPLITS
+
+CONFIG = "config.json"
+RESULT = "run.json"
+_ROW_GROUPS = "row_groups.json"
+_MEMORY_SHARE = 0.3
+"""The most of a node's object store that `--loading auto` fills with images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A training run whose input has been checked."""
+
+    config: TrainConfig
+    """All settings; the data's place is absolute."""
+    info: DatasetInfo
+    """The prepared data set."""
+    storage: str
+    """The folder of all runs: absolute local path or URI."""
+    run: str
+    """The run's name."""
+    resumes: bool
+    """Whether the run's folder is there already, with the same settings."""
+
+    @property
+    def folder(self) -> str:
+        """The run's folder."""
+        return storage.join(self.storage, self.run)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return storage.exists(storage.join(self.folder, RESULT))
+
+
+def plan(config: TrainConfig, *, storage_place: str, run: str) -> Plan:
+    """Checks a run's input, without Ray.
+
+    Raises:
+        UserError: where the data set is missing or does not fit the settings, or a run of that
+            name exists with other settings.
+    """
+    storage.check_name("--run", run)
+    config, info = check(config)
+    place = storage.absolute(storage_place)
+    storage.check_bucket("--storage", place)
+    resumes = _check_same(config, info, storage.join(place, run))
+    return Plan(config=config, info=info, storage=place, run=run, resumes=resumes)
+
+
+def check(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo]:
+    """Whether a data set suits the settings.
+
+    Returns:
+        The settings with absolute places, and the data set.
+
+    Raises:
+        UserError: where it is missing or does not suit them.
+    """
+    config = _with_absolute_places(config)
+    info = read_info(config.data)
+    for split in SPLITS:
+        labelled = info.split(split).rows - info.split(split).unlabelled
+        if not labelled:
+            raise UserError(f"--data: {info.place} has no labelled images in its {split} split")
+    batch = config.schedule.global_batch_size
+    rows = info.split("train").rows - info.split("train").unlabelled
+    if batch > rows:
+        raise UserError(
+            f"--global-batch-size: {batch} is more than the {rows} images of the train split"
+        )
+    models.check(config.model, num_classes=len(info.labels), image_size=info.image_size)
+    return config, info
+
+
+def _with_absolute_places(config: TrainConfig) -> TrainConfig:
+    """Workers run in another directory."""
+    model, weights = config.model, config.model.weights
+    if weights and weights != "imagenet":
+        model = dataclasses.replace(model, weights=storage.absolute(weights))
+    return dataclasses.replace(config, data=storage.absolute(config.data), model=model)
+
+
+def _check_same(config: TrainConfig, info: DatasetInfo, folder: str) -> bool:
+    """Whether there is such a run already; refuses one with other settings or data."""
+    if not storage.exists(storage.join(folder, CONFIG)):
+        return False
+    saved = storage.read_json(storage.join(folder, CONFIG))
+    # runs from before there was a choice were changed by albumentations
+    saved["config"].get("transforms", {}).setdefault("engine", "albumentations")
+    before = TrainConfig.from_dict(saved["config"]).to_dict()
+    found = differences(before, config.to_dict())
+    if saved["data_sha256"] != info.data_sha256:
+        found.append(f"data: {saved['config']['data']} -> {config.data} (other images)")
+    if found:
+        raise UserError(
+            f"--run: {folder} exists with other settings ({'; '.join(found)}): give another "
+            "name, or the same settings to resume it"
+        )
+    return True
+
+
+def fit(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Trains on the Ray cluster that is connected, or resumes, or finds the run finished.
+
+    Args:
+        plan: from `plan`.
+        say: takes lines of progress.
+
+    Returns:
+        The content of ``run.json``; its ``train_s`` are the seconds of all epochs, its ``wall_s``
+        those of the last sitting, start-up included.
+
+    Raises:
+        JobFailed: where the loss is no longer finite, or workers were lost too often.
+    """
+    if plan.is_finished:
+        say(f"run {plan.run} is finished already")
+        return storage.read_json(storage.join(plan.folder, RESULT))
+    _check_resources(plan.config, say)
+    streams = decide_loading(plan)
+    feed = _what_to_feed(plan, streams)
+    storage.write_json(
+        storage.join(plan.folder, CONFIG),
+        {
+            "config": plan.config.to_dict(),
+            "data_sha256": plan.info.data_sha256,
+            "loading": "stream" if streams else "memory",
+        },
+    )
+    start = time.perf_counter()
+    say(_announcement(plan, streams))
+    _run_workers(plan, feed)
+    result = _result(plan, wall_s=time.perf_counter() - start)
+    storage.write_json(storage.join(plan.folder, RESULT), result)
+    return result
+
+
+def _announcement(plan: Plan, streams: bool) -> str:
+    config, model = plan.config, plan.config.model
+    setting = f" ({model.setting})" if model.name == "custom_cnn" else ""
+    size = model.input_size or plan.info.image_size
+    verb = "resuming" if plan.resumes else "training"
+    return (
+        f"{verb} {model.name}{setting} at {size} px as run {plan.run!r}: "
+        f"{plan.info.split('train').rows:,} images, {config.schedule.epochs} epochs, "
+        f"batch {config.schedule.global_batch_size} over {config.scaling.num_workers} worker(s), "
+        f"normalization {config.transforms.normalization}, "
+        f"augmentation {config.transforms.augmentation}, loading "
+        f"{'from a stream' if streams else 'into memory'} ({config.schedule.loading})"
+    )
+
+
+def _check_resources(config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Refuses what this cluster can never schedule, instead of waiting for ever."""
+    scaling = config.scaling
+    demand = capacity.Demand(
+        each={"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {}),
+        count=scaling.num_workers,
+        flags={"CPU": "--num-workers", "GPU": "--use-gpu"},
+        hint="fewer workers or a lower --cpus-per-worker fit",
+    )
+    capacity.check(demand, say=say)
+
+
+def decide_loading(plan: Plan) -> bool:
+    """Whether to stream; a resumed run does as it did before.
+
+    Raises:
+        UserError: where streaming was asked for, or is needed, and cannot be.
+    """
+    import ray
+
+    chosen = plan.config.schedule.loading
+    if plan.resumes:
+        before = storage.read_json(storage.join(plan.folder, CONFIG))
+        chosen = before.get("loading", "memory")
+    if chosen == "auto":
+        size = sum(plan.info.split(name).rows for name in SPLITS) * plan.info.image_size**2
+        stores = [
+            node["Resources"].get("object_store_memory", 0.0)
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        chosen = "memory" if size <= _MEMORY_SHARE * min(stores) else "stream"
+    if chosen == "stream":
+        for name in SPLITS:
+            if unknown := plan.info.split(name).unlabelled:
+                raise UserError(
+                    f"--loading {plan.config.schedule.loading}: {unknown} images of the {name} "
+                    "split have no label and cannot be streamed; leave them out when preparing, "
+                    "or use --loading memory"
+                )
+    return chosen == "stream"
+
+
+def _spare_cpus(scaling: ScalingConfig) -> float:
+    """CPUs that no worker reserves, for each worker."""
+    import ray
+
+    free = ray.cluster_resources().get("CPU", 0.0) - scaling.num_workers * scaling.cpus_per_worker
+    return max(free, 0.0) / scaling.num_workers
+
+
+def _what_to_feed(plan: Plan, streams: bool) -> dict[str, Any]:
+    """The part of the workers' settings that says where the images are.
+
+    Raises:
+        UserError: for files that are damaged or not those of the run that is resumed.
+    """
+    if streams:
+        found = {name: streaming.pieces(plan.info, name) for name in SPLITS}
+        _check_pieces(plan, found)
+        return {"pieces": found, "spare_cpus": _spare_cpus(plan.config.scaling)}
+    fractions = dict.fromkeys(SPLITS, 1.0)
+    return {"images": shared_images.share(plan.info, fractions, meanwhile=launch.warm_up)}
+
+
+def _check_pieces(plan: Plan, found: dict[str, list[Piece]]) -> None:
+    """Refuses to resume a stream whose row groups were cut anew: its order would be another."""
+    place = storage.join(plan.folder, _ROW_GROUPS)
+    rows = {name: [piece.end for piece in parts] for name, parts in found.items()}
+    if plan.resumes and storage.exists(place) and storage.read_json(place) != rows:
+        raise UserError(
+            f"--data: {plan.info.place} was prepared anew with other row groups since run "
+            f"{plan.run!r} began to stream it: give another --run"
+        )
+    storage.write_json(place, rows)
+
+
+def _run_workers(plan: Plan, feed: dict[str, Any]) -> None:
+    settings = {"config": plan.config.to_dict(), "run": plan.run, "folder": plan.folder, **feed}
+    failure = storage.join(plan.folder, worker.FAILURE)
+    storage.remove(failure)
+    try:
+        launch.run_trainer(
+            worker.work,
+            settings,
+            plan.config.scaling,
+            storage_place=plan.storage,
+            run=plan.run,
+            failed=f"run {plan.run} failed (the same command resumes it)",
+        )
+    except JobFailed as error:
+        if storage.exists(failure):
+            raise JobFailed(f"{error} ({storage.read_json(failure)['reason']})") from error
+        raise
+    if storage.exists(failure):
+        raise JobFailed(storage.read_json(failure)["reason"])
+
+
+def _result(plan: Plan, *, wall_s: float) -> dict[str, Any]:
+    """What ``run.json`` says, from the checkpoints."""
+    from fer_ray.models import checkpoint
+
+    kept = checkpoint.in_run(plan.folder)
+    if not kept:
+        raise JobFailed(f"{plan.folder}: the run ended without a checkpoint")
+    best = checkpoint.find(plan.folder)
+    last = max(kept, key=lambda one: one.epoch)
+    write_history(storage.join(plan.folder, HISTORY), last.history)
+    speeds = sorted(row["images_per_s"] for row in last.history)
+    return {
+        "run": plan.run,
+        "model": asdict(plan.config.model),
+        "best": best.metrics,
+        "last": last.metrics,
+        "best_checkpoint": storage.name_of(best.place),
+        "checkpoint_sha256": best.sha256,
+        "epochs": last.epoch,
+        "train_s": sum(row["seconds"] for row in last.history),
+        "wall_s": wall_s,
+        "images_per_s": speeds[len(speeds) // 2],
+        "loading": storage.read_json(storage.join(plan.folder, CONFIG))["loading"],
+        "computed_in": "bfloat16" if last.bfloat16 else "float32",
+        "seed": plan.config.schedule.seed,
+        "num_workers": plan.config.scaling.num_workers,
+        "data_sha256": plan.info.data_sha256,
+        "git_commit": provenance.git_commit(),
+        **last.provenance,
+    }

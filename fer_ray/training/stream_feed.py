@@ -1,0 +1,273 @@
+"""Batches for the training loop from Ray Data, for splits that do not fit into memory.
+
+Each worker reads its part of every epoch anew: row groups in an order of (seed, epoch), changed
+by the library's engine in Ray Data's tasks where that engine was asked for, then a buffer from
+which images are drawn at random. Memory is bounded by the buffer and a few blocks on their way.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from fer_ray import storage
+from fer_ray.config.schema import TrainConfig
+from fer_ray.data.dataset import DatasetInfo, label_indices, stack
+from fer_ray.errors import UserError
+from fer_ray.preparation.run import quiet_ray_data
+from fer_ray.training.feed import (
+    EVALUATION_BATCH_SIZE,
+    Augmentation,
+    Batch,
+    as_tensor,
+    library_augmenter,
+)
+from fer_ray.training.process_group import Group
+from fer_ray.transforms import LibraryAugmenter, draw_mix
+
+_BATCHES_AHEAD = 4
+"""Batches that are made before they are needed."""
+
+_BYTES_AHEAD = 128 * 2**20
+"""What a worker's blocks on their way may take of the object store, if a few fit in it."""
+
+_LEAST_BLOCKS_AHEAD = 8
+_SAY_AFTER_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Some rows of one row group, the unit of reading."""
+
+    file: str
+    """Absolute place of the Parquet file."""
+    row_group: int
+    """Its number in the file."""
+    begin: int
+    """First row of the row group."""
+    end: int
+    """One past the last row."""
+    first: int
+    """Index in the split of the row group's row 0."""
+
+
+def pieces(info: DatasetInfo, split: str) -> list[Piece]:
+    """All row groups of a split, in its order; reads the files' footers.
+
+    Raises:
+        UserError: where files cannot be read, or do not hold as many rows as ``dataset.json``
+            promises.
+    """
+    fs, root = storage.filesystem(info.place)
+    found, first = [], 0
+    for file in info.split(split).files:
+        try:
+            metadata = pq.read_metadata(storage.join(root, file), filesystem=fs)
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{info.place}: {file} cannot be read: {reason}") from error
+        place = storage.join(info.place, file)
+        for number in range(metadata.num_row_groups):
+            rows = metadata.row_group(number).num_rows
+            found.append(Piece(file=place, row_group=number, begin=0, end=rows, first=first))
+            first += rows
+    if first != info.split(split).rows:
+        raise UserError(
+            f"{info.place}: split {split!r} has {first} rows, dataset.json says "
+            f"{info.split(split).rows}: run jobs/prepare.py again"
+        )
+    return found
+
+
+def cut(found: list[Piece], begin: int, end: int) -> list[Piece]:
+    """The pieces that hold rows `begin` to `end` of those of `found`, one after the other."""
+    kept, position = [], 0
+    for piece in found:
+        low = max(begin - position, 0)
+        high = min(end - position, piece.end - piece.begin)
+        if low < high:
+            bounds = {"begin": piece.begin + low, "end": piece.begin + high}
+            kept.append(Piece(**{**asdict(piece), **bounds}))
+        position += piece.end - piece.begin
+    return kept
+
+
+class StreamFeed:
+    """One worker's stream of both splits."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        info: DatasetInfo,
+        found: dict[str, list[Piece]],
+        *,
+        group: Group,
+        spare_cpus: float,
+    ) -> None:
+        """Keeps what to read.
+
+        Args:
+            config: decides order, changes and the buffer.
+            info: the prepared data set; all images of both splits are labelled.
+            found: `pieces` of ``train`` and ``validation``.
+            group: the workers.
+            spare_cpus: CPUs of the cluster that no worker reserves, for each worker. Where there
+                is less than one, reading reserves none: a task that waited for a CPU which the
+                workers hold would wait for ever.
+        """
+        self._config, self._info, self._group = config, info, group
+        self._augmentation = Augmentation(config, info, group.device)
+        self._input_size = config.model.input_size or info.image_size
+        self._tasks = max(1, int(spare_cpus))
+        self._cpus_a_task = 1 if spare_cpus >= 1 else 0
+        self._pieces = found
+        self.steps_per_epoch = info.split("train").rows // config.schedule.global_batch_size
+        classes = info.split("train").classes
+        self.class_counts = np.array([classes.get(label, 0) for label in info.labels])
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        schedule, group = self._config.schedule, self._group
+        part = group.part(schedule.global_batch_size)
+        random = np.random.default_rng((schedule.seed, epoch))
+        order = random.permutation(len(self._pieces["train"]))
+        steps = self.steps_per_epoch
+        mine = cut([self._pieces["train"][i] for i in order], steps * part.start, steps * part.stop)
+        size = part.stop - part.start
+        assert size > 0, "a configuration has at least one image a worker and step"
+        batches = self._read(
+            mine,
+            epoch=epoch,
+            batch_size=size,
+            shuffle=int(random.integers(2**31)) + group.rank,
+        )
+        for step, rows in enumerate(batches):
+            yield self._batch(rows, epoch, step)
+
+    def _batch(self, rows: dict[str, Any], epoch: int, step: int) -> Batch:
+        images, targets, samples = _unpack(rows, self._info.image_size)
+        device, rank, seed = self._group.device, self._group.rank, self._config.schedule.seed
+        # partners come from this worker's part: others' images are elsewhere
+        plan = draw_mix(
+            self._config.transforms, (seed, epoch, step, rank), len(images), self._input_size
+        )
+        return Batch(
+            images=self._augmentation.finish(_pinned(images, device), samples, epoch),
+            targets=_pinned(targets, device).to(device, non_blocking=True),
+            mix=plan.of(slice(0, len(images)), device) if plan else None,
+        )
+
+    def validation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for images, targets in self._whole("validation"):
+            yield images, targets.to(self._group.device)
+
+    def histogram(self, count: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+        total = torch.zeros(256, dtype=torch.int64)
+        for images, _ in self._whole("train"):
+            total += count(images).cpu()
+        return total.numpy()
+
+    def _whole(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This worker's part of a split, in order and unchanged."""
+        part = self._group.part(self._info.split(split).rows)
+        mine = cut(self._pieces[split], part.start, part.stop)
+        for rows in self._read(mine, batch_size=EVALUATION_BATCH_SIZE) if mine else ():
+            images, targets, _ = _unpack(rows, self._info.image_size)
+            yield images.to(self._group.device), targets
+
+    def _read(
+        self,
+        mine: list[Piece],
+        *,
+        batch_size: int,
+        epoch: int | None = None,
+        shuffle: int | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Lets Ray Data read and change pieces; batches of columns as numpy arrays."""
+        import ray
+
+        quiet_ray_data()
+        rows = [asdict(piece) for piece in mine]
+        read = _Reader(self._info, self._config, epoch)
+        stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            read,
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=self._cpus_a_task,
+            compute=ray.data.TaskPoolStrategy(size=self._tasks),
+        )
+        options = stream.context.execution_options
+        options.preserve_order = True  # else the same seed would not give the same run
+        block = max(piece.end - piece.begin for piece in mine) * self._info.image_size**2
+        options.resource_limits = options.resource_limits.copy(
+            object_store_memory=max(_BYTES_AHEAD, _LEAST_BLOCKS_AHEAD * block)
+        )
+        wanted: dict[str, Any] = {"batch_size": batch_size, "batch_format": "numpy"}
+        if shuffle is not None:
+            wanted["local_shuffle_buffer_size"] = self._config.schedule.shuffle_buffer
+            wanted["local_shuffle_seed"] = shuffle
+        batches: Any = stream.iter_batches(prefetch_batches=_BATCHES_AHEAD, **wanted)
+        waiting = threading.Timer(_SAY_AFTER_S, _say_waiting, (self._group.rank,))
+        waiting.daemon = True
+        waiting.start()
+        try:
+            for batch in batches:
+                waiting.cancel()
+                yield batch
+        finally:
+            waiting.cancel()
+
+
+def _say_waiting(rank: int) -> None:
+    print(
+        f"worker {rank} has waited {_SAY_AFTER_S:.0f} s for its first images: reading may wait for "
+        "a CPU that other jobs hold",
+        flush=True,
+    )
+
+
+class _Reader:
+    """Reads one piece in a task of Ray Data, and changes it where the library's engine does."""
+
+    def __init__(self, info: DatasetInfo, config: TrainConfig, epoch: int | None) -> None:
+        self._info, self._config, self._epoch = info, config, epoch
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        (row,) = batch.to_pylist()
+        piece, size = Piece(**row), self._info.image_size
+        fs, path = storage.filesystem(piece.file)
+        with pq.ParquetFile(path, filesystem=fs) as file:
+            table = file.read_row_group(piece.row_group, columns=["image", "label"])
+        table = table.slice(piece.begin, piece.end - piece.begin)
+        images = stack(table["image"], size)
+        samples = np.arange(piece.begin, piece.end) + piece.first
+        if self._epoch is not None and self._config.transforms.engine == "albumentations":
+            library = _library(self._config, self._info.pixel_mean, size)
+            images = library(images, samples, self._epoch)
+        flat = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(size * size), len(images), [None, pa.py_buffer(images)]
+        )
+        targets = label_indices(table["label"], self._info.labels)
+        return pa.table({"image": flat, "target": targets, "sample": samples})
+
+
+@functools.lru_cache(maxsize=2)
+def _library(config: TrainConfig, mean: float, size: int) -> LibraryAugmenter:
+    """One pipeline a process: building it takes longer than using it."""
+    return library_augmenter(config, mean, size)
+
+
+def _unpack(rows: dict[str, Any], size: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    pixels = np.frombuffer(b"".join(rows["image"]), np.uint8).reshape(-1, size, size)
+    return as_tensor(pixels), as_tensor(rows["target"]).clone(), rows["sample"]
+
+
+def _pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor if device.type == "cpu" else tensor.pin_memory()
