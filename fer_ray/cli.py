@@ -62,10 +62,10 @@ class ListModels(argparse.Action):
         super().__init__(nargs=0, **settings)
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
-        from fer_ray.models import registry as models
+        from fer_ray.models import registry
 
         print(f"{'model':26}{'input':>8}{'parameters':>14}{'multiply-adds':>16}")
-        for name, size, cost in models.variants():
+        for name, size, cost in registry.variants():
             print(f"{name:26}{size:>5} px{cost.parameters:>14,}{cost.multiply_adds:>16,}")
         parser.exit()
 

@@ -33,3 +33,8 @@ def unknown(what: str, given: object, allowed: Iterable[str]) -> UserError:
 
 class JobFailed(RuntimeError):
     """A job whose input was right but whose work failed: one line, exit status 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, as one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -43,7 +43,7 @@ def main() -> None:
         return
 
     from fer_ray.benchmarks import run as benchmark
-    from fer_ray.benchmarks import targets as benchmark_numbers
+    from fer_ray.benchmarks import targets
 
     plan = benchmark.plan(
         config,
@@ -53,7 +53,7 @@ def main() -> None:
         round_s=arguments.round_s,
     )
     result = benchmark.measure(plan, start_ray=cli.start_ray, say=cli.say)
-    for line in benchmark_numbers.table(result):
+    for line in targets.table(result):
         cli.say(line)
     cli.say(plan.output or "nothing was written: --output FILE.json keeps it")
 

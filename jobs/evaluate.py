@@ -40,17 +40,15 @@ def main() -> None:
         return
 
     from fer_ray import storage
-    from fer_ray.evaluation import report
-    from fer_ray.evaluation import scores as evaluation
-    from fer_ray.evaluation import tables as evaluation_tables
+    from fer_ray.evaluation import report, scores, tables
 
     output = storage.absolute(cli.lasting("--output", flags.output or "results/evaluation"))
     report.check_places(output, flags.runs, flags.data)
-    result = evaluation.evaluate(
+    result = scores.evaluate(
         flags.predictions, baseline=flags.baseline, resamples=flags.bootstrap, seed=flags.seed
     )
     page = report.publish(result, output, runs=flags.runs, data=flags.data)
-    cli.say(f"{evaluation_tables.as_text(result)}\n\n{page}")
+    cli.say(f"{tables.as_text(result)}\n\n{page}")
 
 
 def report_sweep(sweep: str, output: str | None) -> None:

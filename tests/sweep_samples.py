@@ -11,10 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fer_ray.config import overrides as options
+from fer_ray.config import overrides
 from fer_ray.config.schema import TrainConfig
-from fer_ray.sweeps import importance, space
-from fer_ray.sweeps import store as records
+from fer_ray.sweeps import importance, space, store
 from fer_ray.sweeps.store import FAILED, FINISHED, STOPPED, UNFINISHED, Trial
 
 EPOCHS = 4
@@ -90,7 +89,7 @@ def save(
         ranges=dict(ranges or {}),
     )
     value = {
-        "format": records.FORMAT,
+        "format": store.FORMAT,
         "sweep": what.name,
         "run": folder.name,
         "data": "data/faces",
@@ -107,9 +106,9 @@ def save(
         **settings,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / records.SWEEP).write_text(json.dumps(value))
-    table = pa.Table.from_pylist(records.rows(trials, config), schema=records.SCHEMA)
-    pq.write_table(table, folder / records.TRIALS)
+    (folder / store.SWEEP).write_text(json.dumps(value))
+    table = pa.Table.from_pylist(store.rows(trials, config), schema=store.SCHEMA)
+    pq.write_table(table, folder / store.TRIALS)
     return folder
 
 
@@ -186,8 +185,8 @@ def _drawn(given: Any, random: np.random.Generator) -> Any:
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Every setting by dotted name."""
-    values = options.values_of(config)
-    return {name: values[column] for column, name in options.COLUMNS.items()}
+    values = overrides.values_of(config)
+    return {name: values[column] for column, name in overrides.COLUMNS.items()}
 
 
 def saved(

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fer_ray.training import batch_norm as batchnorm
+from fer_ray.training import batch_norm
 
 COUNTS = (5, 2)  # uneven parts of the batch
 
@@ -43,7 +43,7 @@ def worker(rank: int, folder: str, dtype: torch.dtype) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(COUNTS)
     )
-    norm = batchnorm.synchronize(torch.nn.Sequential(layer()), torch.device("cpu"))[0]
+    norm = batch_norm.synchronize(torch.nn.Sequential(layer()), torch.device("cpu"))[0]
     part = slice(sum(COUNTS[:rank]), sum(COUNTS[: rank + 1]))
     x, grad = inputs(dtype)
     torch.save(run(norm, x[part], grad[part]), Path(folder) / f"{rank}.pt")
@@ -69,9 +69,9 @@ def test_two_processes_compute_what_one_does(tmp_path, dtype, tolerance):
 
 
 def test_synchronizing_keeps_the_state_dict_and_the_evaluation(monkeypatch):
-    monkeypatch.setattr(batchnorm.exchange, "connect", lambda: lambda values: values[None])
+    monkeypatch.setattr(batch_norm.exchange, "connect", lambda: lambda values: values[None])
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), layer()).eval()
-    other = batchnorm.synchronize(copy.deepcopy(model), torch.device("cpu"))
+    other = batch_norm.synchronize(copy.deepcopy(model), torch.device("cpu"))
     assert list(other.state_dict()) == list(model.state_dict())
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(other(x), model(x))

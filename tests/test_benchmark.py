@@ -18,10 +18,9 @@ from fer_ray.benchmarks import input as benchmark_input
 from fer_ray.benchmarks import loops as benchmark_loops
 from fer_ray.benchmarks import predict as benchmark_predict
 from fer_ray.benchmarks import prepare as benchmark_prepare
-from fer_ray.benchmarks import processes as benchmark_processes
+from fer_ray.benchmarks import processes, targets
 from fer_ray.benchmarks import run as benchmark
 from fer_ray.benchmarks import sweeps as benchmark_sweeps
-from fer_ray.benchmarks import targets as benchmark_numbers
 from fer_ray.benchmarks.loops import Plain, Workplace, in_turn, rate, spread, steps_for
 from fer_ray.benchmarks.targets import KEYS, numbers, table
 from fer_ray.config.schema import TrainConfig
@@ -240,10 +239,10 @@ def test_the_kinds_of_processes(monkeypatch):
         31: "ray-dashboard-NodeHead-0",
     }
     parents = {10: 1, 11: 10, 12: 11, 13: 10, 20: 1, 30: 1, 31: 30}
-    monkeypatch.setattr(benchmark_processes, "_all", lambda: iter(lines))
-    monkeypatch.setattr(benchmark_processes, "_command_line", lines.__getitem__)
-    monkeypatch.setattr(benchmark_processes, "_stat", lambda p: ["S", str(parents[p])])
-    found = benchmark_processes.kinds("session_7")
+    monkeypatch.setattr(processes, "_all", lambda: iter(lines))
+    monkeypatch.setattr(processes, "_command_line", lines.__getitem__)
+    monkeypatch.setattr(processes, "_stat", lambda p: ["S", str(parents[p])])
+    found = processes.kinds("session_7")
     assert found.pop(os.getpid()) == "driver"
     assert found == {
         10: "raylet",
@@ -253,13 +252,13 @@ def test_the_kinds_of_processes(monkeypatch):
         30: "dashboard",
         31: "dashboard",
     }
-    own = {kind for kind in found.values() if benchmark_processes.is_rays_own(kind)}
+    own = {kind for kind in found.values() if processes.is_rays_own(kind)}
     assert own == {"raylet", "idle worker", "dashboard"}
 
 
 def test_this_process_is_older_than_this_test_and_has_held_memory():
-    assert 0 < time.time() - benchmark_processes.started_at() < 24 * 3600
-    with benchmark_processes.Watch(lambda: benchmark_processes.kinds("no such")) as watch:
+    assert 0 < time.time() - processes.started_at() < 24 * 3600
+    with processes.Watch(lambda: processes.kinds("no such")) as watch:
         peaks = watch.peaks_mib()
     assert set(peaks) == {"driver"} and 10 < peaks["driver"] < 100_000
 
@@ -402,4 +401,4 @@ def test_a_whole_benchmark(ray_cluster, tmp_path):
     assert {"driver", "training worker", "raylet"} <= result["peak_memory_mib"].keys()
     assert result["ray_cpu_s"]["seconds"] > 0 and "raylet" in result["ray_cpu_s"]
     assert len(result["epochs_s"]) >= 6
-    assert benchmark_numbers.table(result)
+    assert targets.table(result)

@@ -16,7 +16,7 @@ from nodes import free_ports
 from processes import kill_with_descendants
 
 from fer_ray.errors import UserError
-from fer_ray.runtime import resources as capacity
+from fer_ray.runtime import resources
 from fer_ray.runtime.resources import Demand, Growth, NodeType
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,13 +29,13 @@ def demand(count: int = 1, **each: float) -> Demand:
 
 def test_processes_are_counted_node_by_node():
     nodes = [{"CPU": 2.0}, {"CPU": 0.3}, {"CPU": 4.0, "GPU": 1.0}, {}]
-    assert capacity.fitting({"CPU": 1.5}, nodes) == 3
-    assert capacity.fitting({"CPU": 0.1}, nodes) == 63
-    assert capacity.fitting({"CPU": 1.0, "GPU": 0.25}, nodes) == 4
-    assert capacity.fitting({"GPU": 0.6}, [{"GPU": 2.0}]) == 2, "a part is of one GPU"
-    assert capacity.fitting({"GPU": 0.7}, [{"GPU": 4.0}]) == 4
-    assert capacity.fitting({"GPU": 0.3}, [{"GPU": 2.0}]) == 6
-    assert capacity.fitting({"GPU": 2.0}, [{"GPU": 3.0}]) == 1
+    assert resources.fitting({"CPU": 1.5}, nodes) == 3
+    assert resources.fitting({"CPU": 0.1}, nodes) == 63
+    assert resources.fitting({"CPU": 1.0, "GPU": 0.25}, nodes) == 4
+    assert resources.fitting({"GPU": 0.6}, [{"GPU": 2.0}]) == 2, "a part is of one GPU"
+    assert resources.fitting({"GPU": 0.7}, [{"GPU": 4.0}]) == 4
+    assert resources.fitting({"GPU": 0.3}, [{"GPU": 2.0}]) == 6
+    assert resources.fitting({"GPU": 2.0}, [{"GPU": 3.0}]) == 1
 
 
 def test_a_cluster_grows_by_the_types_that_hold_most():
@@ -61,10 +61,10 @@ def check(monkeypatch, wanted: Demand, nodes: list[dict], growth: Growth) -> lis
     monkeypatch.setattr(ray, "cluster_resources", lambda: totals)
     left = {str(number): node for number, node in enumerate(nodes)}
     monkeypatch.setattr(state, "available_resources_per_node", lambda: left)
-    monkeypatch.setattr(capacity, "_growth", lambda nodes: growth)
-    monkeypatch.setattr(capacity, "_follow", lambda *_: None)
+    monkeypatch.setattr(resources, "_growth", lambda nodes: growth)
+    monkeypatch.setattr(resources, "_follow", lambda *_: None)
     said: list[str] = []
-    assert capacity.check(wanted, say=said.append) == nodes
+    assert resources.check(wanted, say=said.append) == nodes
     return said
 
 
@@ -74,7 +74,7 @@ GPUS = Growth(types=(NodeType(resources={"CPU": 4.0, "GPU": 1.0}, most=4),), mos
 @pytest.mark.parametrize(
     ("nodes", "growth", "fitting"),
     [
-        ([{"CPU": 4.0, capacity._HEAD: 1.0}], GPUS, 8),
+        ([{"CPU": 4.0, resources._HEAD: 1.0}], GPUS, 8),
         ([{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}], GPUS, 8),
         ([{"CPU": 8.0, "GPU": 4.0}], Growth(), 16),
         ([{"CPU": 4.0, "GPU": 1.0}], Growth(known=False), None),
@@ -84,8 +84,8 @@ def test_processes_are_counted_on_a_cluster_that_has_grown(monkeypatch, nodes, g
     import ray
 
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": n} for n in nodes])
-    monkeypatch.setattr(capacity, "_growth", lambda alive: growth)
-    assert capacity.fitting_when_grown({"CPU": 0.5, "GPU": 0.25}) == fitting
+    monkeypatch.setattr(resources, "_growth", lambda alive: growth)
+    assert resources.fitting_when_grown({"CPU": 0.5, "GPU": 0.25}) == fitting
 
 
 def test_what_fits_is_not_spoken_of(monkeypatch):
@@ -103,21 +103,21 @@ def test_what_may_come_is_waited_for_and_told(monkeypatch):
 def test_that_a_cluster_has_grown_is_said_before_the_job_ends(monkeypatch):
     import ray
 
-    monkeypatch.setattr(capacity, "_FOLLOW_S", 60.0)  # the job ends before the next look
-    monkeypatch.setattr(capacity, "_growth", lambda nodes: GPUS)
+    monkeypatch.setattr(resources, "_FOLLOW_S", 60.0)  # the job ends before the next look
+    monkeypatch.setattr(resources, "_growth", lambda nodes: GPUS)
     alive = [{"Alive": True, "Resources": {"CPU": 2.0}}]
     monkeypatch.setattr(ray, "nodes", lambda: list(alive))
     said: list[str] = []
-    capacity.check(demand(1, CPU=1.0, GPU=1.0), say=said.append)
+    resources.check(demand(1, CPU=1.0, GPU=1.0), say=said.append)
     alive.append({"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}})
-    capacity.stop_following()
+    resources.stop_following()
     assert said[1:] == ["the cluster has changed: 1 of 1 fit now"]
-    capacity.stop_following()
+    resources.stop_following()
     assert len(said) == 2
 
 
 def test_what_can_never_come_is_refused(monkeypatch):
-    head = [{"CPU": 2.0, capacity._HEAD: 1.0}]
+    head = [{"CPU": 2.0, resources._HEAD: 1.0}]
     for count, growth, message in (
         (3, GPUS, "--use-gpu: 3 GPUs wanted, the cluster has 0, and grown as far as it may, 2 of"),
         (1, Growth(), "--use-gpu: 1 GPUs wanted, the cluster has 0; fewer workers fit"),
@@ -136,7 +136,7 @@ def test_what_others_hold_is_waited_for(monkeypatch):
     import ray
     from ray._private import state
 
-    monkeypatch.setattr(capacity, "_RELEASE_S", 0.0)
+    monkeypatch.setattr(resources, "_RELEASE_S", 0.0)
 
     def said(wanted: Demand, *free: float) -> list[str]:
         nodes = [{"Alive": True, "Resources": {"CPU": 2.0}} for _ in free]
@@ -145,7 +145,7 @@ def test_what_others_hold_is_waited_for(monkeypatch):
         monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0 * len(free)})
         monkeypatch.setattr(state, "available_resources_per_node", lambda: left)
         lines: list[str] = []
-        capacity.check(wanted, say=lines.append)
+        resources.check(wanted, say=lines.append)
         return lines
 
     message = "--num-workers: 2 CPUs wanted, 0.5 of 2 are free: waiting for other jobs"
@@ -190,10 +190,10 @@ def test_the_head_knows_how_far_it_grows(settings, expected, tmp_path):
         place.write_text(json.dumps(settings))
         command.append(f"--autoscaling-config={place}")
     with subprocess.Popen(command) as monitor:
-        found = capacity.growth_of(session)
+        found = resources.growth_of(session)
         monitor.kill()
     assert found == expected
-    assert capacity.growth_of(session) == Growth(known=False), "a head that is scaled from outside"
+    assert resources.growth_of(session) == Growth(known=False), "a head that is scaled from outside"
 
 
 def test_machines_of_ones_own_are_all_when_they_are_there():
@@ -205,10 +205,10 @@ def test_machines_of_ones_own_are_all_when_they_are_there():
 
 def test_a_real_head_without_an_autoscaler_is_known_for_one(ray_cluster, monkeypatch):
     session = ray_cluster.get_runtime_context().get_session_name()
-    assert capacity.growth_of(session) == Growth()
+    assert resources.growth_of(session) == Growth()
     monkeypatch.setenv("RAY_ADDRESS", "as a job that joined it would see it")
     with pytest.raises(UserError, match="3 CPUs wanted, the cluster has 2 and does not grow by"):
-        capacity.check(demand(3, CPU=1.0))
+        resources.check(demand(3, CPU=1.0))
 
 
 class Growing:

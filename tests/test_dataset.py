@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from fer_ray.data import dataset
+from fer_ray.data import dataset, decoding
 from fer_ray.data.labels import UNKNOWN_LABEL
 from fer_ray.errors import UserError
 
@@ -35,7 +35,7 @@ def encode(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: objec
 @settings(max_examples=40, deadline=None)
 @given(pixels=PICTURES, kind=st.sampled_from(["PNG", "BMP", "TIFF", "PPM"]))
 def test_lossless_grey_is_decoded_to_the_same_pixels(pixels, kind):
-    assert np.array_equal(dataset.decode(encode(pixels, kind)), pixels)
+    assert np.array_equal(decoding.decode(encode(pixels, kind)), pixels)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -43,8 +43,8 @@ def test_lossless_grey_is_decoded_to_the_same_pixels(pixels, kind):
 @given(content=st.binary(max_size=300))
 def test_arbitrary_bytes_never_raise_anything_but_a_decode_error(content):
     for start in (b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF89a", b"II*\0"):
-        with pytest.raises(dataset.DecodeError):
-            dataset.decode(start + content)
+        with pytest.raises(decoding.DecodeError):
+            decoding.decode(start + content)
 
 
 @settings(max_examples=40, deadline=None)
@@ -53,33 +53,33 @@ def test_a_cut_file_is_never_taken_for_a_picture(pixels, cut):
     content = encode(pixels)
     end_of_picture = content.index(b"IDAT") + 4
     keep = int(cut * (end_of_picture + (len(content) - end_of_picture) // 4))
-    with pytest.raises(dataset.DecodeError):
-        dataset.decode(content[:keep])
+    with pytest.raises(decoding.DecodeError):
+        decoding.decode(content[:keep])
 
 
 def test_16_bits_are_scaled_and_not_cut():
     wide = np.array([[0, 257, 32768, 65535]], np.uint16)
     for kind in ("PNG", "TIFF", "PPM"):
-        assert dataset.decode(encode(wide, kind)).tolist() == [[0, 1, 128, 255]]
+        assert decoding.decode(encode(wide, kind)).tolist() == [[0, 1, 128, 255]]
 
 
 def test_colour_becomes_luma():
     red = np.zeros((2, 3, 3), np.uint8)
     red[..., 0] = 255
-    assert np.all(dataset.decode(encode(red)) == 76)  # 0.299 * 255
+    assert np.all(decoding.decode(encode(red)) == 76)  # 0.299 * 255
 
 
 def test_the_exif_rotation_is_applied():
     pixels = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned: show it turned a quarter clockwise
-    assert np.array_equal(dataset.decode(encode(pixels, exif=exif)), np.rot90(pixels, -1))
+    assert np.array_equal(decoding.decode(encode(pixels, exif=exif)), np.rot90(pixels, -1))
 
 
 @pytest.mark.parametrize("mode", ["1", "LA", "P", "RGBA", "CMYK", "YCbCr", "I", "I;16"])
 def test_every_common_mode_is_decoded(mode):
     kind = "TIFF" if mode in ("CMYK", "YCbCr", "I") else "PNG"
-    assert dataset.decode(encode(Image.new(mode, (5, 4)), kind)).shape == (4, 5)
+    assert decoding.decode(encode(Image.new(mode, (5, 4)), kind)).shape == (4, 5)
 
 
 def test_a_decompression_bomb_is_refused_by_its_header():
@@ -90,8 +90,8 @@ def test_a_decompression_bomb_is_refused_by_its_header():
     for side in (8_000, 60_000):
         header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
         content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000)))
-        with pytest.raises(dataset.DecodeError, match="pixels"):
-            dataset.decode(content + chunk(b"IEND", b""))
+        with pytest.raises(decoding.DecodeError, match="pixels"):
+            decoding.decode(content + chunk(b"IEND", b""))
 
 
 def test_reasons_are_one_plain_line():
@@ -103,15 +103,15 @@ def test_reasons_are_one_plain_line():
         (encode(Image.new("F", (3, 3)), "TIFF"), "floating-point"),
         (encode(np.full((2, 2), 70_000, np.int32), "TIFF"), "more than 16 bits"),
     ]:
-        with pytest.raises(dataset.DecodeError, match=said) as caught:
-            dataset.decode(content)
+        with pytest.raises(decoding.DecodeError, match=said) as caught:
+            decoding.decode(content)
         assert "\n" not in str(caught.value)
 
 
 @settings(max_examples=80, deadline=None)
 @given(pixels=PICTURES, size=st.integers(8, 64))
 def test_fit_gives_the_square_within_the_picture_s_shape(pixels, size):
-    fitted = dataset.fit(pixels, size)
+    fitted = decoding.fit(pixels, size)
     assert fitted.shape == (size, size)
     assert fitted.dtype == np.uint8
     height, width = pixels.shape
@@ -125,7 +125,7 @@ def test_fit_gives_the_square_within_the_picture_s_shape(pixels, size):
 @given(tone=st.integers(0, 255), height=st.integers(1, 70), width=st.integers(1, 70))
 @settings(max_examples=40, deadline=None)
 def test_fit_keeps_an_even_tone(tone, height, width):
-    assert np.all(dataset.fit(np.full((height, width), tone, np.uint8), 32) == tone)
+    assert np.all(decoding.fit(np.full((height, width), tone, np.uint8), 32) == tone)
 
 
 @given(height=st.integers(8, 70), width=st.integers(8, 70))
@@ -135,7 +135,7 @@ def test_fit_does_not_stretch_and_pads_with_the_edge(height, width):
     ramp = np.linspace(0, 255, min(height, width)).astype(np.uint8)
     pixels = np.empty((height, width), np.uint8)
     pixels[:] = ramp[:, None] if height < width else ramp[None, :]
-    fitted = dataset.fit(pixels, 48).astype(int)
+    fitted = decoding.fit(pixels, 48).astype(int)
     line = fitted[:, 24] if height < width else fitted[24]
     inner = round(48 * min(height, width) / max(height, width))
     before = (48 - inner) // 2
@@ -148,16 +148,16 @@ def test_fit_does_not_stretch_and_pads_with_the_edge(height, width):
 
 def test_a_shrunken_picture_is_averaged():
     checks = np.indices((96, 96)).sum(0) % 2 * 255
-    assert np.all(np.abs(dataset.fit(checks.astype(np.uint8), 48).astype(int) - 128) <= 1)
+    assert np.all(np.abs(decoding.fit(checks.astype(np.uint8), 48).astype(int) - 128) <= 1)
 
 
 def test_the_pixel_hash_covers_shape_and_pixels():
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
     expected = hashlib.sha256(b"3x4:" + bytes(range(12))).hexdigest()
-    assert dataset.pixel_sha256(pixels) == expected
-    assert dataset.pixel_sha256(np.asfortranarray(pixels)) == expected
-    assert dataset.pixel_sha256(pixels.reshape(4, 3)) != expected
-    assert dataset.pixel_sha256(pixels[:, ::-1]) != expected
+    assert decoding.pixel_sha256(pixels) == expected
+    assert decoding.pixel_sha256(np.asfortranarray(pixels)) == expected
+    assert decoding.pixel_sha256(pixels.reshape(4, 3)) != expected
+    assert decoding.pixel_sha256(pixels[:, ::-1]) != expected
 
 
 def write_dataset(place: Path, labels: list[str | None], *, size: int = 8, parts: int = 2) -> None:

@@ -17,16 +17,14 @@ from conftest import ROOT
 
 from fer_ray import metrics
 from fer_ray.errors import UserError
-from fer_ray.evaluation import report
-from fer_ray.evaluation import scores as evaluation
-from fer_ray.evaluation import tables as evaluation_tables
+from fer_ray.evaluation import report, scores, tables
 
 LABELS = ("calm", "tense")
 RIGHT, WRONG = [0.9, 0.1], [0.2, 0.8]  # of a calm image
 
 
-def evaluate(*places: Path, **settings) -> evaluation.Evaluation:
-    return evaluation.evaluate([str(place) for place in places], **{"resamples": 200} | settings)
+def evaluate(*places: Path, **settings) -> scores.Evaluation:
+    return scores.evaluate([str(place) for place in places], **{"resamples": 200} | settings)
 
 
 def calm_images(right: list[bool], **settings) -> pa.Table:
@@ -84,7 +82,7 @@ def test_only_common_images_are_compared_and_it_is_said(tmp_path: Path):
     assert (pair.num_first, pair.num_second) == (6, 6)
     assert (pair.num_common, pair.num_conflicting) == (3, 1)
     assert (pair.only_first_right, pair.only_second_right) == (3, 0)
-    said = "\n".join(evaluation_tables.notes(result))
+    said = "\n".join(tables.notes(result))
     assert "compared on the 3 that both have" in said
     assert "1 images have the same image_id but another label or other pixels" in said
 
@@ -93,8 +91,8 @@ def test_runs_without_common_images_are_not_compared(tmp_path: Path):
     samples.save(tmp_path, calm_images([True] * 4, image_ids=list("abcd"), run="a"), LABELS)
     samples.save(tmp_path, calm_images([False] * 4, image_ids=list("efgh"), run="b"), LABELS)
     result = evaluate(tmp_path)
-    assert "no labelled image in common" in evaluation_tables.as_text(result)
-    evaluation_tables.write(result, str(tmp_path))
+    assert "no labelled image in common" in tables.as_text(result)
+    tables.write(result, str(tmp_path))
     row = pq.read_table(tmp_path / "comparisons.parquet").to_pylist()[0]
     assert row["num_common"] == 0 and row["difference"] is None and row["p_holm"] is None
 
@@ -172,11 +170,11 @@ def test_without_labels_there_are_rows_but_no_metrics(tmp_path: Path):
     rows = samples.table([None, None], np.array([RIGHT, WRONG]), labels=LABELS)
     samples.save(tmp_path, rows, LABELS)
     result = evaluate(tmp_path)
-    evaluation_tables.write(result, str(tmp_path))
+    tables.write(result, str(tmp_path))
     row = pq.read_table(tmp_path / "metrics.parquet").to_pylist()[0]
     assert row["num_unlabelled"] == 2 and row["num_scored"] == 0
     assert row["accuracy"] is None and row["nll_high"] is None
-    assert "2 of 2 images have no label" in evaluation_tables.as_text(result)
+    assert "2 of 2 images have no label" in tables.as_text(result)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +190,7 @@ def test_comparisons_in_words(difference: float, p_value: float, expected: str):
     counts = dict.fromkeys(
         ["num_first", "num_second", "num_common", "only_first_right", "only_second_right"], 3589
     )
-    pair = evaluation.Comparison(
+    pair = scores.Comparison(
         split="test",
         first_run="a",
         second_run="b",
@@ -206,7 +204,7 @@ def test_comparisons_in_words(difference: float, p_value: float, expected: str):
         p_holm=p_value,
         **counts,
     )
-    words = evaluation_tables.in_words(pair)
+    words = tables.in_words(pair)
     assert words.startswith(expected)
     assert words.endswith("n = 3,589).")
 
@@ -214,8 +212,8 @@ def test_comparisons_in_words(difference: float, p_value: float, expected: str):
 def test_tables_have_their_schemas_and_agree(tmp_path: Path):
     samples.save(tmp_path / "p", samples.random_table(1, 60, run="a", failed=[1]))
     samples.save(tmp_path / "p", samples.random_table(2, 60, run="b"))
-    evaluation_tables.write(evaluate(tmp_path / "p"), str(tmp_path))
-    for name, schema in evaluation_tables.SCHEMAS.items():
+    tables.write(evaluate(tmp_path / "p"), str(tmp_path))
+    for name, schema in tables.SCHEMAS.items():
         assert pq.read_schema(tmp_path / f"{name}.parquet").equals(schema)
     scored = pd.read_parquet(tmp_path / "metrics.parquet").set_index("run")["num_scored"]
     counted = duckdb.sql(

@@ -9,7 +9,7 @@ from fer_ray.data.labels import UNKNOWN_LABEL
 from fer_ray.training import feed as loading
 from fer_ray.training.feed import Batch, Images, MemoryFeed
 from fer_ray.training.process_group import Group
-from fer_ray.transforms import DeviceAugmenter, LibraryAugmenter, histogram
+from fer_ray.transforms import DeviceAugmenter, LibraryAugmenter, albumentations_engine, histogram
 
 ENGINES = ("device", "albumentations")
 
@@ -288,6 +288,11 @@ def test_rectangles_are_drawn_for_the_size_that_the_network_sees():
 
 
 def test_erased_pixels_get_the_mean_of_the_train_split():
-    assert [loading.fill_of(mean) for mean in (0.0, 0.3, 0.5077, 1.0)] == [0, 76, 129, 255]
+    assert [albumentations_engine.fill_of(mean) for mean in (0.0, 0.3, 0.5077, 1.0)] == [
+        0,
+        76,
+        129,
+        255,
+    ]
     (feed,) = feeds(config(erasing=1.0))
     assert all((batch.images == 76).any() for batch in feed.train(0))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fer_ray import cli
-from fer_ray.config import overrides as options
+from fer_ray.config import overrides
 from fer_ray.config.schema import NORMALIZATIONS, PRESETS, TrainConfig
 from fer_ray.errors import UserError
 
@@ -49,32 +49,34 @@ def parsed(command: str) -> TrainConfig:
     )
 )
 def test_the_command_of_a_configuration_gives_it_back(chosen):
-    config = options.changed(TrainConfig(data="some where"), chosen)
-    command = options.as_command(config, run="best")
+    config = overrides.changed(TrainConfig(data="some where"), chosen)
+    command = overrides.as_command(config, run="best")
     assert parsed(command) == config
     for name, value in chosen.items():
-        assert options.values_of(config)[options.column_of(name)] == value
+        assert overrides.values_of(config)[overrides.column_of(name)] == value
 
 
 def test_another_preset_brings_its_strengths_and_another_optimizer_its_rate():
     base = TrainConfig(data="d")
-    strong = options.changed(base, {"transforms.augmentation": "strong", "transforms.blur": 0.0})
+    strong = overrides.changed(base, {"transforms.augmentation": "strong", "transforms.blur": 0.0})
     assert (strong.transforms.mixup, strong.transforms.blur) == (0.2, 0.0)
-    assert options.changed(base, {"optimizer.optimizer": "adamw"}).optimizer.learning_rate == 0.001
-    same = options.changed(base, {"optimizer.optimizer": "sgd"})
+    assert (
+        overrides.changed(base, {"optimizer.optimizer": "adamw"}).optimizer.learning_rate == 0.001
+    )
+    same = overrides.changed(base, {"optimizer.optimizer": "sgd"})
     assert same.optimizer.learning_rate == 0.1
 
 
 def test_what_was_set_beside_a_preset_or_an_optimizer_stays_with_another():
     """Such as --flip 0 --learning-rate 0.03 of a sweep over presets and optimizers."""
     given = {"transforms.flip": 0.0, "transforms.noise": 0.05, "optimizer.learning_rate": 0.03}
-    base = options.changed(TrainConfig(data="d"), given)
-    assert options.own_strengths(base) == {"transforms.flip": 0.0, "transforms.noise": 0.05}
+    base = overrides.changed(TrainConfig(data="d"), given)
+    assert overrides.own_strengths(base) == {"transforms.flip": 0.0, "transforms.noise": 0.05}
     for preset in PRESETS:
-        found = options.changed(base, {"transforms.augmentation": preset}).transforms
+        found = overrides.changed(base, {"transforms.augmentation": preset}).transforms
         assert (found.flip, found.noise) == (0.0, 0.05)
         assert found.rotation == PRESETS[preset].get("rotation", 0.0)
-    assert options.changed(base, {"optimizer.optimizer": "adamw"}).optimizer.learning_rate == 0.03
+    assert overrides.changed(base, {"optimizer.optimizer": "adamw"}).optimizer.learning_rate == 0.03
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_what_was_set_beside_a_preset_or_an_optimizer_stays_with_another():
 )
 def test_a_wrong_name_is_refused_with_the_nearest_right_one(given_name, meant):
     with pytest.raises(UserError, match=f"space.toml: '{given_name}'.*did you mean '{meant}'"):
-        options.check_name("space.toml", given_name)
+        overrides.check_name("space.toml", given_name)
 
 
 @pytest.mark.parametrize(
@@ -108,4 +110,4 @@ def test_a_wrong_name_is_refused_with_the_nearest_right_one(given_name, meant):
 )
 def test_a_wrong_value_is_refused_with_what_is_allowed(name, value, reason):
     with pytest.raises(UserError, match=reason):
-        options.check_value("space.toml", name, value)
+        overrides.check_value("space.toml", name, value)

@@ -27,11 +27,10 @@ from faces import HOSTILE, KEPT, prepare, write_classes
 from PIL import Image
 
 from fer_ray import __version__
-from fer_ray.data import dataset, sources
+from fer_ray.data import dataset, decoding, parquet, sources
 from fer_ray.errors import JobFailed, UserError
-from fer_ray.preparation import inventory as ledger
+from fer_ray.preparation import inventory, shards
 from fer_ray.preparation import run as preparation
-from fer_ray.preparation import shards as parts
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = ROOT / "jobs" / "prepare.py"
@@ -66,13 +65,13 @@ def test_rows_hold_the_contract(ray_cluster, hostile, tmp_path):
     info = dataset.read_info(str(tmp_path / "out"))
     split = dataset.load_split(info, "train")
     assert split.image_ids == sorted(split.image_ids)
-    first = dataset.decode(HOSTILE["images/train/happy/1.png"])
+    first = decoding.decode(HOSTILE["images/train/happy/1.png"])
     row = split.image_ids.index("images/train/happy/1.png")
     assert np.array_equal(split.images[row], first)
-    large = dataset.decode(HOSTILE["images/train/sad/large.png"])
+    large = decoding.decode(HOSTILE["images/train/sad/large.png"])
     row = split.image_ids.index("images/train/sad/large.png")
-    assert np.array_equal(split.images[row], dataset.fit(large, 48))
-    assert split.pixel_sha256[row] == dataset.pixel_sha256(large)
+    assert np.array_equal(split.images[row], decoding.fit(large, 48))
+    assert split.pixel_sha256[row] == decoding.pixel_sha256(large)
     assert info.pixel_mean == pytest.approx(split.images.mean() / 255, abs=1e-12)
     assert info.pixel_std == pytest.approx(split.images.std() / 255, abs=1e-12)
     test = dataset.load_split(info, "test")
@@ -109,7 +108,7 @@ def test_folder_and_zip_agree(ray_cluster, hostile, hostile_zip, tmp_path):
 def test_parts_and_their_number_do_not_change_the_data(ray_cluster, tmp_path, monkeypatch):
     whole = prepare("synthetic", tmp_path / "1", num_images=90, image_size=24)
     again = prepare("synthetic", tmp_path / "2", num_images=90, image_size=24)
-    monkeypatch.setattr(parts, "ROWS_PER_PART", 10)
+    monkeypatch.setattr(shards, "ROWS_PER_PART", 10)
     cut = prepare("synthetic", tmp_path / "3", num_images=90, image_size=24)
     other = prepare("synthetic", tmp_path / "4", num_images=90, image_size=24, seed=1)
     assert whole["data_sha256"] == again["data_sha256"] == cut["data_sha256"]
@@ -125,12 +124,12 @@ def test_parts_and_their_number_do_not_change_the_data(ray_cluster, tmp_path, mo
 
 
 def test_large_images_come_in_smaller_parts():
-    account = ledger.Ledger()
+    account = inventory.Ledger()
     names = [f"{i:03}" for i in range(200)]
     account.list_files(sources.Entry(path=name, split="train", label="happy") for name in names)
-    tasks = [parts._unpack(task["files"])["path"] for task in parts.write_tasks(account, 1024)]
+    tasks = [shards._unpack(task["files"])["path"] for task in shards.write_tasks(account, 1024)]
     account.close()
-    assert max(map(len, tasks)) * 1024**2 <= parts.BYTES_PER_PART
+    assert max(map(len, tasks)) * 1024**2 <= shards.BYTES_PER_PART
     assert [name for task in tasks for name in task] == names
 
 
@@ -181,7 +180,7 @@ class FailingPictures:
 def failing_plan(plan: preparation.Plan, pictures: FailingPictures) -> preparation.Plan:
     """A plan of these pictures instead of its own."""
     plan.ledger.close()
-    account = ledger.Ledger()
+    account = inventory.Ledger()
     account.list_files(pictures.entries())
     return replace(plan, pictures=pictures, ledger=account, labels=("happy", "sad"))
 
@@ -209,7 +208,7 @@ def test_a_failing_preparation_leaves_what_was_there(failing, tmp_path):
 
 def test_no_usable_train_image_is_a_user_error(failing, tmp_path):
     plan = preparation.plan(source="synthetic", output=str(tmp_path / "out"))
-    pictures = failing(error=dataset.DecodeError("it is green"), only=None)
+    pictures = failing(error=decoding.DecodeError("it is green"), only=None)
     plan = failing_plan(plan, pictures)
     with pytest.raises(UserError, match="no train image can be used: it is green"):
         preparation.prepare(plan, say=lambda line: None)
@@ -294,10 +293,10 @@ def test_a_folder_that_a_worker_does_not_see_is_a_user_error(tmp_path):
     staging, part = tmp_path / "absent" / "out", "train/part-00000.parquet"
     said = f"--output: {staging.parent} is not seen by every worker"
     with pytest.raises(UserError, match=said):
-        parts.write_table(dataset.SCHEMA.empty_table(), str(staging), part)
-    rows = parts._pack([("1.png", "validation")], parts._TASK_MOVES)
+        parquet.write_table(dataset.SCHEMA.empty_table(), str(staging), part)
+    rows = shards._pack([("1.png", "validation")], shards._TASK_MOVES)
     with pytest.raises(UserError, match=said):
-        parts.move_rows(pa.Table.from_pylist([{"part": part, "rows": rows}]), staging=str(staging))
+        shards.move_rows(pa.Table.from_pylist([{"part": part, "rows": rows}]), staging=str(staging))
 
 
 def test_the_job_s_last_line_is_the_path(ray_cluster, hostile, tmp_path, monkeypatch, capsys):

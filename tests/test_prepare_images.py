@@ -15,7 +15,7 @@ import pytest
 from faces import picture, prepare, split_of
 from PIL import Image, ImageOps
 
-from fer_ray.data import dataset
+from fer_ray.data import dataset, decoding
 
 RAMP = np.add.outer(np.arange(0, 144, 3), np.arange(0, 96, 2)).astype(np.uint8)
 """48 x 48, no two rows or columns the same: a rotation or a flip shows."""
@@ -118,7 +118,7 @@ def pixels(rows: pd.DataFrame, name: str) -> np.ndarray:
 @pytest.mark.parametrize("name", EXACT)
 def test_lossless_kinds_become_the_very_pixels(rows, name):
     assert np.array_equal(pixels(rows, name), RAMP)
-    assert rows.loc[name, "pixel_sha256"] == dataset.pixel_sha256(RAMP)
+    assert rows.loc[name, "pixel_sha256"] == decoding.pixel_sha256(RAMP)
 
 
 @pytest.mark.parametrize("name", CLOSE)
@@ -164,7 +164,7 @@ def test_every_tone_of_16_bits_is_rounded_however_few_rows_go_at_once(shape, at_
     monkeypatch.setattr(dataset, "_PIXELS_AT_ONCE", at_once)
     tones = TONES[: shape[0] * shape[1]].reshape(shape)
     for content in deep(tones):
-        assert np.array_equal(dataset.decode(content), (tones * 255 + 32767) // 65535)
+        assert np.array_equal(decoding.decode(content), (tones * 255 + 32767) // 65535)
 
 
 @pytest.mark.parametrize("tone", [-1, 2**16])
@@ -172,15 +172,15 @@ def test_a_single_tone_beyond_16_bits_is_refused(tone, monkeypatch):
     monkeypatch.setattr(dataset, "_PIXELS_AT_ONCE", 100)
     pixels = np.zeros((30, 30), np.int32)
     pixels[-1, -1] = tone
-    with pytest.raises(dataset.DecodeError, match="more than 16 bits"):
-        dataset.decode(saved(Image.fromarray(pixels), "TIFF"))
+    with pytest.raises(decoding.DecodeError, match="more than 16 bits"):
+        decoding.decode(saved(Image.fromarray(pixels), "TIFF"))
 
 
 def test_a_large_picture_of_16_bits_takes_little_memory():
     content = saved(Image.fromarray(np.full((2000, 2000), 1000, np.uint16)), "PNG")
     tracemalloc.start()
     try:
-        grey = dataset.decode(content)
+        grey = decoding.decode(content)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -200,7 +200,7 @@ def damaged(content: bytes, seed: int) -> bytes:
 def by_pillow(content: bytes) -> np.ndarray | None:
     """What Pillow alone makes of it: None where it refuses."""
     try:
-        with Image.open(io.BytesIO(content), formats=dataset.FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("L"))
     except Exception:
         return None
@@ -212,18 +212,18 @@ def test_the_short_way_for_grey_jpegs_gives_what_pillow_gives(quality, progressi
     """Whole and damaged: never other pixels, and no file that Pillow refuses."""
     noise = np.random.default_rng(quality).integers(0, 256, (37, 48), np.uint8)
     whole = saved(Image.fromarray(noise), "JPEG", quality=quality, progressive=progressive)
-    assert dataset._is_plain_jpeg(whole) is not progressive
+    assert decoding._is_plain_jpeg(whole) is not progressive
     for content in [whole, *(damaged(whole, seed) for seed in range(250))]:
         expected = by_pillow(content)
         try:
-            found = dataset.decode(content)
-        except dataset.DecodeError:
+            found = decoding.decode(content)
+        except decoding.DecodeError:
             found = None
         assert (found is None) == (expected is None)
-        if expected is not None and expected.size <= dataset.MAX_PIXELS:
+        if expected is not None and expected.size <= decoding.MAX_PIXELS:
             assert np.array_equal(found, expected)
 
 
 def test_a_jpeg_with_something_after_its_end_is_read(tmp_path: Path):
     whole = saved(Image.fromarray(RAMP), "JPEG")
-    assert np.array_equal(dataset.decode(whole + b"\0" * 9), dataset.decode(whole))
+    assert np.array_equal(decoding.decode(whole + b"\0" * 9), decoding.decode(whole))

@@ -13,17 +13,16 @@ from faces import HOSTILE, KEPT, picture, prepare, split_of, write_classes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fer_ray.data import dataset, sources
+from fer_ray.data import dataset, decoding, sources
 from fer_ray.errors import UserError
-from fer_ray.preparation import preview
+from fer_ray.preparation import preview, shards
 from fer_ray.preparation import run as preparation
-from fer_ray.preparation import shards as parts
 
 # ------------------------------------------------------------------ held out, dropped, other labels
 
 
 def test_a_folder_without_splits_is_divided_by_class(ray_cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "ROWS_PER_PART", 16)
+    monkeypatch.setattr(shards, "ROWS_PER_PART", 16)
     source = write_classes(tmp_path / "faces", 40, ("calm", "glad", "tense"))
     info = prepare(source, tmp_path / "out", validation_fraction=0.25, seed=3)
     assert info["labels"] == ["calm", "glad", "tense"]
@@ -38,10 +37,10 @@ def test_a_folder_without_splits_is_divided_by_class(ray_cluster, tmp_path, monk
         rows = split_of(tmp_path / "out", name)
         assert set(rows["split"]) == {name}
         for image_id, image in zip(split.image_ids, split.images):
-            stored = dataset.decode((source / image_id).read_bytes())
+            stored = decoding.decode((source / image_id).read_bytes())
             assert np.array_equal(image, stored)
     again = prepare(source, tmp_path / "again", validation_fraction=0.25, seed=3)
-    monkeypatch.setattr(parts, "ROWS_PER_PART", 2048)
+    monkeypatch.setattr(shards, "ROWS_PER_PART", 2048)
     whole = prepare(source, tmp_path / "whole", validation_fraction=0.25, seed=3)
     other = prepare(source, tmp_path / "other", validation_fraction=0.25, seed=4)
     assert info["data_sha256"] == again["data_sha256"] == whole["data_sha256"]

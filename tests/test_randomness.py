@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fer_ray.transforms import keyed_random as randomness
+from fer_ray.transforms import keyed_random
 
 MASK = 2**64 - 1
 PUBLISHED = [
@@ -36,7 +36,7 @@ def splitmix64(state: int, count: int) -> list[int]:
 
 def bits(starts: list[int] | np.ndarray, count: int) -> np.ndarray:
     """The upper 53 bits of what `uniforms` draws: all that its numbers hold."""
-    scaled = randomness.uniforms(np.asarray(starts, np.uint64), count) * 2.0**53
+    scaled = keyed_random.uniforms(np.asarray(starts, np.uint64), count) * 2.0**53
     assert (scaled == np.floor(scaled)).all()
     return scaled.astype(np.uint64)
 
@@ -64,7 +64,7 @@ def test_uniforms_from_the_published_start():
 @given(st.lists(keys, min_size=1, max_size=4), st.integers(1, 8))
 def test_normals_are_made_of_the_same_64_bits(starts, half):
     """Box and Muller's transform of the two halves, by the same generator in whole numbers."""
-    result = randomness.normals(as_torch(starts), 2 * half).double().numpy()
+    result = keyed_random.normals(as_torch(starts), 2 * half).double().numpy()
     assert result.shape == (len(starts), 2 * half)
     outputs = np.array([splitmix64(start, half) for start in starts], np.uint64)
     first = ((outputs >> np.uint64(40)) + np.uint64(1)) / 2**24
@@ -92,13 +92,13 @@ def inverse(output: int) -> int:
 def test_the_ends_of_the_range_are_in_bounds(output):
     start = inverse(output)
     assert splitmix64(start, 1) == [output]
-    assert 0 <= randomness.uniforms(np.array([start], np.uint64), 1)[0, 0] < 1
-    pair = randomness.normals(as_torch([start]), 2)
+    assert 0 <= keyed_random.uniforms(np.array([start], np.uint64), 1)[0, 0] < 1
+    pair = keyed_random.normals(as_torch([start]), 2)
     assert torch.isfinite(pair).all() and pair.abs().max() < 5.8  # sqrt(2 * 24 * log 2)
 
 
 def test_uniforms_are_even_and_independent():
-    numbers = randomness.uniforms(randomness.streams(0, 0, np.arange(3000)), 20)
+    numbers = keyed_random.uniforms(keyed_random.streams(0, 0, np.arange(3000)), 20)
     assert numbers.min() >= 0 and numbers.max() < 1
     assert stats.kstest(numbers.ravel(), "uniform").pvalue > 0.01
     for column in numbers.T:
@@ -111,7 +111,9 @@ def test_uniforms_are_even_and_independent():
 
 
 def test_normals_are_normal_and_independent():
-    numbers = randomness.normals(as_torch(randomness.streams(0, 0, np.arange(200))), 2000).numpy()
+    numbers = keyed_random.normals(
+        as_torch(keyed_random.streams(0, 0, np.arange(200))), 2000
+    ).numpy()
     assert numbers.dtype == np.float32 and np.isfinite(numbers).all()
     assert stats.kstest(numbers.ravel(), "norm").pvalue > 0.01
     assert 4.3 < abs(numbers).max() < 5.8
@@ -123,30 +125,32 @@ def test_normals_are_normal_and_independent():
 
 
 def test_a_stream_does_not_depend_on_its_batch():
-    starts = randomness.streams(3, 1, np.arange(50))
-    whole, noise = randomness.uniforms(starts, 30), randomness.normals(as_torch(starts), 250)
+    starts = keyed_random.streams(3, 1, np.arange(50))
+    whole, noise = keyed_random.uniforms(starts, 30), keyed_random.normals(as_torch(starts), 250)
     for part in (slice(0, 1), slice(7, 9), slice(20, 50)):
         samples = np.arange(50)[part]
-        assert np.array_equal(randomness.streams(3, 1, samples), starts[part])
-        assert np.array_equal(randomness.uniforms(starts[part], 12), whole[part, :12])
-        assert torch.equal(randomness.normals(as_torch(starts[part]), 250), noise[part])
-    assert randomness.streams(0, 0, np.arange(0)).shape == (0,)
-    assert randomness.uniforms(starts[:0], 5).shape == (0, 5)
-    assert randomness.normals(as_torch(starts[:0]), 4).shape == (0, 4)
+        assert np.array_equal(keyed_random.streams(3, 1, samples), starts[part])
+        assert np.array_equal(keyed_random.uniforms(starts[part], 12), whole[part, :12])
+        assert torch.equal(keyed_random.normals(as_torch(starts[part]), 250), noise[part])
+    assert keyed_random.streams(0, 0, np.arange(0)).shape == (0,)
+    assert keyed_random.uniforms(starts[:0], 5).shape == (0, 5)
+    assert keyed_random.normals(as_torch(starts[:0]), 4).shape == (0, 4)
 
 
 @pytest.mark.filterwarnings("error")
 def test_samples_may_be_of_any_integer_type():
-    expected = randomness.streams(2**31 - 1, 7, np.arange(9))
+    expected = keyed_random.streams(2**31 - 1, 7, np.arange(9))
     assert expected.dtype == np.uint64
     for kind in (np.int32, np.int64, np.uint8, np.uint64):
-        assert np.array_equal(randomness.streams(2**31 - 1, 7, np.arange(9, dtype=kind)), expected)
+        assert np.array_equal(
+            keyed_random.streams(2**31 - 1, 7, np.arange(9, dtype=kind)), expected
+        )
 
 
 def test_no_two_keys_share_a_stream():
     samples = np.arange(60)
     starts = [
-        randomness.streams(seed, epoch, samples, purpose)
+        keyed_random.streams(seed, epoch, samples, purpose)
         for seed, epoch, purpose in itertools.product(range(30), range(30), range(3))
     ]
     assert len(np.unique(np.concatenate(starts))) == 30 * 30 * 3 * 60
@@ -154,7 +158,7 @@ def test_no_two_keys_share_a_stream():
 
 def test_no_stream_is_a_later_part_of_another():
     """Streams walk through the same numbers in steps of one constant: they must start far apart."""
-    starts = np.concatenate([randomness.streams(seed, 0, np.arange(3000)) for seed in range(3)])
+    starts = np.concatenate([keyed_random.streams(seed, 0, np.arange(3000)) for seed in range(3)])
     inverse_of_step = pow(0x9E3779B97F4A7C15, -1, 2**64)
     with np.errstate(over="ignore"):
         positions = np.sort(starts * np.uint64(inverse_of_step))
@@ -167,7 +171,7 @@ def test_one_bit_of_the_key_changes_half_of_the_start(part, bit):
     def starts(**changed: int) -> np.ndarray:
         key = {"seed": 0, "epoch": 0, "purpose": 0, "sample": 0} | changed
         samples = np.arange(500) ^ key["sample"]
-        return randomness.streams(key["seed"], key["epoch"], samples, key["purpose"])
+        return keyed_random.streams(key["seed"], key["epoch"], samples, key["purpose"])
 
     differing = starts() ^ starts(**{part: 1 << bit})
     flipped = np.unpackbits(differing.view(np.uint8).reshape(-1, 8), axis=1)
@@ -182,14 +186,14 @@ def test_neighbouring_keys_draw_independent_numbers(part):
         key = {"seed": 5, "epoch": 5, "purpose": 0, "sample": 0}
         key[part] += step
         samples = np.arange(3000) + key["sample"]
-        starts = randomness.streams(key["seed"], key["epoch"], samples, key["purpose"])
-        numbers.append(randomness.uniforms(starts, 3))
+        starts = keyed_random.streams(key["seed"], key["epoch"], samples, key["purpose"])
+        numbers.append(keyed_random.uniforms(starts, 3))
     rows = np.concatenate(numbers, axis=1).T
     assert abs(np.corrcoef(rows) - np.eye(len(rows))).max() < 0.08
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_normals_on_a_gpu_are_those_on_the_cpu_but_for_rounding():
-    starts = as_torch(randomness.streams(0, 0, np.arange(50)))
-    there = randomness.normals(starts.cuda(), 500).cpu()
-    torch.testing.assert_close(there, randomness.normals(starts, 500), rtol=0, atol=1e-5)
+    starts = as_torch(keyed_random.streams(0, 0, np.arange(50)))
+    there = keyed_random.normals(starts.cuda(), 500).cpu()
+    torch.testing.assert_close(there, keyed_random.normals(starts, 500), rtol=0, atol=1e-5)

@@ -18,10 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from fer_ray.errors import UserError
-from fer_ray.evaluation import report
-from fer_ray.evaluation import scores as evaluation
+from fer_ray.evaluation import figures, report, scores
 from fer_ray.reporting import html as pages
-from fer_ray.reporting import svg as figures
+from fer_ray.reporting import svg
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -45,8 +44,8 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def evaluate(place: Path) -> evaluation.Evaluation:
-    return evaluation.evaluate([str(place)], resamples=200)
+def evaluate(place: Path) -> scores.Evaluation:
+    return scores.evaluate([str(place)], resamples=200)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +115,7 @@ def test_figures_are_described_and_ids_are_unique(page: Page):
 
 
 def test_no_stand_in_colour_is_left(html: str):
-    for stand_in in figures._VARIABLES:
+    for stand_in in svg._VARIABLES:
         assert stand_in not in html
 
 

@@ -15,11 +15,8 @@ import torch
 from conftest import ROOT
 
 from fer_ray.data import dataset, history, predictions
-from fer_ray.evaluation import report
-from fer_ray.evaluation import scores as evaluation
-from fer_ray.evaluation import tables as evaluation_tables
-from fer_ray.sweeps import store as records
-from fer_ray.sweeps import summary
+from fer_ray.evaluation import report, scores, tables
+from fer_ray.sweeps import store, summary
 from fer_ray.training import telemetry
 from fer_ray.training.telemetry import Telemetry
 
@@ -31,9 +28,9 @@ SCHEMAS = {
     "quarantine": dataset.QUARANTINE_SCHEMA,
     "duplicates": dataset.DUPLICATES_SCHEMA,
     "predictions": predictions.schema(["<label>"]),
-    **evaluation_tables.SCHEMAS,
+    **tables.SCHEMAS,
     "history": history.SCHEMA,
-    "trials": records.SCHEMA,
+    "trials": store.SCHEMA,
 }
 SWEEPS = ("normalization", "search")
 TYPES = {"float": "float32", "double": "float64"}
@@ -55,7 +52,7 @@ def results(tmp_path_factory) -> Path:
         told = Telemetry(run=run, rank=0, folder=folder, device=torch.device("cpu"))
         with told:
             told.epoch(9, {"epoch": 1, "train_loss": 1.5})
-    result = evaluation.evaluate([str(place)], resamples=200)
+    result = scores.evaluate([str(place)], resamples=200)
     report.publish(result, str(root / "results" / "evaluation"))
     sweep_samples.normalization(root / "results" / "sweeps" / "normalization")
     sweep_samples.search(root / "results" / "sweeps" / "search")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fer_ray.data.sources import RELABELLED, REPEATED, Entry
-from fer_ray.preparation import splitting as settling
+from fer_ray.preparation import splitting
 from fer_ray.preparation import statistics as dataset_summary
 from fer_ray.preparation.inventory import RESULTS, Ledger
 
@@ -67,7 +67,7 @@ def results():
 def test_equal_pictures_stay_together_and_each_class_gives_its_share(rows, fraction, seed):
     ledger = ledger_of(rows)
     try:
-        settling.hold_out(ledger, fraction=fraction, seed=seed)
+        splitting.hold_out(ledger, fraction=fraction, seed=seed)
         splits = [split for (split,) in ledger.rows("SELECT split FROM results ORDER BY path")]
     finally:
         ledger.close()
@@ -105,7 +105,7 @@ def test_the_seed_decides_and_the_order_of_the_files_does_not(results):
     rows = [(f"p{index}", "train", "ab"[index % 2]) for index in range(60)]
 
     def held(rows: list[Row], seed: int) -> set[str]:
-        found = results(rows, lambda one: settling.hold_out(one, fraction=0.2, seed=seed))
+        found = results(rows, lambda one: splitting.hold_out(one, fraction=0.2, seed=seed))
         return {row[0] for row, (split, _) in zip(rows, found) if split == "validation"}
 
     first = held(rows, 0)
@@ -119,13 +119,13 @@ def test_a_class_whose_pictures_all_stand_under_another_one_keeps_one(results):
     rows = [(f"p{index}", "train", "a") for index in range(20)]
     rows += [(f"p{index}", "train", "b") for index in (3, 11)]
     for seed in range(20):
-        found = results(rows, lambda one, s=seed: settling.hold_out(one, fraction=0.5, seed=s))
+        found = results(rows, lambda one, s=seed: splitting.hold_out(one, fraction=0.5, seed=s))
         assert [split for split, _ in found[20:]].count("train") >= 1
         held = sum(split == "validation" for split, _ in found)
         assert held == 11
     rows = [("p0", "train", "a"), ("p1", "train", "a"), ("p1", "train", "b")]
     for seed in range(5):  # only p0 can be held out
-        found = results(rows, lambda one, s=seed: settling.hold_out(one, fraction=0.1, seed=s))
+        found = results(rows, lambda one, s=seed: splitting.hold_out(one, fraction=0.1, seed=s))
         assert [split for split, _ in found] == ["validation", "train", "train"]
 
 
@@ -142,7 +142,7 @@ def test_train_loses_its_twins_and_nothing_else_is_lost(results):
         ("d", "test", "sad"),
         ("d", "validation", "sad"),
     ]
-    found = results(rows, settling.drop_twins)
+    found = results(rows, splitting.drop_twins)
     of_validation = "the same picture is in validation (--deduplicate)"
     of_another = "the same picture is in validation, labelled happy (--deduplicate)"
     of_both = "the same picture is in test and validation (--deduplicate)"

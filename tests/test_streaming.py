@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import load_split, read_info
+from fer_ray.data.row_groups import Piece, cut, pieces
 from fer_ray.errors import UserError
 from fer_ray.preparation import run as preparation
-from fer_ray.training import stream_feed as streaming
+from fer_ray.training import stream_feed
 from fer_ray.training.feed import library_augmenter
 from fer_ray.training.process_group import Group
-from fer_ray.training.stream_feed import Piece, StreamFeed, cut, pieces
+from fer_ray.training.stream_feed import StreamFeed
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_it_mixes_within_a_workers_part(data):
 
 def test_columns_are_flat_bytes(data):
     """Ray's own tensor columns would be copied once more."""
-    reader = streaming._Reader(data, settings(), None)
+    reader = stream_feed._Reader(data, settings(), None)
     import pyarrow as pa
 
     row = dataclasses.asdict(pieces(data, "train")[0])
@@ -173,14 +174,14 @@ def test_columns_are_flat_bytes(data):
 def test_it_reads_no_further_ahead_than_it_may(data, tmp_path, monkeypatch):
     """Memory is bounded by the blocks on their way, not by the size of the split."""
 
-    class Counted(streaming._Reader):
+    class Counted(stream_feed._Reader):
         def __call__(self, batch):
             (tmp_path / str(batch["first"][0])).touch()
             return super().__call__(batch)
 
-    monkeypatch.setattr(streaming, "_Reader", Counted)
-    monkeypatch.setattr(streaming, "_BYTES_AHEAD", 1)
-    monkeypatch.setattr(streaming, "_LEAST_BLOCKS_AHEAD", 2)
+    monkeypatch.setattr(stream_feed, "_Reader", Counted)
+    monkeypatch.setattr(stream_feed, "_BYTES_AHEAD", 1)
+    monkeypatch.setattr(stream_feed, "_LEAST_BLOCKS_AHEAD", 2)
     config = settings(schedule={"global_batch_size": 8, "shuffle_buffer": 16})
     batches = feed(config, data).train(0)
     next(batches)

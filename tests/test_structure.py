@@ -32,12 +32,6 @@ those of one level do not know each other. A job's folder is found from the job'
 
 ALLOWED = {
     ("benchmarks.reference", "cli"),  # has a command line of its own
-    # until what they share has moved
-    ("reporting.svg", "evaluation"),
-    ("training.stream_feed", "preparation"),
-    ("inference.run", "preparation"),
-    ("inference.run", "training"),
-    ("reporting.augmentation_page", "training"),
 }
 """Imports against the levels, each with its reason."""
 

@@ -20,11 +20,9 @@ from sweep_samples import BASE, CLAHE, MINMAX, read_page, saved, table
 from test_report import HOSTILE, Page, browse
 
 from fer_ray.errors import UserError
-from fer_ray.reporting import svg as figures
+from fer_ray.reporting import svg
 from fer_ray.sweeps import figures as figures_of_sweeps
-from fer_ray.sweeps import report, summary
-from fer_ray.sweeps import sentences as words
-from fer_ray.sweeps import store as records
+from fer_ray.sweeps import report, sentences, store, summary
 from fer_ray.sweeps.space import Arm, Range
 from fer_ray.sweeps.store import Trial
 
@@ -32,7 +30,7 @@ from fer_ray.sweeps.store import Trial
 def test_summary_json_is_json_without_nan(grid: Path, search: Path):
     for folder in (grid, search):
         made = summary.write(str(folder))
-        text = (folder / records.SUMMARY).read_text()
+        text = (folder / store.SUMMARY).read_text()
         assert "NaN" not in text and "Infinity" not in text
         assert json.loads(text) == made
 
@@ -52,7 +50,7 @@ def test_the_page_needs_nothing_and_shows_the_numbers(kind: str, request):
     for line in [*made["conclusions"], *made["caveats"], made["winner"]["command"]]:
         assert line in text
     for arm in made.get("arms", [])[1:]:
-        assert words.compared(arm, made) in text
+        assert sentences.compared(arm, made) in text
         assert f"{100 * arm['accuracy']['mean']:.1f}" in text
     assert len(page.all("svg")) == 3
     assert all(
@@ -61,7 +59,7 @@ def test_the_page_needs_nothing_and_shows_the_numbers(kind: str, request):
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert all(one.get("scope") for one in page.all("th"))
-    for stand_in in figures._VARIABLES:
+    for stand_in in svg._VARIABLES:
         assert stand_in not in html
     report.publish(str(folder))
     assert read_page(folder) == html
@@ -100,22 +98,22 @@ def test_epochs_are_counted_as_they_were_spent(tmp_path: Path):
                      status=status, history=history)  # fmt: skip
 
     given = [
-        trial(0, [1, 8, 9], records.FINISHED),
-        trial(1, [2], records.STOPPED),
-        trial(2, [3, 4, 5], records.FINISHED),
-        trial(3, [6, 7], records.FAILED),
+        trial(0, [1, 8, 9], store.FINISHED),
+        trial(1, [2], store.STOPPED),
+        trial(2, [3, 4, 5], store.FINISHED),
+        trial(3, [6, 7], store.FAILED),
     ]
     ranges = {"transforms.flip": Range(low=0.0, high=1.0)}
     config = samples.base(schedule={"epochs": 3})
     folder = samples.save(tmp_path / "s", given, config=config, ranges=ranges)
-    ended = figures_of_sweeps.as_they_ended(records.read_trials(str(folder)))
+    ended = figures_of_sweeps.as_they_ended(store.read_trials(str(folder)))
     assert ended[["trial", "spent"]].to_numpy().tolist() == [[2, 5], [0, 9]]
     report.publish(str(folder))
     assert "Each finished trial where it ended" in read_page(folder)
     untimed = [dataclasses.replace(one, history=samples.history(0.5, len(one.history)))
                for one in given]  # fmt: skip
     samples.save(folder, untimed, config=config, ranges=ranges)
-    ended = figures_of_sweeps.as_they_ended(records.read_trials(str(folder)))
+    ended = figures_of_sweeps.as_they_ended(store.read_trials(str(folder)))
     assert ended[["trial", "spent"]].to_numpy().tolist() == [[0, 3], [2, 7]]
     report.publish(str(folder))
     assert "Trials in the order of their numbers" in read_page(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fer_ray.sweeps import store as records
+from fer_ray.sweeps import store
 from fer_ray.sweeps.halving import Halving
 from fer_ray.sweeps.search import Planner, Suggestions
 from fer_ray.sweeps.space import Range
@@ -24,7 +24,7 @@ def rows(*scores: float) -> list[dict]:
 @pytest.fixture
 def sweep(tmp_path):
     for number in range(6):
-        records.create(str(tmp_path), Trial(number=number, arm=None, options={}))
+        store.create(str(tmp_path), Trial(number=number, arm=None, options={}))
     return str(tmp_path)
 
 
@@ -78,25 +78,25 @@ def test_what_has_no_result_yet_counts_as_bad_and_what_failed_not_at_all():
 
 def test_the_planner_hands_out_jobs_and_waits_for_those_that_train(sweep):
     for number in (0, 1):
-        records.end(sweep, number, FINISHED)
-    halving = Halving((1, 3), 7, records.read_all(sweep))
+        store.end(sweep, number, FINISHED)
+    halving = Halving((1, 3), 7, store.read_all(sweep))
     made: list[int] = []
 
     def make(number: int) -> Trial:
         made.append(number)
-        records.create(sweep, Trial(number=number, arm=None, options={}))
-        return records.read_trial(sweep, number)
+        store.create(sweep, Trial(number=number, arm=None, options={}))
+        return store.read_trial(sweep, number)
 
     planner = Planner(sweep, halving, make)
     handed = [planner.suggest(str(n)) for n in range(6)]
     assert handed == [*({"number": n, "until": 1} for n in (2, 3, 4, 5, 6)), None]
     assert made == [6]
-    records.end(sweep, 3, FAILED)
+    store.end(sweep, 3, FAILED)
     planner.on_trial_complete("1", None)
     planner.on_trial_complete("0", None, error=True)  # not written down yet
     assert {n: halving.trials[n].status for n in (2, 3)} == {2: FAILED, 3: FAILED}
     for trial_id, number in (("2", 4), ("3", 5), ("4", 6)):
         assert planner.suggest("then") is None
-        records.end(sweep, number, FAILED)
+        store.end(sweep, number, FAILED)
         planner.on_trial_complete(trial_id, None)
     assert planner.suggest("then") == Planner.FINISHED

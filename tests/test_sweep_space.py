@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fer_ray.config import overrides as options
+from fer_ray.config import overrides
 from fer_ray.config.schema import NORMALIZATIONS, STRENGTHS, TrainConfig
 from fer_ray.errors import UserError
 from fer_ray.sweeps import space
@@ -30,7 +30,7 @@ def test_normalization_compares_every_one_with_dividing_by_255():
 def test_augmentation_turns_each_option_of_the_preset_off_and_each_other_on():
     made = space.load("augmentation", BASE)
     assert made.arms[0].options == {}
-    configs = {arm.name: options.changed(BASE, arm.options).transforms for arm in made.arms[1:]}
+    configs = {arm.name: overrides.changed(BASE, arm.options).transforms for arm in made.arms[1:]}
     assert len(configs) == len(STRENGTHS) + 1
     for strength in STRENGTHS:
         (name,) = [name for name in configs if name.startswith(f"{strength}=")]
@@ -42,14 +42,14 @@ def test_augmentation_turns_each_option_of_the_preset_off_and_each_other_on():
 
 
 def test_an_arm_without_augmentation_has_none_whatever_else_was_asked_for():
-    base = options.changed(BASE, {"transforms.noise": 0.05, "transforms.flip": 0.25})
+    base = overrides.changed(BASE, {"transforms.noise": 0.05, "transforms.flip": 0.25})
     none = space.load("augmentation", base).arms[-1]
-    without = options.changed(BASE, {"transforms.flip": 0.0})
+    without = overrides.changed(BASE, {"transforms.flip": 0.0})
     assert space.load("augmentation", without).arms[-1].options == {
         "transforms.augmentation": "none"
     }
     assert none.name == "augmentation=none"
-    found = options.changed(base, none.options).transforms
+    found = overrides.changed(base, none.options).transforms
     assert not any(getattr(found, strength) for strength in STRENGTHS)
 
 

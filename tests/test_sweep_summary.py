@@ -14,10 +14,8 @@ import sweep_samples as samples
 from sweep_samples import ARMS, BASE, CLAHE, MINMAX, read_page, saved, table
 from test_report import Page
 
-from fer_ray.config import overrides as options
-from fer_ray.sweeps import importance, report, summary
-from fer_ray.sweeps import sentences as words
-from fer_ray.sweeps import store as records
+from fer_ray.config import overrides
+from fer_ray.sweeps import importance, report, sentences, store, summary
 from fer_ray.sweeps.space import Range
 from fer_ray.sweeps.store import FAILED, FINISHED, Trial
 
@@ -87,7 +85,7 @@ def test_the_sentences_of_a_comparison(tmp_path: Path):
         CLAHE: [0.601, 0.620, 0.641],
     }
     made = summary.summarize(str(saved(tmp_path, table(values))))
-    text = {arm["arm"]: words.compared(arm, made) for arm in made["arms"][1:]}
+    text = {arm["arm"]: sentences.compared(arm, made) for arm in made["arms"][1:]}
     assert re.fullmatch(
         r"normalization=minmax: \+0\.4 points \(−0\.\d to \d\.\d\), no effect shown at n = 3 "
         r"\(p = 0\.\d{3}, corrected 0\.\d{3}\)\.",
@@ -104,22 +102,22 @@ def test_the_sentences_of_a_comparison(tmp_path: Path):
 def test_a_worse_arm_is_called_worse(tmp_path: Path):
     values = {BASE: [0.5, 0.52, 0.54], MINMAX: [0.4, 0.421, 0.44], CLAHE: [0.5, 0.521, 0.54]}
     made = summary.summarize(str(saved(tmp_path, table(values))))
-    assert "−10.0 points" in words.compared(arm_of(made, MINMAX), made)
-    assert "worse than the baseline" in words.compared(arm_of(made, MINMAX), made)
+    assert "−10.0 points" in sentences.compared(arm_of(made, MINMAX), made)
+    assert "worse than the baseline" in sentences.compared(arm_of(made, MINMAX), made)
     assert made["conclusions"][1] == f"Shown to be worse than {BASE}: {MINMAX} (−10.0 points)."
 
 
 def test_one_seed_concludes_nothing(tmp_path: Path):
     values = {BASE: [0.5], MINMAX: [0.7], CLAHE: [0.6]}
     made = summary.summarize(str(saved(tmp_path, table(values), seeds=[0])))
-    assert words.compared(arm_of(made, MINMAX), made) == (
+    assert sentences.compared(arm_of(made, MINMAX), made) == (
         "normalization=minmax: +20.0 points; nothing can be concluded at n = 1."
     )
     (only,) = made["conclusions"]  # nor is anything said of effects by macro-F1
     assert "nothing can be concluded" in only
     assert arm_of(made, MINMAX)["accuracy"]["difference_low"] is None
     assert made["comparison"]["accuracy"]["smallest_shown"] is None
-    page = Page(report.render(made, records.read_trials(str(tmp_path / "sweep"))))
+    page = Page(report.render(made, store.read_trials(str(tmp_path / "sweep"))))
     assert "nothing can be concluded at n\u00a0=\u00a01" in page.text
 
 
@@ -127,9 +125,11 @@ def test_failed_arms_and_missing_seeds_are_said(tmp_path: Path):
     values = {BASE: [0.5, 0.51, 0.53], MINMAX: [0.5, 0.52, "diverged"], CLAHE: ["a", "b", "c"]}
     folder = saved(tmp_path, table(values))
     made = summary.summarize(str(folder))
-    assert "n = 2 of 3" in words.compared(arm_of(made, MINMAX), made)
-    assert words.compared(arm_of(made, CLAHE), made) == f"{CLAHE}: no finished trial (3 failed)."
-    page = Page(report.render(made, records.read_trials(str(folder))))
+    assert "n = 2 of 3" in sentences.compared(arm_of(made, MINMAX), made)
+    assert (
+        sentences.compared(arm_of(made, CLAHE), made) == f"{CLAHE}: no finished trial (3 failed)."
+    )
+    page = Page(report.render(made, store.read_trials(str(folder))))
     assert "Failed trials" in page.text and "diverged" in page.text
     assert any("4 of 9 trials" in line for line in made["caveats"])
 
@@ -250,14 +250,14 @@ def test_before_any_trial_there_is_a_summary_that_says_so(tmp_path: Path):
 
 def test_the_best_of_a_search_and_its_settings(search: Path):
     made = summary.summarize(str(search))
-    frame = pd.read_parquet(search / records.TRIALS)
+    frame = pd.read_parquet(search / store.TRIALS)
     last = frame[(frame["status"] == FINISHED) & (frame["epoch"] == 9)]
     ranked = last.sort_values("validation_accuracy", ascending=False)
     assert [one["trial"] for one in made["best"]] == ranked["trial"].head(10).tolist()
     first = ranked.iloc[0]
     assert made["winner"]["score"] == first["validation_accuracy"]
     for name, value in made["winner"]["settings"].items():
-        cell = importance.plain(first[options.column_of(name)])
+        cell = importance.plain(first[overrides.column_of(name)])
         assert value == cell, name
     assert made["winner"]["options"].keys() == made["space"].keys()
     assert "is optimistic" in made["conclusions"][0]
@@ -331,8 +331,11 @@ def test_a_search_without_differences_has_no_importance(tmp_path: Path, number: 
 
 
 def test_numbers_in_words():
-    assert words.points(0.004) == "+0.4" and words.points(-0.0123) == "−1.2"
-    assert words.points(-0.0001) == words.points(0.0001) == "0.0" and words.points(None) == "–"
-    assert words.between(-0.002, 0.01) == "−0.2 to 1.0" and words.between(None, None) == "–"
-    assert words.of_p(0.0004) == "< 0.001" and words.of_p(0.0123) == "0.012"
-    assert words.percent(0.5512) == "55.1" and math.isclose(float(words.percent(1.0)), 100)
+    assert sentences.points(0.004) == "+0.4" and sentences.points(-0.0123) == "−1.2"
+    assert (
+        sentences.points(-0.0001) == sentences.points(0.0001) == "0.0"
+        and sentences.points(None) == "–"
+    )
+    assert sentences.between(-0.002, 0.01) == "−0.2 to 1.0" and sentences.between(None, None) == "–"
+    assert sentences.of_p(0.0004) == "< 0.001" and sentences.of_p(0.0123) == "0.012"
+    assert sentences.percent(0.5512) == "55.1" and math.isclose(float(sentences.percent(1.0)), 100)

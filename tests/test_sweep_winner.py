@@ -12,8 +12,7 @@ from sweep_samples import BASE, CLAHE, MINMAX, saved, table
 from fer_ray import cli
 from fer_ray.config.schema import TrainConfig
 from fer_ray.errors import UserError
-from fer_ray.sweeps import store as records
-from fer_ray.sweeps import summary, winner
+from fer_ray.sweeps import store, summary, winner
 from fer_ray.sweeps.space import Arm
 
 
@@ -93,6 +92,6 @@ def test_a_sweep_without_a_winner_is_refused(tmp_path: Path):
     summary.write(str(folder))
     with pytest.raises(UserError, match="no trial of this sweep has finished"):
         winner.read(str(folder))
-    (folder / records.SUMMARY).write_text("[]")
+    (folder / store.SUMMARY).write_text("[]")
     with pytest.raises(UserError, match="not of a sweep"):
         winner.read(str(folder))

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fer_ray.data import image_source as pictures
-from fer_ray.data import sources
+from fer_ray.data import image_source, sources
 from fer_ray.data.sources import kaggle, pixels, tables
 from fer_ray.errors import UserError
 
@@ -98,7 +97,7 @@ def test_pictures_are_read_beside_the_table_and_by_absolute_places(tmp_path):
 def test_what_is_no_such_table_is_refused(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said) as caught:
-        pictures.open_pictures(str(tmp_path / name))
+        image_source.open_pictures(str(tmp_path / name))
     assert "\n" not in str(caught.value)
 
 
@@ -110,7 +109,7 @@ SQUARE = " ".join(str(tone) for tone in range(16))
 def pixel_rows(tmp_path: Path, *lines: str, header: str = "emotion,pixels,Usage"):
     path = tmp_path / "fer2013.csv"
     path.write_text("\n".join([header, *lines]) + "\n")
-    found = pictures.open_pictures(str(path))
+    found = image_source.open_pictures(str(path))
     assert isinstance(found, pixels.PixelRows)
     return pickle.loads(pickle.dumps(found))
 
@@ -229,7 +228,7 @@ def test_without_a_network_kaggle_says_what_to_download(monkeypatch):
 
     monkeypatch.setattr(kagglehub, "dataset_download", fail)
     with pytest.raises(UserError, match="where there is a network and give the zip") as caught:
-        pictures.open_pictures("kaggle")
+        image_source.open_pictures("kaggle")
     assert "\n" not in str(caught.value)
 
 
@@ -240,7 +239,7 @@ def test_what_kaggle_gives_is_read_as_a_folder(tmp_path, monkeypatch):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(b"x")
     monkeypatch.setattr(kagglehub, "dataset_download", lambda handle: str(tmp_path))
-    found = pictures.open_pictures("kaggle")
+    found = image_source.open_pictures("kaggle")
     assert {(one.path, one.label) for one in found.entries()} == {
         ("images/train/sad/1.jpg", "sad"),
         ("images/train/happy/2.jpg", "happy"),

@@ -26,9 +26,7 @@ from scipy import ndimage
 
 from fer_ray.config.schema import AUGMENTATIONS, PRESETS, STRENGTHS, TransformConfig
 from fer_ray.models.forward import resize
-from fer_ray.transforms import DeviceAugmenter
-from fer_ray.transforms import keyed_random as randomness
-from fer_ray.transforms import sampling as parameters
+from fer_ray.transforms import DeviceAugmenter, keyed_random, sampling
 
 
 def test_every_option_has_a_probe():
@@ -158,9 +156,9 @@ def test_another_strength_in_a_preset_would_be_seen(preset, other):
 # The device engine's pictures, given what was drawn.
 
 
-def drawn(count: int, **settings: float) -> parameters.Parameters:
+def drawn(count: int, **settings: float) -> sampling.Parameters:
     config = TransformConfig(augmentation="none", **settings)
-    return parameters.draw(config, randomness.streams(0, 0, np.arange(count)), SIDE, SIDE)
+    return sampling.draw(config, keyed_random.streams(0, 0, np.arange(count)), SIDE, SIDE)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +341,7 @@ def test_choices_of_one_image_are_independent_of_each_other(engine):
     assert abs(found).max() < 0.12
 
 
-def columns(found: parameters.Parameters) -> dict[str, np.ndarray]:
+def columns(found: sampling.Parameters) -> dict[str, np.ndarray]:
     """All that was drawn, as one row a quantity and a column an image."""
     assert found.erased is not None
     values = {f"warp {k}": warp.reshape(-1, 6).T for k, warp in enumerate(found.warps)}
@@ -368,7 +366,7 @@ def test_noise_is_not_made_of_the_numbers_that_decide_the_rest():
     noise = augment("device", grey, noise=0.1).reshape(3000, 2, -1).astype(float) - 128
     noisy = noise.any((1, 2))
     energy = (noise**2).sum(1)[noisy] / noise.var((1, 2))[noisy, None]  # of pixels drawn together
-    numbers = randomness.uniforms(randomness.streams(0, 0, np.arange(3000)), 17)[noisy]
+    numbers = keyed_random.uniforms(keyed_random.streams(0, 0, np.arange(3000)), 17)[noisy]
     for column, number in zip(energy.T, numbers.T):
         assert abs(np.corrcoef(column, number)[0, 1]) < 0.1
 

@@ -13,10 +13,9 @@ from sweeping import config
 from fer_ray import storage
 from fer_ray.errors import JobFailed
 from fer_ray.models import checkpoint
-from fer_ray.sweeps import store as records
-from fer_ray.sweeps import trial
-from fer_ray.training import ray_trainer as launch
-from fer_ray.training import worker
+from fer_ray.runtime import process
+from fer_ray.sweeps import store, trial
+from fer_ray.training import ray_trainer, worker
 
 
 @pytest.fixture(scope="module")
@@ -38,29 +37,29 @@ def test_a_trial_out_of_memory_is_recorded_with_its_reason(
 ):
     """Of several workers the one that runs out leaves the reason; the trial is not repeated."""
     base = config(data, scaling={"num_workers": num_workers})
-    records.create(str(tmp_path), records.Trial(number=0, arm="one", options={}))
+    store.create(str(tmp_path), store.Trial(number=0, arm="one", options={}))
 
     def ends(*arguments: object, **settings: object) -> None:
         if num_workers == 1:
             raise error
-        reason = worker.out_of_memory(error)
-        folder = records.folder_of(str(tmp_path), 0)
+        reason = process.out_of_memory(error)
+        folder = store.folder_of(str(tmp_path), 0)
         storage.write_json(storage.join(folder, worker.FAILURE), {"reason": reason})
         raise JobFailed("its workers failed: the actor died")
 
     monkeypatch.setattr(trial, "_alone", ends)
-    monkeypatch.setattr(launch, "run_trainer", ends)
+    monkeypatch.setattr(ray_trainer, "run_trainer", ends)
     # which is of a trial that Ray Tune runs
     monkeypatch.setattr("ray.tune.integration.ray_train.TuneReportCallback", lambda: None)
     settings = {"sweep": str(tmp_path), "config": base.to_dict(), "images": {}}
     trial.run({"number": 0, "until": 2}, settings=settings)
-    ended = records.read_trial(str(tmp_path), 0)
+    ended = store.read_trial(str(tmp_path), 0)
     assert (ended.status, ended.reason) == ("failed", f"out of memory: {error}")
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
     for error in (RuntimeError("shape mismatch"), ValueError("cannot allocate memory"), OSError()):
-        assert worker.out_of_memory(error) is None
+        assert process.out_of_memory(error) is None
 
 
 def test_what_a_killed_trials_workers_hold_is_given_back(ray_cluster, tmp_path):
@@ -69,7 +68,7 @@ def test_what_a_killed_trials_workers_hold_is_given_back(ray_cluster, tmp_path):
 
     group = placement_group([{"CPU": 1}])
     assert group.wait(60)
-    folder = records.folder_of(str(tmp_path), 7)
+    folder = store.folder_of(str(tmp_path), 7)
     storage.write_json(storage.join(folder, worker.PLACEMENT_GROUP), {"id": group.id.hex()})
     for _ in range(2):  # it may be gone already
         trial.free_workers(str(tmp_path), 7)
@@ -82,7 +81,7 @@ def test_a_checkpoint_is_kept_whole_and_the_one_before_it_goes(tmp_path):
     for place in (folder, f"file://{folder}-uri"):
         for epoch in (1, 2):
             history = [
-                {"epoch": number, "learning_rate": 0.1, **dict.fromkeys(records.METRICS, 0.5)}
+                {"epoch": number, "learning_rate": 0.1, **dict.fromkeys(store.METRICS, 0.5)}
                 for number in range(1, epoch + 1)
             ]
 
@@ -90,7 +89,7 @@ def test_a_checkpoint_is_kept_whole_and_the_one_before_it_goes(tmp_path):
                 (unfinished / "model.safetensors").write_bytes(b"weights")
                 (unfinished / checkpoint.INDEX).write_text("{}")
 
-            records.save(place, epoch, history, write)
+            store.save(place, epoch, history, write)
         names = storage.list_names(place)
         assert names == ["checkpoint_000002", "history.parquet"]
         assert storage.list_names(storage.join(place, "checkpoint_000002")) == [
@@ -100,10 +99,10 @@ def test_a_checkpoint_is_kept_whole_and_the_one_before_it_goes(tmp_path):
 
 def test_what_a_crash_left_between_a_checkpoint_and_its_row_is_made_good(tmp_path, monkeypatch):
     """Where nothing is left to train, nobody else would write the row."""
-    row = {**dict.fromkeys(records.METRICS, 0.5), "learning_rate": 0.1, "epoch": 1}
-    folder = records.folder_of(str(tmp_path), 3)
-    records.create(str(tmp_path), records.Trial(number=3, arm=None, options={}))
+    row = {**dict.fromkeys(store.METRICS, 0.5), "learning_rate": 0.1, "epoch": 1}
+    folder = store.folder_of(str(tmp_path), 3)
+    store.create(str(tmp_path), store.Trial(number=3, arm=None, options={}))
     found = [SimpleNamespace(epoch=1, history=[row])]
     monkeypatch.setattr(checkpoint, "in_run", lambda place: found)
-    assert records.resume(folder) is found[0]
-    assert [one["epoch"] for one in records.read_trial(str(tmp_path), 3).history] == [1]
+    assert store.resume(folder) is found[0]
+    assert [one["epoch"] for one in store.read_trial(str(tmp_path), 3).history] == [1]

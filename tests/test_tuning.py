@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from sweeping import TWO, config, plan, rows
 
 from fer_ray import storage
-from fer_ray.data import object_store as shared_images
+from fer_ray.data import object_store
 from fer_ray.errors import UserError
-from fer_ray.sweeps import images, preflight, progress
+from fer_ray.sweeps import images, preflight, progress, store
 from fer_ray.sweeps import plan as planning
 from fer_ray.sweeps import run as tuning
-from fer_ray.sweeps import store as records
 from fer_ray.sweeps.halving import Halving, Job
 from fer_ray.sweeps.plan import Limits
 
@@ -105,12 +104,12 @@ def test_trials_wait_for_the_nodes_that_a_cluster_may_start(
 
 def test_a_part_of_the_train_split_has_its_share_of_each_class():
     labels = np.array([0] * 100 + [1] * 10 + [2] * 3 + [-1] * 50)
-    kept = shared_images.stratified(labels, 0.2, seed=1)
+    kept = object_store.stratified(labels, 0.2, seed=1)
     assert np.bincount(labels[kept]).tolist() == [20, 2, 1]
     assert (np.diff(kept) > 0).all()
-    assert kept.tolist() == shared_images.stratified(labels, 0.2, seed=1).tolist()
-    assert kept.tolist() != shared_images.stratified(labels, 0.2, seed=2).tolist()
-    everything = shared_images.stratified(labels, 1.0, seed=1)
+    assert kept.tolist() == object_store.stratified(labels, 0.2, seed=1).tolist()
+    assert kept.tolist() != object_store.stratified(labels, 0.2, seed=2).tolist()
+    everything = object_store.stratified(labels, 1.0, seed=1)
     assert everything.tolist() == np.flatnonzero(labels >= 0).tolist()
 
 
@@ -120,8 +119,8 @@ def test_as_many_images_are_seen_as_the_plan_says(data, counts, fraction):
     if not any(counts):
         return
     labels = np.repeat(np.arange(len(counts)), counts)
-    kept = shared_images.stratified(labels, fraction, seed=0)
-    assert len(kept) == sum(shared_images.share_of(count, fraction) for count in counts)
+    kept = object_store.stratified(labels, fraction, seed=0)
+    assert len(kept) == sum(object_store.share_of(count, fraction) for count in counts)
 
 
 def test_a_plan_counts_the_images_that_trials_see(data, tmp_path):
@@ -171,7 +170,7 @@ def swept(data, tmp_path_factory):
 
 def test_every_trial_and_epoch_is_a_row_and_a_failure_is_recorded(swept, data):
     folder, summary, said, _ = swept
-    assert pq.read_schema(folder / "trials.parquet").equals(records.SCHEMA)
+    assert pq.read_schema(folder / "trials.parquet").equals(store.SCHEMA)
     found = rows(folder)
     assert len(found[found["epoch"] > 0].groupby("trial")) >= 2
     good = found[found["learning_rate"] == 0.05]
@@ -203,13 +202,13 @@ def test_nothing_is_left_but_the_records(swept):
 
 def test_every_trial_leaves_lines_of_its_own(swept):
     folder, *_ = swept
-    for one in records.read_all(str(folder)):
-        (file,) = (Path(records.folder_of(str(folder), one.number)) / "logs").iterdir()
+    for one in store.read_all(str(folder)):
+        (file,) = (Path(store.folder_of(str(folder), one.number)) / "logs").iterdir()
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         assert {line["run"] for line in lines} == {f"{folder.name}-{one.number:05d}"}
         epochs = [line["epoch"] for line in lines if line["event"] == "epoch"]
         assert epochs == [row["epoch"] for row in one.history]
-        assert lines[-1]["event"] == ("failed" if one.status == records.FAILED else "end")
+        assert lines[-1]["event"] == ("failed" if one.status == store.FAILED else "end")
 
 
 def test_tensorboard_has_every_epoch(swept):
@@ -238,7 +237,7 @@ def test_the_same_command_runs_nothing_again_and_more_seeds_go_on(swept, data, m
     tuning.fit(plan(data, folder.parent, HALF, num_seeds=3, config=settings), say=said.append)
     assert started == [1]
     assert any("4 epochs to run (4 trials are over" in line for line in said)
-    trials = records.read_all(str(folder))
+    trials = store.read_all(str(folder))
     assert [trial.options["schedule.seed"] for trial in trials] == [0, 0, 1, 1, 2, 2]
     with pytest.raises(UserError, match=r"seeds: \[0, 1, 2\] -> \[0\], more but not fewer"):
         plan(data, folder.parent, HALF, num_seeds=1, config=settings)
@@ -248,7 +247,7 @@ def test_a_live_table_is_erased_whole_and_never_wraps(swept, data, monkeypatch, 
     folder, *_ = swept
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "40")
-    halving = Halving((2,), 9, records.read_all(str(folder)))
+    halving = Halving((2,), 9, store.read_all(str(folder)))
     shown = progress.Progress(str(folder), config(data), halving, say=lambda line: None)
     shown.on_trial_start(0, [], tuned(0, 2))
     shown._draw()
@@ -267,14 +266,14 @@ def tuned(number: int, until: int) -> SimpleNamespace:
 
 def test_the_table_tells_what_is_paused_and_what_was_promoted(tmp_path):
     sweep, said = str(tmp_path), []
-    row = {**dict.fromkeys(records.METRICS, 0.5), "learning_rate": 0.1, "images_per_s": 900.0}
+    row = {**dict.fromkeys(store.METRICS, 0.5), "learning_rate": 0.1, "images_per_s": 900.0}
     for number in range(4):
-        made = records.Trial(number=number, arm=None, options={"schedule.seed": 0})
-        records.create(sweep, made)
+        made = store.Trial(number=number, arm=None, options={"schedule.seed": 0})
+        store.create(sweep, made)
     history = [{**row, "epoch": epoch} for epoch in (1, 2)]
     for number in range(3):
-        records.save(records.folder_of(sweep, number), 1, history[:1], lambda place: None)
-    halving = Halving((1, 3, 9), 9, records.read_all(sweep))
+        store.save(store.folder_of(sweep, number), 1, history[:1], lambda place: None)
+    halving = Halving((1, 3, 9), 9, store.read_all(sweep))
     shown = progress.Progress(sweep, small.config(), halving, say=said.append)
     for number, until in ((0, 3), (3, 1)):
         assert halving.next() == Job(number=number, until=until)
@@ -285,7 +284,7 @@ def test_the_table_tells_what_is_paused_and_what_was_promoted(tmp_path):
     assert second == "  trial 3: epoch 0/1 of 9"
     # 1 of trial 0, 1 of trial 3, 5 new trials, 2 more to epoch 3, 1 to the end
     assert last.startswith("  0 of 9 trials over, 2 paused; 17 epochs to run, about ")
-    records.save(records.folder_of(sweep, 3), 1, history[:1], lambda place: None)
+    store.save(store.folder_of(sweep, 3), 1, history[:1], lambda place: None)
     shown.on_trial_complete(0, [], tuned(3, 1))
     assert said[0] == "trial 3 paused: 50.00% after 1 epoch, 0 s"
     said.clear()
@@ -315,7 +314,7 @@ def test_a_sweep_whose_settings_had_another_meaning_is_not_gone_on_with(data, tm
     text = "space.transforms.augmentation = ['none', 'standard']"
     noisy = config(data, transforms={"noise": 0.05})
     made = plan(data, tmp_path, text, config=noisy)
-    place = storage.join(made.folder, records.SWEEP)
+    place = storage.join(made.folder, store.SWEEP)
     old = made.to_dict()
     storage.write_json(place, old)
     plan(data, tmp_path, text, config=noisy)
@@ -329,12 +328,12 @@ def test_seeds_are_called_added_only_where_there_was_a_result(data, tmp_path):
     def added(seeds: int) -> list[int]:
         made = plan(data, tmp_path, num_seeds=seeds)
         tuning._write_plan(made)
-        return storage.read_json(storage.join(made.folder, records.SWEEP))["fewer_seeds_before"]
+        return storage.read_json(storage.join(made.folder, store.SWEEP))["fewer_seeds_before"]
 
     assert added(1) == added(2) == []
     made = plan(data, tmp_path, num_seeds=2)
-    records.create(made.folder, records.Trial(number=0, arm="one", options={}))
-    records.end(made.folder, 0, records.FINISHED)
+    store.create(made.folder, store.Trial(number=0, arm="one", options={}))
+    store.end(made.folder, 0, store.FINISHED)
     assert (added(3), added(3), added(4)) == ([2], [2], [2, 3])
 
 

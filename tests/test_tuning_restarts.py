@@ -15,7 +15,7 @@ from processes import descendants, kill_with_descendants, killing, wait_for
 from sweeping import TWO, config, grid, plan, rows, same_results
 
 from fer_ray.sweeps import run as tuning
-from fer_ray.sweeps import store as records
+from fer_ray.sweeps import store
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,7 +66,7 @@ def test_a_broken_off_sweep_goes_on_by_the_same_command(data, undisturbed, tmp_p
         _, errors = first.communicate(timeout=60)
         assert first.returncode == 130 and errors.strip() == "tune.py: interrupted"
         assert rows(tmp_path / "sweeps/tried")["epoch"].max() >= 1
-    trials = records.read_all(str(tmp_path / "sweeps/tried"))
+    trials = store.read_all(str(tmp_path / "sweeps/tried"))
     over = sum(trial.is_over for trial in trials)
     assert over < 4, "too late to show anything"
     second = job(data, tmp_path)
@@ -197,7 +197,7 @@ def test_a_search_that_is_killed_between_two_rungs_goes_on_as_if_it_had_not_been
     trials = broken / "sweeps/searched/trials"
     wait_for(lambda: any(trials.glob("*/checkpoint_000002/checkpoint.json")) or first.poll() == 0)
     kill_with_descendants(first)
-    stood = {trial.number: trial for trial in records.read_all(str(broken / "sweeps/searched"))}
+    stood = {trial.number: trial for trial in store.read_all(str(broken / "sweeps/searched"))}
     assert not any(trial.is_over for trial in stood.values()), "too late to show anything"
     assert sum(len(trial.history) == 1 for trial in stood.values()) >= 2, "some are paused"
     second = search_job(data, broken)

@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fer_ray.benchmarks.loops import Workplace, now, rate, spread
 from fer_ray.data.dataset import DatasetInfo, SplitInfo
+from fer_ray.data.row_groups import pieces
 from fer_ray.models.forward import Forward, resize
-from fer_ray.training.feed import Feed, Images, fill_of
-from fer_ray.training.stream_feed import StreamFeed, pieces
+from fer_ray.training.feed import Feed, Images
+from fer_ray.training.stream_feed import StreamFeed
 from fer_ray.transforms import LibraryAugmenter
+from fer_ray.transforms.albumentations_engine import fill_of
 
 FILES = 2048
 """JPEGs in the folder of the usual way: fewer than memory caches, more than a few batches."""

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo, load_split, read_info
-from fer_ray.models import registry as models
+from fer_ray.models import registry
 from fer_ray.models.forward import Forward, resize
+from fer_ray.runtime.process import keep_freed_memory
 from fer_ray.training.feed import Feed, Images, MemoryFeed
 from fer_ray.training.loop import Trainer
 from fer_ray.training.process_group import Group
-from fer_ray.training.worker import keep_freed_memory
 
 EPOCHS = 7
 """Epochs of the real run whose first is compared with the later ones."""
@@ -123,7 +123,9 @@ class Plain:
     ) -> None:
         self.batches, self._bfloat16, self._device = batches, bfloat16, device
         torch.manual_seed(config.schedule.seed)
-        model = models.build(config.model, num_classes=len(info.labels), image_size=info.image_size)
+        model = registry.build(
+            config.model, num_classes=len(info.labels), image_size=info.image_size
+        )
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self._model = model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
         self._optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE, momentum=0.9)

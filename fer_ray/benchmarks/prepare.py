@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fer_ray import storage
-from fer_ray.benchmarks import processes as benchmark_processes
+from fer_ray.benchmarks import processes
 from fer_ray.benchmarks.loops import in_turn
-from fer_ray.data import dataset
+from fer_ray.data import dataset, decoding
 from fer_ray.data.sources.zips import ZipSource
 from fer_ray.errors import JobFailed
 from fer_ray.preparation import run as preparation
@@ -113,7 +113,7 @@ class _Decoders:
 def _decode(archive: str, files: list[tuple[str, bytes]]) -> None:
     source = ZipSource(archive)
     for path, at in files:
-        dataset.pixel_digest(dataset.decode(source.read(path, at)))
+        decoding.pixel_digest(decoding.decode(source.read(path, at)))
 
 
 def _write_zip(info: dataset.DatasetInfo, archive: Path) -> int:
@@ -138,7 +138,7 @@ def _prepare_plainly(archive: Path, output: Path, size: int) -> None:
             rows = []
             for name in names[start : start + _ROWS]:
                 picture = Image.open(io.BytesIO(reader.read(name))).convert("L")
-                digest = dataset.pixel_sha256(np.asarray(picture))
+                digest = decoding.pixel_sha256(np.asarray(picture))
                 if picture.size != (size, size):
                     picture = picture.resize((size, size))
                 split, label, _ = name.split("/")
@@ -184,7 +184,7 @@ def _watched(count: int, output: str) -> tuple[float, dict[str, float]]:
     with subprocess.Popen(
         [*command, "--output", output], stdout=subprocess.PIPE, text=True, env=environment
     ) as job:
-        with benchmark_processes.Watch(lambda: benchmark_processes.started_by(job.pid)) as watch:
+        with processes.Watch(lambda: processes.started_by(job.pid)) as watch:
             told, _ = job.communicate()
         peaks = watch.peaks_mib()
     found = re.search(r"^([\d,]+) images in ([\d.]+) s$", told, re.MULTILINE)

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from fer_ray import storage
-from fer_ray.sweeps import sentences as words
-from fer_ray.sweeps import store as records
+from fer_ray.sweeps import sentences, store
 from fer_ray.sweeps.space import GRID
 
-_FILES = (records.SWEEP, records.SUMMARY, records.TRIALS)
+_FILES = (store.SWEEP, store.SUMMARY, store.TRIALS)
 
 
 def kept(results: Path) -> list[tuple[Path, str]]:
     """The files to keep of every sweep that has a summary, and where below ``sweeps/``."""
     return [
         (summary.parent / name, f"{summary.parent.name}/{name}")
-        for summary in sorted((results / "sweeps").glob(f"*/{records.SUMMARY}"))
+        for summary in sorted((results / "sweeps").glob(f"*/{store.SUMMARY}"))
         for name in _FILES
     ]
 
@@ -31,7 +30,7 @@ def tables(reference: Path) -> str:
     """
     found = [
         storage.read_json(str(path.absolute()))
-        for path in sorted((reference / "sweeps").glob(f"*/{records.SUMMARY}"))
+        for path in sorted((reference / "sweeps").glob(f"*/{store.SUMMARY}"))
     ]
     parts = [_of_grid(made) for made in found if made["method"] == GRID]
     return "\n\n".join(parts) or "No sweep is recorded yet."
@@ -46,14 +45,14 @@ def _of_grid(made: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for arm in made["arms"]:
         one = arm["accuracy"]
-        mean = f"{words.percent(one['mean'])} % ({words.percent(one['deviation'])})"
+        mean = f"{sentences.percent(one['mean'])} % ({sentences.percent(one['deviation'])})"
         difference = "–"
         if one["difference"] is not None:
-            between = words.between(one["difference_low"], one["difference_high"])
-            difference = f"{words.points(one['difference'])} ({between})"
+            between = sentences.between(one["difference_low"], one["difference_high"])
+            difference = f"{sentences.points(one['difference'])} ({between})"
         shown = {True: "shown", False: "not shown", None: "baseline"}[one["shown"]]
         cells = [f"`{arm['arm']}`", str(arm["num_seeds"]), mean, difference]
-        lines.append("| " + " | ".join([*cells, words.of_p(one["p_holm"]), shown]) + " |")
+        lines.append("| " + " | ".join([*cells, sentences.of_p(one["p_holm"]), shown]) + " |")
     size = made["model"]
     head = (
         f"Sweep `{made['run']}`: `{size['name']}` of {size['parameters']:,} parameters, "

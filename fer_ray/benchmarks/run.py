@@ -31,11 +31,10 @@ from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo, read_info
 from fer_ray.data.labels import FER2013_LABELS
 from fer_ray.errors import UserError, unknown
-from fer_ray.models import registry as models
+from fer_ray.models import registry
 from fer_ray.preparation import run as preparation
-from fer_ray.runtime import environment as provenance
-from fer_ray.runtime import resources as capacity
-from fer_ray.training import ray_trainer as launch
+from fer_ray.runtime import environment, resources
+from fer_ray.training import ray_trainer
 
 ROUNDS = 5
 ROUND_S = 3.0
@@ -93,7 +92,7 @@ def plan(
     if config.model.weights not in ("", "imagenet"):
         weights = storage.absolute(config.model.weights)
         config = replace(config, model=replace(config.model, weights=weights))
-    models.check(config.model, num_classes=labels, image_size=size)
+    registry.check(config.model, num_classes=labels, image_size=size)
     output = storage.absolute(output) if output else ""
     _check_output(output)
     return Plan(config=config, keys=keys, rounds=rounds, round_s=round_s, output=output)
@@ -157,7 +156,7 @@ def measure(
             found = run.everything()
             found["peak_memory_mib"] = _peaks(watch.peaks_mib(), found)
     found["startup_s"] = startup_s | found.get("startup_s", {})
-    found = provenance.describe(torch.device("cpu")) | found  # the workers say it better
+    found = environment.describe(torch.device("cpu")) | found  # the workers say it better
     result = {**numbers(plan.keys, found), **_beside(plan, found, run.info)}
     result["wall_s"] = time.monotonic() - start
     if plan.output:
@@ -181,13 +180,13 @@ def _check_cluster(plan: Plan) -> None:
     if len(nodes) > 1:
         raise UserError(f"the benchmark measures one machine; this cluster has {len(nodes)}")
     scaling = plan.config.scaling
-    demand = capacity.Demand(
+    demand = resources.Demand(
         each={"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {}),
         count=scaling.num_workers if "workers_over_limit" in plan.keys else 1,
         flags={"CPU": "--cpus-per-worker", "GPU": "--use-gpu"},
         hint="a fraction may fit, and --only leaves numbers out",
     )
-    capacity.check(demand, may_wait=False)  # what grows is no longer one machine
+    resources.check(demand, may_wait=False)  # what grows is no longer one machine
 
 
 class _Run:
@@ -297,7 +296,7 @@ def _fit(
     workers: int,
 ) -> dict[str, Any]:
     """Lets workers of Ray Train measure; returns what the first of them wrote."""
-    launch.run_trainer(
+    ray_trainer.run_trainer(
         work,
         settings,
         replace(config.scaling, num_workers=workers, max_failures=0),
@@ -313,8 +312,8 @@ def _beside(plan: Plan, found: dict[str, Any], info: DatasetInfo) -> dict[str, A
     model = plan.config.model
     size = model.input_size or info.image_size
     fresh = replace(model, weights="")
-    network = models.build(fresh, num_classes=len(info.labels), image_size=info.image_size)
-    cost = models.cost(network, size)
+    network = registry.build(fresh, num_classes=len(info.labels), image_size=info.image_size)
+    cost = registry.cost(network, size)
     scaling = plan.config.scaling
     return {
         "targets": {name: KEYS[name].target for name in plan.keys},
@@ -328,6 +327,6 @@ def _beside(plan: Plan, found: dict[str, Any], info: DatasetInfo) -> dict[str, A
         "data": plan.config.data or "drawn faces",
         "images": info.split("train").rows,
         "settings": for_measuring(plan.config).to_dict(),
-        "git_commit": provenance.git_commit(),
+        "git_commit": environment.git_commit(),
         **found,
     }

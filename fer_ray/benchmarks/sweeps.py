@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from fer_ray import storage
-from fer_ray.config import overrides as options
+from fer_ray.config import overrides
 from fer_ray.config.schema import TrainConfig
 from fer_ray.preparation import run as preparation
 from fer_ray.sweeps import plan as planning
 from fer_ray.sweeps import run as tuning
-from fer_ray.sweeps import store as records
+from fer_ray.sweeps import store
 from fer_ray.sweeps.plan import Limits
 
 _OVERHEAD_TRIALS = 10
@@ -57,7 +57,7 @@ def overhead(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
     start = time.monotonic()
     tuning.fit(plan, say=lambda line: None)
     seconds = time.monotonic() - start
-    trials = records.read_all(plan.folder)
+    trials = store.read_all(plan.folder)
     trained_s = sum(row["seconds"] for trial in trials for row in trial.history)
     return {
         "rounds": {},
@@ -95,7 +95,7 @@ def halving(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
     names = list(_GRID)
     for number, values in enumerate(itertools.product(*_GRID.values())):
         chosen = {**dict(zip(names, values)), "schedule.seed": config.schedule.seed}
-        records.create(search.folder, records.Trial(number=number, arm=None, options=chosen))
+        store.create(search.folder, store.Trial(number=number, arm=None, options=chosen))
     tuning.fit(search, say=lambda line: None)
     full, halved = (_outcome(plan.folder) for plan in (grid, search))
     return {
@@ -107,11 +107,11 @@ def halving(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _outcome(sweep: str) -> dict[str, Any]:
-    trials = records.read_all(sweep)
+    trials = store.read_all(sweep)
     scores = [
         trial.history[-1]["validation_accuracy"]
         for trial in trials
-        if trial.status == records.FINISHED
+        if trial.status == store.FINISHED
     ]
     return {
         "trials": len(trials),
@@ -122,7 +122,7 @@ def _outcome(sweep: str) -> dict[str, Any]:
 
 
 def _config(data: str, *, width: int, epochs: int) -> TrainConfig:
-    config = options.changed(
+    config = overrides.changed(
         TrainConfig(data=data),
         {
             "model.width": width,

@@ -15,7 +15,7 @@ import torch
 
 from fer_ray import storage
 from fer_ray.benchmarks import input as benchmark_input
-from fer_ray.benchmarks import processes as benchmark_processes
+from fer_ray.benchmarks import processes
 from fer_ray.benchmarks.loops import (
     EPOCHS,
     Plain,
@@ -31,9 +31,9 @@ from fer_ray.benchmarks.loops import (
 )
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import load_split, read_info
-from fer_ray.models import registry as models
+from fer_ray.models import registry
 from fer_ray.models.forward import resize
-from fer_ray.runtime import environment as provenance
+from fer_ray.runtime import environment
 from fer_ray.training.feed import Batch, Images, MemoryFeed
 from fer_ray.training.loop import Trainer
 from fer_ray.training.process_group import Group
@@ -61,7 +61,7 @@ def calibrate(values: dict[str, Any]) -> float:
     batches = list(zip(images.split(batch_size), targets.split(batch_size)))
     precision = config.schedule.precision
     bfloat16 = precision == "bfloat16" or (
-        precision == "auto" and models.prefers_bfloat16(config.model, device)
+        precision == "auto" and registry.prefers_bfloat16(config.model, device)
     )
     return step_seconds(Plain(config, info, batches, device, bfloat16=bfloat16), device)
 
@@ -125,7 +125,7 @@ def alone(settings: dict[str, Any]) -> None:
         with benchmark_input.Inputs(place, settings) as inputs:
             found["rounds"] |= in_turn(inputs.candidates(names), rounds)
             found["stream_images"] = inputs.stream_images
-    found |= provenance.describe(device)
+    found |= environment.describe(device)
     storage.write_json(storage.join(settings["folder"], RESULT), found)
 
 
@@ -208,15 +208,15 @@ def together(settings: dict[str, Any]) -> None:
     if group.rank == 0:
         found = {"rounds": rounds, "steps": steps, "batch_per_worker": own.stop - own.start}
         found["ray_cpu_s"] = _median_use(used[1:])
-        found |= provenance.describe(group.device)
+        found |= environment.describe(group.device)
         storage.write_json(storage.join(settings["folder"], RESULT), found)
 
 
 def _cpu_seconds(settings: dict[str, Any], group: Group) -> dict[str, float]:
     """CPU seconds so far of each kind of Ray's own processes, seen by the first worker."""
-    found = benchmark_processes.cpu_seconds(settings["session"]) if group.rank == 0 else {}
+    found = processes.cpu_seconds(settings["session"]) if group.rank == 0 else {}
     group.total(np.zeros(1))  # nobody starts before the first worker has looked
-    return {kind: s for kind, s in found.items() if benchmark_processes.is_rays_own(kind)}
+    return {kind: s for kind, s in found.items() if processes.is_rays_own(kind)}
 
 
 def _median_use(used: list[dict[str, float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fer_ray import storage
-from fer_ray.data import dataset
+from fer_ray.data import decoding
 from fer_ray.data.sources import Entry, Source, kaggle, layouts, open_files, pixels, tables
 from fer_ray.errors import UserError
 
@@ -41,7 +41,7 @@ class _Files:
 
     def grey(self, path: str, at: bytes) -> np.ndarray:
         """See `Pictures.grey`."""
-        return dataset.decode(self._source.read(path, at))
+        return decoding.decode(self._source.read(path, at))
 
     def describe(self, listing: Iterator[tuple[str, int]]) -> dict[str, Any]:
         """See `Pictures.describe`."""

@@ -15,10 +15,9 @@ import pyarrow.parquet as pq
 from fer_ray import storage
 from fer_ray.data import dataset
 from fer_ray.errors import UserError
-from fer_ray.evaluation import tables
+from fer_ray.evaluation import figures, tables
 from fer_ray.evaluation.scores import Evaluation, Score
-from fer_ray.reporting import html as pages
-from fer_ray.reporting import svg as figures
+from fer_ray.reporting import html
 
 MISTAKES = 24
 """Pictures in the gallery of each run and split."""
@@ -101,7 +100,7 @@ def render(evaluation: Evaluation, *, runs: str | None = None, data: str | None 
         if histories
     ]
     sections = [_section(evaluation, split, names, data, remarks) for split in evaluation.splits]
-    return pages.render(
+    return html.render(
         "report.html.j2",
         {"percent": tables.percent, "nats": tables.nats, "share": _share, "glue": _glue},
         evaluation=evaluation,
@@ -167,7 +166,7 @@ def mistakes(
                 label=row["label"],
                 predicted=row["predicted"],
                 confidence=float(row["confidence"]),
-                picture=pages.png_data_uri(picture) if same and picture is not None else None,
+                picture=html.png_data_uri(picture) if same and picture is not None else None,
             )
         )
     return found

@@ -22,15 +22,13 @@ import torch
 from torch import nn
 
 from fer_ray import storage
-from fer_ray.data import dataset, predictions, sources
+from fer_ray.data import dataset, decoding, parquet, predictions, row_groups, sources
 from fer_ray.data.labels import probability_column
 from fer_ray.errors import UserError
 from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
-from fer_ray.preparation import shards as parts
-from fer_ray.preparation.run import map_tasks
-from fer_ray.runtime import resources as capacity
-from fer_ray.training import stream_feed as streaming
+from fer_ray.runtime import resources
+from fer_ray.runtime.data_tasks import map_tasks
 
 BATCH_SIZE = 256
 """Images of a forward pass."""
@@ -130,7 +128,7 @@ def _prepared_tasks(
     part = info.split(split)
     if not part.rows:
         raise UserError(f"--split: {split} of {info.place} has no images")
-    streaming.pieces(info, split)  # absent and damaged parts are found here and not by workers
+    row_groups.pieces(info, split)  # absent and damaged parts are found here and not by workers
     tasks = [
         {"part": f"part-{number:05d}.parquet", "file": storage.join(info.place, file)}
         for number, file in enumerate(part.files)
@@ -217,9 +215,9 @@ def _staging(output: str) -> str:
 
 def _count_actors(plan: Plan, num_actors: int, use_gpu: bool, say: Callable[[str], None]) -> int:
     kind, flag = ("GPU", "--use-gpu") if use_gpu else ("CPU", "--num-actors")
-    demand = capacity.Demand(each={kind: 1.0}, count=max(num_actors, 1), flags={kind: flag})
-    nodes = capacity.check(demand, say=say)
-    return num_actors or max(min(capacity.fitting(demand.each, nodes), len(plan.tasks)), 1)
+    demand = resources.Demand(each={kind: 1.0}, count=max(num_actors, 1), flags={kind: flag})
+    nodes = resources.check(demand, say=say)
+    return num_actors or max(min(resources.fitting(demand.each, nodes), len(plan.tasks)), 1)
 
 
 def _write_parts(
@@ -288,7 +286,7 @@ class _Predictor:
         else:
             rows, images = _read_loose(self._source, task, self._checkpoint.image_size)
         table = self._table(rows, self._probabilities(images))
-        parts.write_table(table, self._staging, task["part"])
+        parquet.write_table(table, self._staging, task["part"])
         errors = sum(row["error"] is not None for row in rows)
         return pa.table([[len(rows)], [errors]], schema=_DONE)
 
@@ -329,7 +327,7 @@ def _read_prepared(file: str, size: int) -> tuple[list[dict[str, Any]], np.ndarr
         raise UserError(f"--data: {file} cannot be read: {sources.first_line(error)}") from error
     columns = table.select(["image_id", "pixel_sha256", "label"])
     rows = [{**row, "error": None} for row in columns.to_pylist()]
-    fit = functools.partial(dataset.fit, size=size)
+    fit = functools.partial(decoding.fit, size=size)
     shapes = zip(
         table["image"].to_pylist(), table["height"].to_pylist(), table["width"].to_pylist()
     )
@@ -348,10 +346,10 @@ def _read_loose(
         try:
             if reason:
                 raise sources.ReadError(reason)
-            grey = dataset.decode(source.read(path, at))
-            row["pixel_sha256"] = dataset.pixel_sha256(grey)
-            images.append(dataset.fit(grey, size))
-        except (sources.ReadError, dataset.DecodeError) as error:
+            grey = decoding.decode(source.read(path, at))
+            row["pixel_sha256"] = decoding.pixel_sha256(grey)
+            images.append(decoding.fit(grey, size))
+        except (sources.ReadError, decoding.DecodeError) as error:
             row["error"] = str(error)
         rows.append(row)
     return rows, np.stack(images) if images else np.zeros((0, size, size), np.uint8)

@@ -21,7 +21,7 @@ from torch import nn
 from fer_ray import storage
 from fer_ray.config.schema import ModelConfig
 from fer_ray.errors import UserError
-from fer_ray.models import registry as models
+from fer_ray.models import registry
 from fer_ray.models.forward import Forward
 from fer_ray.transforms import Normalizer
 
@@ -101,7 +101,7 @@ class Checkpoint:
         """
         # the weights come from the checkpoint: nothing is to be downloaded for them
         config = ModelConfig(**{**asdict(self.model), "weights": ""})
-        network = models.build(config, num_classes=len(self.labels), image_size=self.image_size)
+        network = registry.build(config, num_classes=len(self.labels), image_size=self.image_size)
         network.load_state_dict(self.load_tensors(MODEL))
         return network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 

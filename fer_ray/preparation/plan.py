@@ -11,7 +11,7 @@ from fer_ray import storage
 from fer_ray.data import dataset, synthetic
 from fer_ray.data.image_source import Pictures, open_pictures
 from fer_ray.errors import UserError
-from fer_ray.preparation import splitting as settling
+from fer_ray.preparation import splitting
 from fer_ray.preparation.inventory import Ledger
 
 MAX_CLASSES = 1000
@@ -153,7 +153,7 @@ def _names(labels: Iterable[str], most: int = 20) -> str:
 def _held_out(ledger: Ledger, pictures: Pictures, fraction: float | None) -> float:
     """The share of train that is held out for validation; 0 where the source has its own."""
     if not pictures.has_splits:
-        return settling.DEFAULT_VALIDATION_FRACTION if fraction is None else fraction
+        return splitting.DEFAULT_VALIDATION_FRACTION if fraction is None else fraction
     if fraction is not None and "validation" in ledger.counts():
         raise UserError("--validation-fraction: the source has a validation split of its own")
     return fraction or 0.0

@@ -16,8 +16,7 @@ from fer_ray import storage
 from fer_ray.data import dataset
 from fer_ray.errors import UserError
 from fer_ray.preparation.inventory import KEPT, Ledger
-from fer_ray.reporting import html as pages
-from fer_ray.reporting import svg as figures
+from fer_ray.reporting import html, svg
 
 SAMPLES = 12
 """Pictures of each class."""
@@ -91,7 +90,7 @@ def render(folder: str, ledger: Ledger, info: dict[str, Any]) -> str:
     contrast = (
         f"sqrt(greatest(pixel_sum_squares / {pixels}.0 - pow(pixel_sum / {pixels}.0, 2), 0)) / 255"
     )
-    return pages.render(
+    return html.render(
         "preview.html.j2",
         {},
         info=info,
@@ -156,7 +155,7 @@ def _shown(rows: Sequence[_Row], found: Mapping[str, np.ndarray]) -> list[Shown]
             image_id=path,
             split=split,
             label=label or "no label",
-            picture=pages.png_data_uri(found[path]),
+            picture=html.png_data_uri(found[path]),
         )
         for path, split, label in rows
     ]
@@ -166,21 +165,21 @@ def _balance(splits: Mapping[str, Any], labels: Sequence[str]) -> str:
     """Each class's share of its split, splits side by side."""
     thickness = 0.8 / len(splits)
     height_in = 0.8 + len(labels) * (0.15 + 0.17 * len(splits)) + 0.25 * len(splits)
-    with figures.drawn(height_in) as (figure, axes):
+    with svg.drawn(height_in) as (figure, axes):
         for row, (name, split) in enumerate(splits.items()):
             total = max(sum(split["classes"].values()), 1)
             shares = [100 * split["classes"][label] / total for label in labels]
             places = np.arange(len(labels)) + (row + 0.5) * thickness - 0.4
-            colour = figures.series_colour(row)
+            colour = svg.series_colour(row)
             axes.barh(places, shares, height=0.9 * thickness, color=colour, label=name)
-        axes.set_yticks(range(len(labels)), [figures.short(label, 18) for label in labels])
+        axes.set_yticks(range(len(labels)), [svg.short(label, 18) for label in labels])
         axes.invert_yaxis()
         axes.set_xlabel("share of the split's labelled images, %")
         axes.grid(axis="x")
-        figures.legend(figure, len(splits))
+        svg.legend(figure, len(splits))
         train = splits["train"]["classes"]
         words = ", ".join(f"{label} {train[label]:,}" for label in labels)
-        return figures.as_svg(figure, f"Class balance; images of train: {words}")
+        return svg.as_svg(figure, f"Class balance; images of train: {words}")
 
 
 def _histogram(
@@ -192,14 +191,14 @@ def _histogram(
         f"SELECT least(floor(({measure}) / {highest} * {_BINS}), {_BINS - 1})::INT AS bin, "
         f"count(*) FROM {KEPT} AND split = ? GROUP BY bin"
     )
-    with figures.drawn(2.9) as (figure, axes):
+    with svg.drawn(2.9) as (figure, axes):
         medians = []
         for number, split in enumerate(splits):
             counts = np.zeros(_BINS)
             for place, count in ledger.rows(query, split):
                 counts[place] = count
             shares = 100 * counts / counts.sum()
-            colour = figures.series_colour(number)
+            colour = svg.series_colour(number)
             axes.stairs(shares, edges, color=colour, linewidth=2, label=split)
             (median,) = ledger.one(f"SELECT median({measure}) FROM {KEPT} AND split = ?", split)
             medians.append(f"{split} {median:.3f}")
@@ -208,5 +207,5 @@ def _histogram(
         axes.set_xlim(0, highest)
         axes.set_ylim(bottom=0)
         axes.grid()
-        figures.legend(figure, len(splits))
-        return figures.as_svg(figure, f"{title}; medians: {', '.join(medians)}")
+        svg.legend(figure, len(splits))
+        return svg.as_svg(figure, f"{title}; medians: {', '.join(medians)}")

@@ -12,38 +12,30 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib.metadata
-import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fer_ray import __version__, storage
-from fer_ray.data import dataset
-from fer_ray.data.sources import NOT_THERE, ReadError, first_line
+from fer_ray.data import dataset, decoding, parquet
+from fer_ray.data.sources import NOT_THERE, ReadError
 from fer_ray.errors import JobFailed, UserError
-from fer_ray.preparation import shards as parts
-from fer_ray.preparation import splitting as settling
+from fer_ray.preparation import shards, splitting
 from fer_ray.preparation import statistics as dataset_summary
 from fer_ray.preparation.inventory import KEPT, RESULTS, Ledger
 from fer_ray.preparation.plan import Plan, plan
-from fer_ray.runtime import resources as capacity
+from fer_ray.runtime import resources
+from fer_ray.runtime.data_tasks import map_tasks, quiet_ray_data
 
 __all__ = ["Plan", "map_tasks", "plan", "prepare", "quiet_ray_data"]
 
 _PROGRESS_S = 2.0
-_DEMAND = capacity.Demand(each={"CPU": 1.0}, flags={"CPU": "RAY_ADDRESS"})
+_DEMAND = resources.Demand(each={"CPU": 1.0}, flags={"CPU": "RAY_ADDRESS"})
 """The least that Ray Data's tasks go on with."""
 _LOOKED_FOR = 200
 """How many of the files that workers did not find are looked for."""
-
-Work = Callable[[pa.Table], pa.Table]
-"""What a worker makes of one task, a table of one row."""
-
-_FAILURE = (pa.field("failure", pa.string()), pa.field("mistake", pa.bool_()))
-"""Columns beside a result's own: why there is none, and whether the user can mend it."""
 
 
 def prepare(
@@ -70,7 +62,7 @@ def prepare(
     start = time.monotonic()
     ledger = plan.ledger
     try:
-        capacity.check(_DEMAND, say=say)
+        resources.check(_DEMAND, say=say)
         with storage.staged_directory(plan.output) as staging:
             _write_parts(plan, staging, say)
             _check_seen(plan)
@@ -104,11 +96,11 @@ def _write_parts(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
     for split in counts:
         storage.make_directory(storage.join(staging, split))
     write = functools.partial(
-        parts.write_part, pictures=plan.pictures, staging=staging, size=plan.image_size
+        shards.write_part, pictures=plan.pictures, staging=staging, size=plan.image_size
     )
     done, total = 0, sum(counts.values())
     said = start = time.monotonic()
-    for table in map_tasks(parts.write_tasks(plan.ledger, plan.image_size), write, RESULTS):
+    for table in map_tasks(shards.write_tasks(plan.ledger, plan.image_size), write, RESULTS):
         plan.ledger.add_results(table)
         done += table.num_rows
         if time.monotonic() - said >= _PROGRESS_S or done == total:
@@ -132,7 +124,7 @@ def _check_seen(plan: Plan) -> None:
         except ReadError as error:
             if str(error) == NOT_THERE:  # for nobody: it is in the quarantine
                 continue
-        except dataset.DecodeError:
+        except decoding.DecodeError:
             pass
         raise UserError(
             f"--source: {path!r} is not seen by every worker: with several machines the files "
@@ -143,80 +135,20 @@ def _check_seen(plan: Plan) -> None:
 def _settle(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
     """Holds out and drops what is to be, now that every picture is known."""
     if plan.held_out:
-        settling.hold_out(plan.ledger, fraction=plan.held_out, seed=plan.seed)
+        splitting.hold_out(plan.ledger, fraction=plan.held_out, seed=plan.seed)
     if plan.deduplicate:
-        settling.drop_twins(plan.ledger)
-    tasks = list(parts.move_tasks(plan.ledger))
+        splitting.drop_twins(plan.ledger)
+    tasks = list(shards.move_tasks(plan.ledger))
     if not tasks:
         return
     say(f"rewriting {len(tasks):,} parts without the rows that are moved or dropped")
     if plan.held_out:
         storage.make_directory(storage.join(staging, "validation"))
-    move = functools.partial(parts.move_rows, staging=staging)
-    for table in map_tasks(tasks, move, parts.MOVED):
+    move = functools.partial(shards.move_rows, staging=staging)
+    for table in map_tasks(tasks, move, shards.MOVED):
         plan.ledger.move(table)
     for task in tasks:
         storage.remove(storage.join(staging, task["part"]))
-
-
-def map_tasks(
-    tasks: Iterable[dict[str, Any]], work: Work, schema: pa.Schema, **settings: Any
-) -> Iterator[pa.Table]:
-    """The tables that Ray Data's workers make of tasks, as they come, one task at a time each.
-
-    Args:
-        tasks: what there is to do.
-        work: what makes a table of each; kept from task to task where `settings` name actors.
-        schema: that of the tables.
-        settings: further arguments of `map_batches`.
-
-    Raises:
-        UserError: when a worker raises one, or is refused by an object store.
-        JobFailed: when a worker cannot read or write for another reason.
-    """
-    import ray
-
-    quiet_ray_data()
-    waiting = list(tasks)
-    careful: Any = _Careful(work, schema)
-    if "compute" in settings:  # of actors, which want a class
-        careful = _Careful
-        settings["fn_constructor_args"] = (work, schema)
-    results = ray.data.from_items(waiting, override_num_blocks=len(waiting)).map_batches(
-        careful, batch_size=1, batch_format="pyarrow", **settings
-    )
-    for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-        assert isinstance(batch, pa.Table)
-        if not batch.num_rows:
-            continue
-        failure, mistake = (batch[field.name][0].as_py() for field in _FAILURE)
-        if failure:
-            raise UserError(failure) if mistake else JobFailed(failure)
-        yield batch.drop_columns([field.name for field in _FAILURE])
-
-
-class _Careful:
-    """Work whose failures are values: Ray buries exceptions in pages of its own."""
-
-    def __init__(self, work: Work, schema: pa.Schema) -> None:
-        self._work, self._schema = work, schema
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """What the work makes of a task, or one row that says why it fails."""
-        try:
-            table = self._work(batch)
-        except UserError as error:
-            return self._failed(str(error), mistake=True)
-        except OSError as error:
-            reason = f"a worker failed: {first_line(error)}"
-            return self._failed(reason, mistake=storage.is_refusal(error))
-        for field in _FAILURE:  # all tables alike, or Ray Data warns
-            table = table.append_column(field, pa.nulls(len(table), field.type))
-        return table
-
-    def _failed(self, failure: str, *, mistake: bool) -> pa.Table:
-        schema = pa.schema([*self._schema, *_FAILURE])
-        return pa.Table.from_pylist([{"failure": failure, "mistake": mistake}], schema)
 
 
 def _verify_parts(ledger: Ledger, staging: str, output: str) -> None:
@@ -226,7 +158,7 @@ def _verify_parts(ledger: Ledger, staging: str, output: str) -> None:
         try:
             found = pq.read_metadata(storage.join(root, part), filesystem=fs).num_rows
         except FileNotFoundError as error:
-            raise parts.unseen(output) from error
+            raise parquet.unseen(output) from error
         assert found == count, f"{part} has {found} rows, {count} were written"
     strange = ledger.one(f"SELECT count(*) FROM {KEPT} AND split <> split_part(part, '/', 1)")
     assert not strange[0], f"{strange[0]} rows lie in another split's part"
@@ -278,15 +210,3 @@ def _warnings(plan: Plan, info: dict[str, Any]) -> Iterator[str]:
     for label in info["labels"]:
         if not info["splits"]["train"]["classes"][label]:
             yield f"warning: no image of train is left of the class {label}"
-
-
-def quiet_ray_data() -> None:
-    """Turns off Ray Data's bars and notes: jobs print their own progress."""
-    import ray
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # says as a warning that the bars are off
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fer_ray import storage
-from fer_ray.data import dataset
+from fer_ray.data import dataset, decoding
 from fer_ray.data.image_source import Pictures
 from fer_ray.data.labels import SPLITS
+from fer_ray.data.parquet import unseen, write_table
 from fer_ray.data.sources import ReadError
-from fer_ray.errors import UserError
 from fer_ray.preparation.inventory import RESULTS, Ledger
 
 ROWS_PER_PART = 2048
@@ -124,11 +124,11 @@ def write_part(batch: pa.Table, *, pictures: Pictures, staging: str, size: int) 
     for index, (path, at) in enumerate(zip(files["path"], files["at"])):
         try:
             grey = pictures.grey(path, at)
-        except (ReadError, dataset.DecodeError) as error:
+        except (ReadError, decoding.DecodeError) as error:
             reasons[index] = str(error)
             continue
-        hashes[index] = dataset.pixel_digest(grey)
-        images[len(kept)] = dataset.fit(grey, size)
+        hashes[index] = decoding.pixel_digest(grey)
+        images[len(kept)] = decoding.fit(grey, size)
         kept.append(index)
     rows = _Rows(
         split=task["split"],
@@ -198,33 +198,6 @@ def move_rows(batch: pa.Table, *, staging: str) -> pa.Table:
         columns = [[part] * len(chosen), rows.paths, rows.hash()]
         moved.append(pa.table(columns, schema=MOVED))
     return pa.concat_tables(moved)
-
-
-def write_table(table: pa.Table, staging: str, part: str, **settings: Any) -> None:
-    """Writes a part as Parquet.
-
-    Args:
-        table: its rows.
-        staging: place of the unfinished output.
-        part: path of the part in it.
-        settings: further arguments of `pyarrow.parquet.write_table`.
-
-    Raises:
-        UserError: when this worker does not see the folder.
-    """
-    fs, path = storage.filesystem(storage.join(staging, part))
-    try:
-        pq.write_table(table, path, filesystem=fs, compression="zstd", **settings)
-    except FileNotFoundError as error:
-        raise unseen(storage.parent_of(staging)) from error
-
-
-def unseen(place: str) -> UserError:
-    """Builds the error for an output that workers on other machines do not see."""
-    return UserError(
-        f"--output: {place} is not seen by every worker: with several machines it has to be on a "
-        "shared disk or at a URI"
-    )
 
 
 class _Rows:

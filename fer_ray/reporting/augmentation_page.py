@@ -25,7 +25,6 @@ from fer_ray.config.schema import (
 )
 from fer_ray.data import synthetic
 from fer_ray.errors import UserError
-from fer_ray.training.feed import fill_of
 from fer_ray.transforms import (
     DeviceAugmenter,
     LibraryAugmenter,
@@ -34,6 +33,7 @@ from fer_ray.transforms import (
     histogram,
     moments,
 )
+from fer_ray.transforms.albumentations_engine import fill_of
 
 FACES = 6
 """Columns of every picture: drawn faces of different expressions."""

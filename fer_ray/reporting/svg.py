@@ -11,13 +11,8 @@ import contextlib
 import io
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import pandas as pd
-
-from fer_ray.evaluation.scores import Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,20 +22,18 @@ SERIES = 8
 """Colours of runs; further runs begin again with the first."""
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
-_HEAT, _HEAT_TEXT, _HEAT_LOW = "#040404", "#050505", "#070707"
+HEAT, HEAT_TEXT, HEAT_LOW = "#040404", "#050505", "#070707"
 _VARIABLES = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
     GRID: "var(--line)",
-    _HEAT: "var(--heat)",
-    _HEAT_TEXT: "var(--heat-text)",
-    _HEAT_LOW: "var(--heat-low)",
+    HEAT: "var(--heat)",
+    HEAT_TEXT: "var(--heat-text)",
+    HEAT_LOW: "var(--heat-low)",
     **{f"#0606{number:02x}": f"var(--series-{number + 1})" for number in range(SERIES)},
 }
 WIDTH_IN = 5.4
 MARKERS = "os^DvPX*"
-_DARK_CELL = 0.66
-"""Rates above get the other text: here both texts have a contrast of 4.5 in either theme."""
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -69,154 +62,6 @@ _STYLE: Any = {
 def series(runs: Sequence[str], run: str) -> int:
     """A run's number among all runs of a page: its colour in every figure is that."""
     return list(runs).index(run) % SERIES
-
-
-def accuracy_dots(scores: Sequence[Score], runs: Sequence[str]) -> str:
-    """Accuracy of each run on one split with its 95 % interval."""
-    with drawn(0.9 + 0.45 * len(scores)) as (figure, axes):
-        for row, score in enumerate(scores):
-            number = series(runs, score.run)
-            one = score.accuracy
-            ends = [[100 * (one.value - one.low)], [100 * (one.high - one.value)]]
-            # The percentile interval of a tiny sample may leave out the estimate itself.
-            axes.errorbar(
-                [100 * one.value],
-                [row],
-                xerr=np.maximum(ends, 0),
-                fmt=MARKERS[number],
-                color=series_colour(number),
-                markersize=8,
-                linewidth=2.2,
-                capsize=4,
-            )
-        axes.set_yticks(range(len(scores)), [short(score.run) for score in scores])
-        axes.set_ylim(len(scores) - 0.4, -0.6)
-        axes.set_xlabel("accuracy, % (95 % interval)")
-        axes.grid(axis="x")
-        summary = "; ".join(f"{s.run} {100 * s.accuracy.value:.1f} %" for s in scores)
-        return as_svg(figure, f"Accuracy with 95 % intervals: {summary}")
-
-
-def class_f1_bars(scores: Sequence[Score], runs: Sequence[str]) -> str:
-    """F1 of each class on one split, runs side by side."""
-    labels = scores[0].labels
-    thickness = 0.8 / len(scores)
-    height_in = 0.8 + len(labels) * (0.2 + 0.17 * len(scores)) + 0.25 * len(scores)
-    with drawn(height_in) as (figure, axes):
-        for row, score in enumerate(scores):
-            number = series(runs, score.run)
-            f1 = [score.per_class.f1[score.labels.index(label)] for label in labels]
-            places = np.arange(len(labels)) + (row + 0.5) * thickness - 0.4
-            percent = np.nan_to_num(100 * np.array(f1))
-            colour = series_colour(number)
-            axes.barh(places, percent, height=0.9 * thickness, color=colour, alpha=0.45)
-            axes.plot(
-                percent,
-                places,
-                color=colour,
-                marker=MARKERS[number],
-                markersize=6,
-                linestyle="none",
-                label=short(score.run),
-                clip_on=False,
-            )
-        axes.set_yticks(range(len(labels)), [short(label) for label in labels])
-        axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_xlim(0, 100)
-        axes.set_xlabel("F1, %")
-        axes.grid(axis="x")
-        legend(figure, len(scores))
-        names = ", ".join(score.run for score in scores)
-        return as_svg(figure, f"F1 of each class for {names}; the numbers are in the table")
-
-
-def confusion_heatmap(score: Score) -> str:
-    """One run's confusion matrix: shade and percentage by row, the count below."""
-    counts = score.confusion
-    size = len(score.labels)
-    rates = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    with drawn(WIDTH_IN * 0.92) as (figure, axes):
-        for row, column in np.ndindex(size, size):
-            _cell(axes, row, column, float(rates[row, column]), int(counts[row, column]), size)
-        names = [short(label, 14) for label in score.labels]
-        turned = size > 4 or max(map(len, names)) > 9
-        axes.set_xticks(
-            range(size),
-            names,
-            rotation=40 if turned else 0,
-            ha="right" if turned else "center",
-            rotation_mode="anchor",
-        )
-        axes.set_yticks(range(size), names)
-        axes.set_xlim(-0.5, size - 0.5)
-        axes.set_ylim(size - 0.5, -0.5)
-        axes.set_aspect("equal")
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("true")
-        summary = ", ".join(
-            f"{label} {100 * rates[index, index]:.0f} %" for index, label in enumerate(score.labels)
-        )
-        return as_svg(figure, f"Confusion matrix of {score.run}, rightly predicted: {summary}")
-
-
-def _cell(axes: Axes, row: int, column: int, rate: float, count: int, size: int) -> None:
-    from matplotlib.patches import Rectangle
-
-    corner = (column - 0.485, row - 0.485)
-    axes.add_patch(Rectangle(corner, 0.97, 0.97, facecolor="none", edgecolor=GRID, linewidth=0.6))
-    if rate > 0:
-        axes.add_patch(Rectangle(corner, 0.97, 0.97, facecolor=_HEAT, alpha=rate, linewidth=0))
-    colour = _HEAT_TEXT if rate > _DARK_CELL else _HEAT_LOW
-    scale = min(1.0, 7 / size)
-    place: dict[str, Any] = {"ha": "center", "color": colour}
-    percentage, number = f"{100 * rate:.0f} %", f"{count:,}"
-    axes.text(column, row - 0.04, percentage, va="bottom", fontsize=10 * scale, **place)
-    axes.text(column, row + 0.04, number, va="top", fontsize=8 * scale, **place)
-
-
-def learning_curves(
-    histories: Mapping[str, pd.DataFrame], quantity: str, unit: str, runs: Sequence[str]
-) -> str:
-    """A quantity of training and validation over the epochs.
-
-    Args:
-        histories: one row an epoch with ``epoch``, ``train_<quantity>`` and
-            ``validation_<quantity>``, by run.
-        quantity: ``loss``, ``accuracy`` or ``macro_f1``.
-        unit: ``%`` multiplies by 100.
-        runs: every run of the page.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    factor = 100 if unit == "%" else 1
-    title = quantity.replace("_f1", "-F1")
-    with drawn(3.2 + 0.25 * len(histories)) as (figure, axes):
-        for run, history in histories.items():
-            number = series(runs, run)
-            style: dict[str, Any] = {"color": series_colour(number), "linewidth": 1.8}
-            epochs = history["epoch"]
-            axes.plot(epochs, factor * history[f"train_{quantity}"], linestyle=(0, (3, 2)), **style)
-            axes.plot(
-                epochs,
-                factor * history[f"validation_{quantity}"],
-                label=short(run),
-                marker=MARKERS[number],
-                markersize=5,
-                markevery=max(1, len(history) // 12),
-                **style,
-            )
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.set_ylabel(f"{title}, {unit}")
-        axes.grid()
-        legend(figure, len(histories))
-        ends = "; ".join(
-            f"{run} {factor * history[f'validation_{quantity}'].iloc[-1]:.3g} {unit}"
-            for run, history in histories.items()
-        )
-        return as_svg(figure, f"Learning curves, {title}; validation after the last epoch: {ends}")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fer_ray.config import overrides as options
+from fer_ray.config import overrides
 from fer_ray.reporting.svg import (
     GRID,
     INK,
@@ -20,8 +20,7 @@ from fer_ray.reporting.svg import (
     series_colour,
     short,
 )
-from fer_ray.sweeps import sentences as words
-from fer_ray.sweeps import store as records
+from fer_ray.sweeps import sentences, store
 from fer_ray.sweeps.importance import plain
 
 if TYPE_CHECKING:
@@ -61,7 +60,8 @@ def arm_dots(summary: Mapping[str, Any], scores: pd.DataFrame) -> str:
         _name_rows(axes, _short_names([arm["arm"] for arm in arms]))
         _keep_to(axes, 100 * scores["validation_accuracy"])
         axes.set_xlabel("validation accuracy, %")
-        told = "; ".join(f"{arm['arm']} {words.percent(arm['accuracy']['mean'])}" for arm in arms)
+        means = [(arm["arm"], arm["accuracy"]["mean"]) for arm in arms]
+        told = "; ".join(f"{arm} {sentences.percent(mean)}" for arm, mean in means)
         return as_svg(figure, f"Mean accuracy over seeds with 95 % intervals, in %: {told}")
 
 
@@ -77,7 +77,7 @@ def difference_dots(summary: Mapping[str, Any]) -> str:
         _name_rows(axes, _short_names([arm["arm"] for arm in arms]))
         axes.set_xlabel(f"points against {short(summary['comparison']['baseline'])}")
         told = "; ".join(
-            f"{arm['arm']} {words.points(arm['accuracy']['difference'])}" for arm in arms
+            f"{arm['arm']} {sentences.points(arm['accuracy']['difference'])}" for arm in arms
         )
         return as_svg(figure, f"Differences to the baseline with 95 % intervals, points: {told}")
 
@@ -139,7 +139,7 @@ def arm_curves(summary: Mapping[str, Any], trials: pd.DataFrame) -> str:
     known = [arm for arm in summary["arms"] if arm["accuracy"]["mean"] is not None]
     ranked = sorted(known, key=lambda arm: (arm["arm"] != base, -arm["accuracy"]["mean"]))
     coloured = [arm["arm"] for arm in ranked][:MOST_CURVES]
-    finished = trials[trials["status"] == records.FINISHED]
+    finished = trials[trials["status"] == store.FINISHED]
     curves = finished.groupby(["arm", "epoch"])["validation_accuracy"].mean()
     with drawn(3.2 + 0.25 * len(coloured)) as (figure, axes):
         for name in [arm["arm"] for arm in reversed(ranked)]:
@@ -214,7 +214,7 @@ def as_they_ended(trials: pd.DataFrame) -> pd.DataFrame:
         run = run.sort_values(["ended_at", "trial", "epoch"])
     run = run.assign(spent=range(1, len(run) + 1))
     last = run.sort_values("epoch").drop_duplicates("trial", keep="last").sort_values("spent")
-    return last[(last["status"] == records.FINISHED) & last["validation_accuracy"].notna()]
+    return last[(last["status"] == store.FINISHED) & last["validation_accuracy"].notna()]
 
 
 def is_timed(trials: pd.DataFrame) -> bool:
@@ -226,7 +226,7 @@ def is_timed(trials: pd.DataFrame) -> bool:
 def importance_bars(summary: Mapping[str, Any]) -> str:
     """The share of each option in the variance of the accuracy."""
     shares = summary["importance"]["shares"]
-    names = [options.column_of(name) for name in shares]
+    names = [overrides.column_of(name) for name in shares]
     percent = [100 * share for share in shares.values()]
     with drawn(0.9 + 0.3 * len(shares)) as (figure, axes):
         axes.barh(range(len(names)), percent, height=0.62, color=series_colour(0), alpha=0.75)
@@ -257,13 +257,13 @@ def parallel_coordinates(summary: Mapping[str, Any], finished: pd.DataFrame) -> 
             _axis(axes, float(height), space[name])
         _axis(axes, float(heights[-1]), accuracy, "%")
         for row in finished.to_dict("records"):
-            places = [_place(space[name], row[options.column_of(name)]) for name in names]
+            places = [_place(space[name], row[overrides.column_of(name)]) for name in names]
             places.append(_place(accuracy, 100 * row["validation_accuracy"]))
             style: dict[str, Any] = {"color": MUTED, "alpha": 0.35, "linewidth": 0.9, "zorder": 2}
             if row["trial"] in best:
                 style = {"color": series_colour(0), "alpha": 0.8, "linewidth": 1.5, "zorder": 3}
             axes.plot(places, heights, **style)
-        axes.set_yticks(heights, [*(options.column_of(name) for name in names), "accuracy"])
+        axes.set_yticks(heights, [*(overrides.column_of(name) for name in names), "accuracy"])
         axes.set_ylim(heights[-1] + 0.75, -0.5)
         axes.set_xlim(-0.03, 1.03)
         axes.set_xticks([])
@@ -287,7 +287,7 @@ def _axis(axes: Axes, height: float, given: Any, unit: str = "") -> None:
     axes.plot([0, 1], [height, height], color=GRID, linewidth=1.2, zorder=1)
     if isinstance(given, Mapping):
         ends = {0.0: given["low"], 1.0: given["high"]}
-        labels = {place: f"{words.value(end)} {unit}".strip() for place, end in ends.items()}
+        labels = {place: f"{sentences.value(end)} {unit}".strip() for place, end in ends.items()}
     else:
         labels = {_place(given, choice): short(str(choice), 18) for choice in given}
     for number, (place, text) in enumerate(labels.items()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fer_ray.data import object_store as shared_images
+from fer_ray.data import object_store
 from fer_ray.errors import UserError
 from fer_ray.sweeps.plan import SweepPlan
 from fer_ray.training.worker import SPLITS
@@ -36,4 +36,4 @@ def share(plan: SweepPlan) -> dict[str, Any]:
             f"--train-fraction: the images take {size / 2**20:,.0f} MiB, the trials of a node can "
             f"share {room / 2**20:,.0f}; {help_}"
         )
-    return shared_images.share(plan.info, share, seed=plan.config.schedule.seed)
+    return object_store.share(plan.info, share, seed=plan.config.schedule.seed)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fer_ray.config import overrides as options
-from fer_ray.sweeps import store as records
+from fer_ray.config import overrides
+from fer_ray.sweeps import store
 
 FEWEST_STABLE = 30
 """Below so many trials the shares change much from one search to the next."""
@@ -55,7 +55,7 @@ def distribution(name: str, given: Mapping[str, Any] | Sequence[Any]) -> Any:
     if not isinstance(given, Mapping):
         return CategoricalDistribution(list(given))
     log, step = given.get("log", False), given.get("step")
-    if "int" in str(options.FIELDS[name].type):
+    if "int" in str(overrides.FIELDS[name].type):
         low, high = int(given["low"]), int(given["high"])
         return IntDistribution(low, high, log=log, step=int(step or 1))
     return FloatDistribution(float(given["low"]), float(given["high"]), log=log, step=step)
@@ -67,7 +67,7 @@ def common_epoch(trials: pd.DataFrame) -> int:
     Args:
         trials: the content of ``trials.parquet``.
     """
-    reached = trials[trials["status"] != records.FAILED].groupby("trial")["epoch"].max()
+    reached = trials[trials["status"] != store.FAILED].groupby("trial")["epoch"].max()
     if reached.empty:
         return 0
     enough = math.ceil(_REACHED_BY * len(reached) - 1e-9)
@@ -85,7 +85,7 @@ def importance(trials: pd.DataFrame, space: Mapping[str, Any]) -> Importance:
         The same for the same trials: the forest's seed is fixed.
     """
     epoch = common_epoch(trials)
-    compared = trials[(trials["epoch"] == epoch) & (trials["status"] != records.FAILED)]
+    compared = trials[(trials["epoch"] == epoch) & (trials["status"] != store.FAILED)]
     compared = compared[compared["validation_accuracy"].notna()] if epoch else trials[:0]
     values = compared["validation_accuracy"].to_numpy(float)
     known: dict[str, Any] = {"epoch": epoch, "num_trials": len(values)}
@@ -112,7 +112,7 @@ def _fanova(
     distributions = {name: distribution(name, given) for name, given in space.items()}
     study = optuna.create_study(direction="maximize")
     for row, value in zip(compared.to_dict("records"), values):
-        params = {name: plain(row[options.column_of(name)]) for name in space}
+        params = {name: plain(row[overrides.column_of(name)]) for name in space}
         study.add_trial(
             optuna.create_trial(params=params, distributions=distributions, value=float(value))
         )
@@ -130,7 +130,7 @@ def _predicted(compared: pd.DataFrame, values: np.ndarray, space: Mapping[str, A
 
     columns = []
     for name, given in space.items():
-        column = compared[options.column_of(name)]
+        column = compared[overrides.column_of(name)]
         if isinstance(given, Mapping):
             numbers = column.to_numpy(float)
             columns.append(np.log(numbers) if given.get("log") else numbers)

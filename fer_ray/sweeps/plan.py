@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fer_ray import storage
-from fer_ray.config import overrides as options
+from fer_ray.config import overrides
 from fer_ray.config.schema import DEFAULT_LEARNING_RATE, TrainConfig, differences
-from fer_ray.data import object_store as shared_images
+from fer_ray.data import object_store
 from fer_ray.data.dataset import DatasetInfo
 from fer_ray.errors import UserError
-from fer_ray.models import registry as models
+from fer_ray.models import registry
 from fer_ray.sweeps import space as spaces
-from fer_ray.sweeps import store as records
+from fer_ray.sweeps import store
 from fer_ray.sweeps.space import SEARCH, Space
 from fer_ray.training import run as training
 
@@ -63,10 +63,10 @@ class SweepPlan:
     def to_dict(self) -> dict[str, Any]:
         """The content of ``sweep.json``."""
         cost = self._cost(self.config)
-        largest = options.changed(self.config, self.space.largest_model())
+        largest = overrides.changed(self.config, self.space.largest_model())
         varied = {one.model: one for one in (*self.space.configs(self.config), largest)}
         return {
-            "format": records.FORMAT,
+            "format": store.FORMAT,
             "sweep": self.space.name,
             "run": self.run,
             "data": self.data,
@@ -83,16 +83,16 @@ class SweepPlan:
             **self.space.to_dict(),
         }
 
-    def _cost(self, config: TrainConfig) -> models.Cost:
+    def _cost(self, config: TrainConfig) -> registry.Cost:
         size, labels = self.info.image_size, len(self.info.labels)
-        model = models.build(config.model, num_classes=labels, image_size=size)
-        return models.cost(model, config.model.input_size or size)
+        model = registry.build(config.model, num_classes=labels, image_size=size)
+        return registry.cost(model, config.model.input_size or size)
 
     @property
     def train_images(self) -> int:
         """Labelled images of the train split that trials see."""
         classes = self.info.split("train").classes.values()
-        return sum(shared_images.share_of(count, self.train_fraction) for count in classes)
+        return sum(object_store.share_of(count, self.train_fraction) for count in classes)
 
 
 def _labelled(info: DatasetInfo, name: str) -> int:
@@ -181,7 +181,7 @@ def _check_trials(plan: SweepPlan) -> None:
     size, labels = plan.info.image_size, len(plan.info.labels)
     configs = plan.space.configs(plan.config)
     for model in {config.model for config in configs} - {plan.config.model}:
-        models.check(model, num_classes=labels, image_size=size)
+        registry.check(model, num_classes=labels, image_size=size)
     batch = max(config.schedule.global_batch_size for config in configs)
     if batch > plan.train_images:
         raise UserError(
@@ -192,9 +192,9 @@ def _check_trials(plan: SweepPlan) -> None:
 
 def _check_same(plan: SweepPlan) -> None:
     """Refuses a sweep of that name with other settings; more seeds or trials are welcome."""
-    if not storage.exists(storage.join(plan.folder, records.SWEEP)):
+    if not storage.exists(storage.join(plan.folder, store.SWEEP)):
         return
-    saved, asked = records.read_sweep(plan.folder), plan.to_dict()
+    saved, asked = store.read_sweep(plan.folder), plan.to_dict()
     before = TrainConfig.from_dict(saved["config"]).to_dict()
     found = differences(before, plan.config.to_dict())
     for name in ("data_sha256", "train_fraction", "method", "arms", "space"):
@@ -220,6 +220,6 @@ def _has_own_values(plan: SweepPlan) -> bool:
     named = {name for arm in plan.space.arms for name in arm.options} | set(plan.space.ranges)
     optimizer = plan.config.optimizer
     own_rate = optimizer.learning_rate != DEFAULT_LEARNING_RATE[optimizer.optimizer]
-    return ("transforms.augmentation" in named and bool(options.own_strengths(plan.config))) or (
+    return ("transforms.augmentation" in named and bool(overrides.own_strengths(plan.config))) or (
         "optimizer.optimizer" in named and own_rate
     )

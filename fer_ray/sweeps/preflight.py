@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fer_ray.runtime import resources as capacity
+from fer_ray.runtime import resources
 from fer_ray.sweeps.halving import REDUCTION, Halving
 from fer_ray.sweeps.plan import SweepPlan
 from fer_ray.sweeps.space import GRID
@@ -64,17 +64,17 @@ def trials_at_once(plan: SweepPlan, say: Callable[[str], None]) -> int:
     each, flag = wanted(plan), "--gpus-per-trial"
     if scaling.num_workers > 1:
         each, flag = {kind: one / scaling.num_workers for kind, one in each.items()}, "--use-gpu"
-    demand = capacity.Demand(
+    demand = resources.Demand(
         each=each,
         count=scaling.num_workers,
         flags={"CPU": "--cpus-per-worker", "GPU": flag},
         hint="less for each trial may fit",
     )
-    nodes = capacity.check(demand, say=say)
-    now = max(capacity.fitting(each, nodes) // scaling.num_workers, 1)
+    nodes = resources.check(demand, say=say)
+    now = max(resources.fitting(each, nodes) // scaling.num_workers, 1)
     most = plan.limits.max_concurrent or plan.num_trials
     if now < min(most, plan.num_trials):
-        grown = capacity.fitting_when_grown(each)
+        grown = resources.fitting_when_grown(each)
         if grown is None:
             say(
                 f"{now} trials fit at once; how far the cluster grows is not known here: "

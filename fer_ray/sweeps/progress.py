@@ -12,7 +12,7 @@ from typing import Any
 from ray.tune import Callback
 
 from fer_ray.config.schema import TrainConfig
-from fer_ray.sweeps import store as records
+from fer_ray.sweeps import store
 from fer_ray.sweeps.halving import Halving
 from fer_ray.sweeps.store import Trial
 from fer_ray.sweeps.trial import free_workers
@@ -72,7 +72,7 @@ class Progress(Callback):
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         number = trial.config["number"]
-        self._trials[number] = records.read_trial(self._sweep, number)
+        self._trials[number] = store.read_trial(self._sweep, number)
         history = self._trials[number].history
         self._running[number] = dict(history[-1]) if history else {"epoch": 0}
         self._until[number] = trial.config["until"]
@@ -92,7 +92,7 @@ class Progress(Callback):
         number = trial.config["number"]
         lines = [line.strip() for line in str(trial.get_error() or "").splitlines()]
         reason = next((line for line in reversed(lines) if line), "no reason given")
-        records.end(self._sweep, number, records.FAILED, f"its process died: {reason}")
+        store.end(self._sweep, number, store.FAILED, f"its process died: {reason}")
         self._ended(number)
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
@@ -107,15 +107,15 @@ class Progress(Callback):
             self._said = now
             self._draw()
         if now - self._wrote >= _TABLES_EVERY_S:
-            records.write_trials(self._sweep, self._base)
+            store.write_trials(self._sweep, self._base)
             self._wrote = time.monotonic()
 
     def _ended(self, number: int) -> None:
         self._running.pop(number, None)
-        trial = self._trials[number] = records.read_trial(self._sweep, number)
+        trial = self._trials[number] = store.read_trial(self._sweep, number)
         until = self._until.pop(number, self._halving.rungs[-1])
         came_to_it = trial.is_over or len(trial.history) >= until
-        was_killed = trial.status == records.FAILED or not came_to_it
+        was_killed = trial.status == store.FAILED or not came_to_it
         # never what may be promoted: it would lose its new workers
         if was_killed and self._base.scaling.num_workers > 1:
             self._to_free[number] = time.monotonic() + _FREE_FOR_S
@@ -160,11 +160,11 @@ class Progress(Callback):
         counts = [f"{len(over)} of {self._halving.num_trials} trials over"]
         paused = len(self._halving.paused())
         counts += [f"{paused} paused"] * bool(paused)
-        for status in (records.STOPPED, records.FAILED):
+        for status in (store.STOPPED, store.FAILED):
             number = sum(trial.status == status for trial in over)
             counts += [f"{number} {status}"] * bool(number)
         best = max(
-            (trial for trial in over if trial.status == records.FINISHED and trial.history),
+            (trial for trial in over if trial.status == store.FINISHED and trial.history),
             key=_score,
             default=None,
         )
@@ -228,7 +228,7 @@ class TensorBoard(Callback):
         number = trial.config["number"]
         if number not in self._writers:
             self._writers[number] = SummaryWriter(str(self._folder / f"{number:05d}"))
-        for name in records.METRICS:
+        for name in store.METRICS:
             self._writers[number].add_scalar(name, result[name], result["epoch"])
         self._writers[number].flush()
 

@@ -9,13 +9,11 @@ from typing import Any
 import pandas as pd
 
 from fer_ray import storage
-from fer_ray.config import overrides as options
+from fer_ray.config import overrides
 from fer_ray.errors import UserError
-from fer_ray.evaluation import tables as evaluation_tables
-from fer_ray.reporting import html as pages
-from fer_ray.sweeps import figures, importance, summary
-from fer_ray.sweeps import sentences as words
-from fer_ray.sweeps import store as records
+from fer_ray.evaluation import tables
+from fer_ray.reporting import html
+from fer_ray.sweeps import figures, importance, sentences, store, summary
 from fer_ray.sweeps.space import GRID
 
 _PAGE = ".html"
@@ -37,9 +35,9 @@ def place_of(sweep: str, output: str | None) -> str:
     if not place.endswith(_PAGE):
         if storage.exists(place) and not storage.is_directory(place):
             raise UserError(f"--output: {place} is a file; a folder or an .html file is expected")
-        if storage.exists(storage.join(place, evaluation_tables.MARKER)):
+        if storage.exists(storage.join(place, tables.MARKER)):
             raise UserError(f"--output: {place} holds an evaluation, whose report would be lost")
-        place = storage.join(place, evaluation_tables.REPORT)
+        place = storage.join(place, tables.REPORT)
     if storage.is_directory(place):
         raise UserError(f"--output: {place} is a folder")
     return place
@@ -58,7 +56,7 @@ def publish(sweep: str, output: str | None = None) -> tuple[dict[str, Any], str]
     Raises:
         UserError: where the folder is no sweep, or the output holds something else.
     """
-    about, trials = records.read_sweep(sweep), records.read_trials(sweep)
+    about, trials = store.read_sweep(sweep), store.read_trials(sweep)
     place = place_of(sweep, output)
     made = summary.of_trials(about, trials)
     storage.write_bytes(place, render(made, trials).encode())
@@ -73,17 +71,17 @@ def render(made: Mapping[str, Any], trials: pd.DataFrame) -> str:
         trials: the content of ``trials.parquet``.
     """
     last = summary.last_epochs(trials)
-    finished = last[(last["status"] == records.FINISHED) & last["validation_accuracy"].notna()]
+    finished = last[(last["status"] == store.FINISHED) & last["validation_accuracy"].notna()]
     is_grid = made["method"] == GRID
     drawn = (_grid_figures if is_grid else _search_figures)(made, trials, finished)
-    return pages.render(
+    return html.render(
         "sweep_report.html.j2",
         {
-            "points": words.points,
-            "percent": words.percent,
-            "p": words.of_p,
-            "value": words.value,
-            "column": options.column_of,
+            "points": sentences.points,
+            "percent": sentences.percent,
+            "p": sentences.of_p,
+            "value": sentences.value,
+            "column": overrides.column_of,
             "glue": _glue,
         },
         made=made,
@@ -91,8 +89,8 @@ def render(made: Mapping[str, Any], trials: pd.DataFrame) -> str:
         figures={**dict.fromkeys(_FIGURES, ""), **drawn},
         about=_about(made),
         lead=_lead(made),
-        sentences=[words.compared(arm, made) for arm in made["arms"][1:]] if is_grid else [],
-        between=words.between,
+        sentences=[sentences.compared(arm, made) for arm in made["arms"][1:]] if is_grid else [],
+        between=sentences.between,
         fewest_stable=importance.FEWEST_STABLE,
         timed=figures.is_timed(trials),
     )
@@ -140,7 +138,7 @@ def _about(made: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, speed = made["model"], made["images_per_s"]
     share = f"{100 * made['train_fraction']:g} % of the train split"
     return [
-        ("Trials", words.trials(made)),
+        ("Trials", sentences.trials(made)),
         (
             "Model",
             f"{model['name']}: {model['parameters']:,} parameters, "

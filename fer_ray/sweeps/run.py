@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fer_ray import storage
-from fer_ray.sweeps import images, preflight
-from fer_ray.sweeps import store as records
+from fer_ray.sweeps import images, preflight, store
 from fer_ray.sweeps.halving import Halving, rungs
 from fer_ray.sweeps.plan import SweepPlan
 from fer_ray.sweeps.space import GRID
@@ -54,7 +53,7 @@ def fit(plan: SweepPlan, *, say: Callable[[str], None] = print) -> dict[str, Any
         if halving.is_over:
             _leave_behind(plan, halving, say)
     finally:
-        trials = records.write_trials(plan.folder, plan.config)
+        trials = store.write_trials(plan.folder, plan.config)
         made = summary.write(plan.folder)
         left = plan.num_trials - sum(trial.is_over for trial in trials)
         if left:
@@ -64,12 +63,12 @@ def fit(plan: SweepPlan, *, say: Callable[[str], None] = print) -> dict[str, Any
 
 def _write_plan(plan: SweepPlan) -> None:
     """Writes ``sweep.json``; it remembers the numbers of seeds at which there was a result."""
-    place = storage.join(plan.folder, records.SWEEP)
+    place = storage.join(plan.folder, store.SWEEP)
     looks: list[int] = []
     if storage.exists(place):
         before = storage.read_json(place)
         looks, count = before.get("fewer_seeds_before", []), len(before["seeds"])
-        over = any(trial.status == records.FINISHED for trial in records.read_all(plan.folder))
+        over = any(trial.status == store.FINISHED for trial in store.read_all(plan.folder))
         if over and count < len(plan.seeds) and count not in looks:
             looks = [*looks, count]
     storage.write_json(place, {**plan.to_dict(), "fewer_seeds_before": looks})
@@ -78,13 +77,13 @@ def _write_plan(plan: SweepPlan) -> None:
 def _create_grid(plan: SweepPlan) -> None:
     """Writes every trial down, all arms with the first seed before any with the second, so that
     what is interrupted is balanced; more seeds add trials at the end."""
-    known = {trial.number for trial in records.read_all(plan.folder)}
+    known = {trial.number for trial in store.read_all(plan.folder)}
     number = 0
     for seed in plan.seeds:
         for arm in plan.space.arms:
             if number not in known:
                 chosen = {**arm.options, "schedule.seed": seed}
-                records.create(plan.folder, Trial(number=number, arm=arm.name, options=chosen))
+                store.create(plan.folder, Trial(number=number, arm=arm.name, options=chosen))
             number += 1
 
 
@@ -92,7 +91,7 @@ def _halving(plan: SweepPlan) -> Halving:
     """Where the sweep stands; a grid has one rung, so that every trial trains to its end."""
     epochs = plan.config.schedule.epochs
     places = (epochs,) if plan.space.method == GRID else rungs(epochs)
-    return Halving(places, plan.num_trials, records.read_all(plan.folder))
+    return Halving(places, plan.num_trials, store.read_all(plan.folder))
 
 
 def _leave_behind(plan: SweepPlan, halving: Halving, say: Callable[[str], None]) -> None:
@@ -100,8 +99,8 @@ def _leave_behind(plan: SweepPlan, halving: Halving, say: Callable[[str], None])
     from fer_ray.sweeps.progress import line_of
 
     for number, reason in halving.left_behind().items():
-        records.end(plan.folder, number, records.STOPPED, reason)
-        say(line_of(records.read_trial(plan.folder, number)))
+        store.end(plan.folder, number, store.STOPPED, reason)
+        say(line_of(store.read_trial(plan.folder, number)))
 
 
 def _run_trials(
@@ -206,7 +205,7 @@ def _planner(plan: SweepPlan, halving: Halving) -> Any:
     def make(number: int) -> Trial:
         chosen = suggestions.ask(number, halving.trials.values())
         made = Trial(number=number, arm=None, options={**chosen, "schedule.seed": plan.seeds[0]})
-        records.create(plan.folder, made)
+        store.create(plan.folder, made)
         return made
 
     return Planner(plan.folder, halving, make)

@@ -11,7 +11,7 @@ import numpy as np
 from ray.tune.search import Searcher
 
 from fer_ray.models.checkpoint import SCORE
-from fer_ray.sweeps import store as records
+from fer_ray.sweeps import store
 from fer_ray.sweeps.halving import Halving, Job
 from fer_ray.sweeps.importance import distribution
 from fer_ray.sweeps.space import Choices, Range
@@ -61,11 +61,11 @@ class Suggestions:
         from optuna.trial import TrialState, create_trial
 
         scores = {row["epoch"]: row[SCORE] for row in trial.history}
-        if trial.status == records.FAILED:
+        if trial.status == store.FAILED:
             state = TrialState.FAIL
         elif not scores:
             state = TrialState.RUNNING
-        elif trial.status == records.FINISHED:
+        elif trial.status == store.FINISHED:
             state = TrialState.COMPLETE
         else:
             state = TrialState.PRUNED
@@ -107,9 +107,9 @@ class Planner(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Passes on how the job ended, from the trial's records."""
-        trial = records.read_trial(self._sweep, self._jobs.pop(trial_id).number)
+        trial = store.read_trial(self._sweep, self._jobs.pop(trial_id).number)
         # a process that died too often: that is written down only after this call
-        self._halving.ended(replace(trial, status=records.FAILED) if error else trial)
+        self._halving.ended(replace(trial, status=store.FAILED) if error else trial)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the records are what a further sitting begins with."""

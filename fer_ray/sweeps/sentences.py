@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fer_ray.config import overrides as options
+from fer_ray.config import overrides
 from fer_ray.evaluation.tables import p_text
 from fer_ray.sweeps.importance import FEWEST_STABLE
 from fer_ray.sweeps.space import GRID
@@ -54,7 +54,9 @@ def of_p(value: float | None) -> str:
 
 def named(chosen: Mapping[str, Any]) -> str:
     """Settings by dotted name as ``learning_rate=0.05, flip=0.5``, numbers to three digits."""
-    return ", ".join(f"{options.column_of(name)}={value(given)}" for name, given in chosen.items())
+    return ", ".join(
+        f"{overrides.column_of(name)}={value(given)}" for name, given in chosen.items()
+    )
 
 
 def value(given: Any) -> str:
@@ -217,7 +219,7 @@ def _of_importance(summary: Summary) -> list[str]:
     if not found["shares"]:
         return [f"Importance of the options: nothing to tell, {found['reason']}."]
     first = list(found["shares"].items())[:_MOST_OPTIONS]
-    named = ", ".join(f"{options.column_of(name)} {100 * share:.0f} %" for name, share in first)
+    named = ", ".join(f"{overrides.column_of(name)} {100 * share:.0f} %" for name, share in first)
     lines = [
         f"Importance: {named} of the variance that is explained, by {found['num_trials']} trials "
         f"compared after epoch {found['epoch']} of {summary['epochs']}."

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fer_ray.config import overrides as options
+from fer_ray.config import overrides
 from fer_ray.config.schema import NORMALIZATIONS, PRESETS, STRENGTHS, TrainConfig
 from fer_ray.errors import UserError, unknown
-from fer_ray.models import registry as models
+from fer_ray.models import registry
 
 GRID, SEARCH = "grid", "search"
 METHODS = (GRID, SEARCH)
@@ -92,17 +92,17 @@ class Space:
         Raises:
             UserError: for what a trial's configuration would refuse.
         """
-        found = [options.changed(base, arm.options) for arm in self.arms]
+        found = [overrides.changed(base, arm.options) for arm in self.arms]
         for name, given in self.ranges.items():
             ends = (given.low, given.high) if isinstance(given, Range) else given
-            found += [options.changed(base, {name: value}) for value in ends]
+            found += [overrides.changed(base, {name: value}) for value in ends]
         return found
 
     def largest_model(self) -> dict[str, Any]:
         """Of a search, the largest numbers of the settings of the network, by dotted name."""
         found: dict[str, Any] = {}
         for name, given in self.ranges.items():
-            if name.startswith("model.") and "low" in options.FIELDS[name].metadata:
+            if name.startswith("model.") and "low" in overrides.FIELDS[name].metadata:
                 found[name] = given.high if isinstance(given, Range) else max(given)
         return found
 
@@ -149,7 +149,7 @@ def _augmentation(base: TrainConfig) -> Space:
         arms.append(Arm(name=f"{strength}={value:g}", options={f"transforms.{strength}": value}))
     if preset != "none":
         # what the base has beyond its preset would stay
-        own = [name for name, value in options.own_strengths(base).items() if value]
+        own = [name for name, value in overrides.own_strengths(base).items() if value]
         nothing = {"transforms.augmentation": "none", **dict.fromkeys(own, 0.0)}
         arms.append(Arm(name="augmentation=none", options=nothing))
     return Space(name="augmentation", method=GRID, arms=tuple(arms))
@@ -192,7 +192,7 @@ def _search(base: TrainConfig) -> Space:
     ranges["optimizer.weight_decay"] = Range(low=1e-5, high=1e-2, log=True)
     ranges["optimizer.label_smoothing"] = Range(low=0.0, high=0.2)
     if base.model.name == "custom_cnn":
-        width = base.model.width or models.CUSTOM_CNN_SETTINGS[base.model.setting][0]
+        width = base.model.width or registry.CUSTOM_CNN_SETTINGS[base.model.setting][0]
         ranges["model.width"] = Range(low=max(width // 2, 1), high=min(width * 3 // 2, 512))
     return Space(name="search", method=SEARCH, ranges=ranges)
 
@@ -242,7 +242,7 @@ def _flat(where: str, value: Any) -> dict[str, Any]:
 
 
 def _parsed(where: str, name: str, given: Any) -> Range | Choices:
-    options.check_name(where, name)
+    overrides.check_name(where, name)
     if name in _FIXED:
         raise UserError(f"{where}: {name} {_FIXED[name]}")
     if isinstance(given, Mapping):
@@ -252,7 +252,7 @@ def _parsed(where: str, name: str, given: Any) -> Range | Choices:
             f"{where}: {name}: {given!r} is neither a list of values nor a range such as "
             "{ low = 0.01, high = 0.3, log = true }; what is not varied is a flag"
         )
-    values = tuple(options.check_value(where, name, value) for value in given)
+    values = tuple(overrides.check_value(where, name, value) for value in given)
     if not values or len({json.dumps(value) for value in values}) < len(values):
         raise UserError(f"{where}: {name}: at least one value is expected, none of them twice")
     return values
@@ -264,17 +264,17 @@ def _range(where: str, name: str, given: Mapping[str, Any]) -> Range:
             raise unknown(f"{where}: {name}", key, _FIELDS_OF_A_RANGE)
     if "low" not in given or "high" not in given:
         raise UserError(f"{where}: {name}: a range has both low and high")
-    if "low" not in options.FIELDS[name].metadata:
+    if "low" not in overrides.FIELDS[name].metadata:
         raise UserError(f"{where}: {name} is not a number: give a list of values")
     for key in ("low", "high"):
-        options.check_value(where, name, given[key])
+        overrides.check_value(where, name, given[key])
     low, high, log, step = given["low"], given["high"], given.get("log", False), given.get("step")
     if not isinstance(log, bool):
         raise UserError(f"{where}: {name}: log is true or false, not {log!r}")
     if low >= high or (log and low <= 0):
         raise UserError(f"{where}: {name}: low has to be below high, and above 0 with log")
     number = isinstance(step, int | float) and not isinstance(step, bool)
-    whole = "int" in str(options.FIELDS[name].type)
+    whole = "int" in str(overrides.FIELDS[name].type)
     if step is not None and (log or not number or step <= 0 or (whole and step != int(step))):
         raise UserError(f"{where}: {name}: step is a number above 0, and not beside log")
     return Range(low=low, high=high, log=log, step=step)
@@ -299,6 +299,6 @@ def _product(
     arms = []
     for values in itertools.product(*lists.values()):
         chosen = dict(zip(lists, values))
-        label = ", ".join(f"{options.column_of(name)}={value}" for name, value in chosen.items())
+        label = ", ".join(f"{overrides.column_of(name)}={value}" for name, value in chosen.items())
         arms.append(Arm(name=label, options=chosen))
     return tuple(sorted(arms, key=lambda arm: arm.options != first))

@@ -24,7 +24,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from fer_ray import storage
-from fer_ray.config import overrides as options
+from fer_ray.config import overrides
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.history import write_history
 from fer_ray.errors import UserError
@@ -50,7 +50,7 @@ METRICS = (
 
 
 def _type_of(name: str) -> pa.DataType:
-    spec = options.FIELDS[name]
+    spec = overrides.FIELDS[name]
     kinds = {"int": pa.int32(), "float": pa.float64(), "float | None": pa.float64()}
     if isinstance(spec.default, bool):
         return pa.bool_()
@@ -61,7 +61,7 @@ SCHEMA = pa.schema(
     [
         pa.field("trial", pa.int32(), nullable=False),
         pa.field("arm", pa.string()),
-        *(pa.field(column, _type_of(name)) for column, name in options.COLUMNS.items()),
+        *(pa.field(column, _type_of(name)) for column, name in overrides.COLUMNS.items()),
         pa.field("epoch", pa.int32(), nullable=False),
         *(pa.field(metric, pa.float64()) for metric in METRICS),
         pa.field("ended_at", pa.timestamp("ms", tz="UTC")),
@@ -98,7 +98,7 @@ class Trial:
 
     def config(self, base: TrainConfig) -> TrainConfig:
         """All its settings."""
-        return options.changed(base, self.options)
+        return overrides.changed(base, self.options)
 
 
 def folder_of(sweep: str, number: int) -> str:
@@ -227,7 +227,7 @@ def rows(trials: Iterable[Trial], base: TrainConfig) -> list[dict[str, Any]]:
         around = {
             "trial": trial.number,
             "arm": trial.arm,
-            **options.values_of(trial.config(base)),
+            **overrides.values_of(trial.config(base)),
             "status": trial.status,
             "stop_reason": trial.reason,
             **trial.ran_on,

@@ -10,12 +10,10 @@ from typing import Any
 import pandas as pd
 
 from fer_ray import storage
-from fer_ray.config import overrides as options
+from fer_ray.config import overrides
 from fer_ray.config.schema import TrainConfig
-from fer_ray.evaluation import tables as evaluation_tables
-from fer_ray.sweeps import sentences as words
-from fer_ray.sweeps import store as records
-from fer_ray.sweeps import winner
+from fer_ray.evaluation import tables
+from fer_ray.sweeps import sentences, store, winner
 from fer_ray.sweeps.analysis import LEVEL, POWER, Analysis, analyse
 from fer_ray.sweeps.importance import importance, plain
 from fer_ray.sweeps.space import GRID
@@ -24,13 +22,13 @@ FORMAT = 1
 METRICS = {"accuracy": "validation_accuracy", "macro_f1": "validation_macro_f1"}
 """The column of each metric; the first is the score."""
 _NUM_BEST = 10
-_STATUSES = (records.FINISHED, records.STOPPED, records.FAILED)
+_STATUSES = (store.FINISHED, store.STOPPED, store.FAILED)
 
 
 def write(folder: str) -> dict[str, Any]:
     """Makes ``summary.json`` from a sweep's two other files, and returns its content."""
     made = summarize(folder)
-    storage.write_json(storage.join(storage.absolute(folder), records.SUMMARY), made)
+    storage.write_json(storage.join(storage.absolute(folder), store.SUMMARY), made)
     return made
 
 
@@ -40,14 +38,14 @@ def summarize(folder: str) -> dict[str, Any]:
     Raises:
         UserError: where the folder is no sweep.
     """
-    return of_trials(records.read_sweep(folder), records.read_trials(folder))
+    return of_trials(store.read_sweep(folder), store.read_trials(folder))
 
 
 def of_trials(sweep: Mapping[str, Any], trials: pd.DataFrame) -> dict[str, Any]:
     """As `summarize`, from the content of ``sweep.json`` and ``trials.parquet``."""
     base = TrainConfig.from_dict({**sweep["config"], "data": sweep["data"]})
     last = last_epochs(trials)
-    finished = last[(last["status"] == records.FINISHED) & last["validation_accuracy"].notna()]
+    finished = last[(last["status"] == store.FINISHED) & last["validation_accuracy"].notna()]
     about = {
         "format": FORMAT,
         **{key: sweep[key] for key in ("sweep", "run", "method", "data", "data_sha256")},
@@ -72,12 +70,12 @@ def of_trials(sweep: Mapping[str, Any], trials: pd.DataFrame) -> dict[str, Any]:
     else:
         part = _search(sweep, base, trials, finished)
     made = _without_nan({**about, **part})
-    return {**made, "conclusions": words.conclusions(made), "caveats": words.caveats(made)}
+    return {**made, "conclusions": sentences.conclusions(made), "caveats": sentences.caveats(made)}
 
 
 def as_text(made: Mapping[str, Any]) -> str:
     """The content of ``summary.json`` as plain text: what it shows, a table, the winner."""
-    head = f"sweep {made['run']}: {words.trials(made)}"
+    head = f"sweep {made['run']}: {sentences.trials(made)}"
     rows = _arm_rows(made) if made["method"] == GRID else _best_rows(made)
     blocks = [head, "\n".join(made["conclusions"])]
     if made["winner"]:
@@ -96,30 +94,30 @@ def _arm_rows(made: Mapping[str, Any]) -> list[str]:
         one = arm["accuracy"]
         difference = "baseline"
         if arm["arm"] != made["comparison"]["baseline"]:
-            difference = words.points(one["difference"])
+            difference = sentences.points(one["difference"])
         rows.append(
             [
                 arm["arm"],
                 str(arm["num_seeds"]),
-                words.percent(one["mean"]),
+                sentences.percent(one["mean"]),
                 difference,
-                words.between(one["difference_low"], one["difference_high"]),
-                words.of_p(one["p_value"]),
-                words.of_p(one["p_holm"]),
-                words.percent(arm["macro_f1"]["mean"]),
+                sentences.between(one["difference_low"], one["difference_high"]),
+                sentences.of_p(one["p_value"]),
+                sentences.of_p(one["p_holm"]),
+                sentences.percent(arm["macro_f1"]["mean"]),
             ]
         )
-    return evaluation_tables.aligned(rows, num_texts=1)
+    return tables.aligned(rows, num_texts=1)
 
 
 def _best_rows(made: Mapping[str, Any]) -> list[str]:
     rows = [["trial", "accuracy %", "macro-F1 %"]]
     rows += [
-        [str(one["trial"]), *(words.percent(one[metric]) for metric in METRICS)]
+        [str(one["trial"]), *(sentences.percent(one[metric]) for metric in METRICS)]
         for one in made["best"]
     ]
-    named = ["options", *(words.named(one["options"]) for one in made["best"])]
-    lines = evaluation_tables.aligned(rows, num_texts=1)
+    named = ["options", *(sentences.named(one["options"]) for one in made["best"])]
+    lines = tables.aligned(rows, num_texts=1)
     return [f"{line}  {options}" for line, options in zip(lines, named)]
 
 
@@ -135,7 +133,7 @@ def _counts(sweep: Mapping[str, Any], last: pd.DataFrame) -> dict[str, int]:
     return {
         "planned": planned,
         **counts,
-        records.UNFINISHED: planned - sum(counts.values()),
+        store.UNFINISHED: planned - sum(counts.values()),
     }
 
 
@@ -156,7 +154,7 @@ def _ran_on(last: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _failures(last: pd.DataFrame) -> list[dict[str, Any]]:
-    failed = last[last["status"] == records.FAILED]
+    failed = last[last["status"] == store.FAILED]
     return [
         {"trial": row["trial"], "arm": plain(row["arm"]), "reason": plain(row["stop_reason"])}
         for row in failed.to_dict("records")
@@ -173,7 +171,7 @@ def _grid(
     names = [arm["name"] for arm in sweep["arms"]]
     analyses = {metric: _analyse(finished, names, column) for metric, column in METRICS.items()}
     accuracy = analyses["accuracy"]
-    failed = last[last["status"] == records.FAILED]["arm"].value_counts()
+    failed = last[last["status"] == store.FAILED]["arm"].value_counts()
     arms = [
         {
             "arm": arm["name"],
@@ -188,7 +186,7 @@ def _grid(
         "arms": arms,
         "comparison": {
             "baseline": names[0],
-            "method": words.METHOD,
+            "method": sentences.METHOD,
             "level": LEVEL,
             "power": POWER,
             "num_comparisons": sum(not math.isnan(one.p_holm) for one in accuracy.comparisons),
@@ -268,7 +266,7 @@ def _winning_arm(
         "arm": name,
         "differs": compared.shown if compared else False,
         "score": next(one.mean for one in accuracy.arms if one.arm == name),
-        **winner.described(options.changed(base, chosen), chosen, sweep),
+        **winner.described(overrides.changed(base, chosen), chosen, sweep),
     }
 
 
@@ -286,7 +284,7 @@ def _search(
             "accuracy": row["validation_accuracy"],
             "macro_f1": row["validation_macro_f1"],
             "epoch": row["epoch"],
-            "options": {name: plain(row[options.column_of(name)]) for name in sweep["space"]},
+            "options": {name: plain(row[overrides.column_of(name)]) for name in sweep["space"]},
         }
         for row in ranked.head(_NUM_BEST).to_dict("records")
     ]

@@ -15,10 +15,9 @@ from fer_ray import storage
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo
 from fer_ray.errors import JobFailed
-from fer_ray.runtime import environment as provenance
-from fer_ray.sweeps import store as records
-from fer_ray.training import loop, worker
-from fer_ray.training import ray_trainer as launch
+from fer_ray.runtime import environment, process
+from fer_ray.sweeps import store
+from fer_ray.training import loop, ray_trainer, worker
 from fer_ray.training.feed import Images, MemoryFeed
 from fer_ray.training.process_group import Group
 from fer_ray.training.telemetry import Telemetry
@@ -42,7 +41,7 @@ def run(config: dict[str, Any], *, settings: dict[str, Any]) -> None:
     """
     sweep, number, until = settings["sweep"], config["number"], config["until"]
     try:
-        trial = records.read_trial(sweep, number)
+        trial = store.read_trial(sweep, number)
         if trial.is_over:
             return
         train_config = trial.config(TrainConfig.from_dict(settings["config"]))
@@ -52,13 +51,13 @@ def run(config: dict[str, Any], *, settings: dict[str, Any]) -> None:
     except _WorkersLost:
         raise  # as with a process that dies, Ray Tune tries again
     except (loop.NotFinite, JobFailed) as error:
-        records.end(sweep, number, records.FAILED, _first_line(error))
+        store.end(sweep, number, store.FAILED, _first_line(error))
     except Exception as error:
-        reason = worker.out_of_memory(error)
+        reason = process.out_of_memory(error)
         if not reason:
             _keep_traceback(sweep, number)
             reason = f"{type(error).__name__}: {_first_line(error)}"
-        records.end(sweep, number, records.FAILED, reason)
+        store.end(sweep, number, store.FAILED, reason)
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # others share the device
@@ -71,17 +70,17 @@ def _alone(
     import ray
     from ray import tune
 
-    worker.keep_freed_memory()
-    torch.set_num_threads(worker.num_threads(config.scaling))
+    process.keep_freed_memory()
+    torch.set_num_threads(process.num_threads(config.scaling))
     device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
     group = Group(device=device)
     info: DatasetInfo = settings["info"]
     images = [Images.known(*ray.get(settings["images"][name])) for name in worker.SPLITS]
     feed = MemoryFeed(config, info, *images, group=group)
-    folder = records.folder_of(sweep, number)
+    folder = store.folder_of(sweep, number)
 
     def report(history: list[dict[str, Any]], save: Callable[[Path], None]) -> None:
-        records.save(folder, len(history), history, save)
+        store.save(folder, len(history), history, save)
         tune.report(_reported(history[-1]))
 
     name = _name(sweep, number)
@@ -93,8 +92,8 @@ def _alone(
             group=group,
             run=name,
             report=report,
-            provenance=provenance.describe(device),
-            resume=records.resume(folder),
+            provenance=environment.describe(device),
+            resume=store.resume(folder),
             until=until,
             say=None,
             watch=watch,
@@ -108,7 +107,7 @@ def _name(sweep: str, number: int) -> str:
 
 def _reported(row: dict[str, Any]) -> dict[str, Any]:
     """What Ray Tune is told after an epoch."""
-    return {"epoch": row["epoch"], **{name: row[name] for name in records.METRICS}}
+    return {"epoch": row["epoch"], **{name: row[name] for name in store.METRICS}}
 
 
 def _with_workers(
@@ -117,14 +116,14 @@ def _with_workers(
     """A data-parallel run within the trial: for what does not fit one device."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    folder = records.folder_of(sweep, number)
+    folder = store.folder_of(sweep, number)
     given: dict[str, Any] = {"config": config.to_dict(), "run": _name(sweep, number)}
     given |= {"folder": folder, "until": until, "say": False, "note_group": True}
     free_workers(sweep, number)  # of this trial's process before, if it was killed
     failure = storage.join(folder, worker.FAILURE)
     storage.remove(failure)
     try:
-        launch.run_trainer(
+        ray_trainer.run_trainer(
             worker.work,
             {**given, "images": settings["images"]},
             # who stops the trial removes its workers: they must not be replaced
@@ -153,7 +152,7 @@ def free_workers(sweep: str, number: int) -> None:
     from ray import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    place = storage.join(records.folder_of(sweep, number), worker.PLACEMENT_GROUP)
+    place = storage.join(store.folder_of(sweep, number), worker.PLACEMENT_GROUP)
     if storage.exists(place):
         found = PlacementGroupID(bytes.fromhex(storage.read_json(place)["id"]))
         remove_placement_group(PlacementGroup(found))
@@ -161,7 +160,7 @@ def free_workers(sweep: str, number: int) -> None:
 
 def _finish(sweep: str, number: int, config: TrainConfig, until: int) -> None:
     """Writes down that a trial has finished, and why before its last epoch, unless it pauses."""
-    history, schedule = records.read_trial(sweep, number).history, config.schedule
+    history, schedule = store.read_trial(sweep, number).history, config.schedule
     reason = None
     if len(history) < schedule.epochs:
         if len(history) == until:
@@ -170,7 +169,7 @@ def _finish(sweep: str, number: int, config: TrainConfig, until: int) -> None:
         reason = f"no better for {schedule.patience} epochs"
         if schedule.time_limit_s and spent_s > schedule.time_limit_s:
             reason = f"--time-limit-s {schedule.time_limit_s:g}"
-    records.end(sweep, number, records.FINISHED, reason)
+    store.end(sweep, number, store.FINISHED, reason)
 
 
 def _first_line(error: BaseException) -> str:
@@ -178,6 +177,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _keep_traceback(sweep: str, number: int) -> None:
-    place = storage.join(records.folder_of(sweep, number), ERROR)
+    place = storage.join(store.folder_of(sweep, number), ERROR)
     with contextlib.suppress(OSError):
         storage.write_bytes(place, traceback.format_exc().encode())

@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 
 from fer_ray import storage
-from fer_ray.config import overrides as options
+from fer_ray.config import overrides
 from fer_ray.config.schema import TrainConfig
 from fer_ray.errors import UserError
-from fer_ray.sweeps import store as records
+from fer_ray.sweeps import store
 from fer_ray.sweeps.importance import plain
 
 
@@ -28,7 +28,7 @@ def config_of(row: pd.Series, base: TrainConfig) -> TrainConfig:
         base: what the columns do not say: the data, and where the work runs.
     """
     values = base.to_dict()
-    for column, name in options.COLUMNS.items():
+    for column, name in overrides.COLUMNS.items():
         section, field = name.split(".")
         values[section][field] = plain(row[column])
     return TrainConfig.from_dict(values)
@@ -44,11 +44,11 @@ def described(
         chosen: by dotted name, what the sweep varied.
         sweep: the content of ``sweep.json``.
     """
-    values = options.values_of(config)
+    values = overrides.values_of(config)
     return {
         "options": dict(chosen),
-        "settings": {name: values[column] for column, name in options.COLUMNS.items()},
-        "command": options.as_command(config, run=run_name(sweep["run"])),
+        "settings": {name: values[column] for column, name in overrides.COLUMNS.items()},
+        "command": overrides.as_command(config, run=run_name(sweep["run"])),
     }
 
 
@@ -61,15 +61,15 @@ def read(folder: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: where there is no summary, or no trial had finished.
     """
-    place = storage.join(storage.absolute(folder), records.SUMMARY)
+    place = storage.join(storage.absolute(folder), store.SUMMARY)
     if not storage.exists(place):
         raise UserError(
-            f"--from-sweep: {folder}: {records.SUMMARY} is missing; a folder of jobs/tune.py's "
+            f"--from-sweep: {folder}: {store.SUMMARY} is missing; a folder of jobs/tune.py's "
             "run is expected"
         )
     made = storage.read_json(place)
     if not isinstance(made, dict) or "winner" not in made:
-        raise UserError(f"--from-sweep: {folder}: {records.SUMMARY} is not of a sweep")
+        raise UserError(f"--from-sweep: {folder}: {store.SUMMARY} is not of a sweep")
     if made["winner"] is None:
         raise UserError(f"--from-sweep: {folder}: no trial of this sweep has finished")
     return run_name(made["run"]), made["winner"]["settings"]

@@ -20,6 +20,7 @@ from fer_ray.data.dataset import DatasetInfo
 from fer_ray.data.labels import UNKNOWN_LABEL
 from fer_ray.training.process_group import Group
 from fer_ray.transforms import DeviceAugmenter, LibraryAugmenter, Mix, MixPlan, draw_mix
+from fer_ray.transforms.albumentations_engine import fill_of
 
 EVALUATION_BATCH_SIZE = 256
 _RESIDENT_SHARE = 0.25
@@ -80,11 +81,6 @@ def library_augmenter(config: TrainConfig, pixel_mean: float, size: int) -> Libr
     """The `albumentations` engine for a data set's images."""
     seed, fill = config.schedule.seed, fill_of(pixel_mean)
     return LibraryAugmenter(config.transforms, seed=seed, fill=fill, image_size=size)
-
-
-def fill_of(pixel_mean: float) -> int:
-    """Grey value of what is erased: the mean, so that no image's minimum or maximum moves."""
-    return round(pixel_mean * 255)
 
 
 class Augmentation:

@@ -18,12 +18,10 @@ from torch import nn
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo
 from fer_ray.metrics import accuracy, macro_f1
-from fer_ray.models import checkpoint
-from fer_ray.models import registry as models
+from fer_ray.models import checkpoint, registry
 from fer_ray.models.checkpoint import Checkpoint
 from fer_ray.models.forward import Forward
-from fer_ray.training import batch_norm as batchnorm
-from fer_ray.training import optimization
+from fer_ray.training import batch_norm, optimization
 from fer_ray.training.feed import Batch, Feed
 from fer_ray.training.process_group import Group
 from fer_ray.transforms import Normalizer, histogram, moments, needs_statistics
@@ -126,7 +124,7 @@ class Trainer:
 
     def _build_model(self, resume: Checkpoint | None) -> None:
         torch.manual_seed(self.config.schedule.seed)
-        model = models.build(
+        model = registry.build(
             self.config.model, num_classes=len(self.info.labels), image_size=self.info.image_size
         )
         model = model.to(self.group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -137,7 +135,7 @@ class Trainer:
         self.model: nn.Module = model
         self.parallel: nn.Module = model
         if self.group.size > 1:
-            self.model = batchnorm.synchronize(model, self.group.device)
+            self.model = batch_norm.synchronize(model, self.group.device)
             with warnings.catch_warnings():
                 # torch 2.15 renames the flag, the releases before do not know the new name
                 warnings.simplefilter("ignore", FutureWarning)
@@ -318,5 +316,5 @@ class NotFinite(ArithmeticError):
 
 def _bfloat16(config: TrainConfig, device: torch.device) -> bool:
     if config.schedule.precision == "auto":
-        return models.prefers_bfloat16(config.model, device)
+        return registry.prefers_bfloat16(config.model, device)
     return config.schedule.precision == "bfloat16"

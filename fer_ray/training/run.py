@@ -15,17 +15,14 @@ from typing import Any
 
 from fer_ray import storage
 from fer_ray.config.schema import ScalingConfig, TrainConfig, differences
-from fer_ray.data import object_store as shared_images
+from fer_ray.data import object_store, row_groups
 from fer_ray.data.dataset import DatasetInfo, read_info
 from fer_ray.data.history import write_history
+from fer_ray.data.row_groups import Piece
 from fer_ray.errors import JobFailed, UserError
-from fer_ray.models import registry as models
-from fer_ray.runtime import environment as provenance
-from fer_ray.runtime import resources as capacity
-from fer_ray.training import ray_trainer as launch
-from fer_ray.training import stream_feed as streaming
-from fer_ray.training import worker
-from fer_ray.training.stream_feed import Piece
+from fer_ray.models import registry
+from fer_ray.runtime import environment, resources
+from fer_ray.training import ray_trainer, worker
 from fer_ray.training.worker import HISTORY, SPLITS
 
 CONFIG = "config.json"
@@ -97,7 +94,7 @@ def check(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo]:
         raise UserError(
             f"--global-batch-size: {batch} is more than the {rows} images of the train split"
         )
-    models.check(config.model, num_classes=len(info.labels), image_size=info.image_size)
+    registry.check(config.model, num_classes=len(info.labels), image_size=info.image_size)
     return config, info
 
 
@@ -182,13 +179,13 @@ def _announcement(plan: Plan, streams: bool) -> str:
 def _check_resources(config: TrainConfig, say: Callable[[str], None]) -> None:
     """Refuses what this cluster can never schedule, instead of waiting for ever."""
     scaling = config.scaling
-    demand = capacity.Demand(
+    demand = resources.Demand(
         each={"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {}),
         count=scaling.num_workers,
         flags={"CPU": "--num-workers", "GPU": "--use-gpu"},
         hint="fewer workers or a lower --cpus-per-worker fit",
     )
-    capacity.check(demand, say=say)
+    resources.check(demand, say=say)
 
 
 def decide_loading(plan: Plan) -> bool:
@@ -237,11 +234,11 @@ def _what_to_feed(plan: Plan, streams: bool) -> dict[str, Any]:
         UserError: for files that are damaged or not those of the run that is resumed.
     """
     if streams:
-        found = {name: streaming.pieces(plan.info, name) for name in SPLITS}
+        found = {name: row_groups.pieces(plan.info, name) for name in SPLITS}
         _check_pieces(plan, found)
         return {"pieces": found, "spare_cpus": _spare_cpus(plan.config.scaling)}
     fractions = dict.fromkeys(SPLITS, 1.0)
-    return {"images": shared_images.share(plan.info, fractions, meanwhile=launch.warm_up)}
+    return {"images": object_store.share(plan.info, fractions, meanwhile=ray_trainer.warm_up)}
 
 
 def _check_pieces(plan: Plan, found: dict[str, list[Piece]]) -> None:
@@ -261,7 +258,7 @@ def _run_workers(plan: Plan, feed: dict[str, Any]) -> None:
     failure = storage.join(plan.folder, worker.FAILURE)
     storage.remove(failure)
     try:
-        launch.run_trainer(
+        ray_trainer.run_trainer(
             worker.work,
             settings,
             plan.config.scaling,
@@ -304,6 +301,6 @@ def _result(plan: Plan, *, wall_s: float) -> dict[str, Any]:
         "seed": plan.config.schedule.seed,
         "num_workers": plan.config.scaling.num_workers,
         "data_sha256": plan.info.data_sha256,
-        "git_commit": provenance.git_commit(),
+        "git_commit": environment.git_commit(),
         **last.provenance,
     }

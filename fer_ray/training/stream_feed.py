@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ import torch
 from fer_ray import storage
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo, label_indices, stack
-from fer_ray.errors import UserError
-from fer_ray.preparation.run import quiet_ray_data
+from fer_ray.data.row_groups import Piece, cut
+from fer_ray.runtime.data_tasks import quiet_ray_data
 from fer_ray.training.feed import (
     EVALUATION_BATCH_SIZE,
     Augmentation,
@@ -41,63 +41,6 @@ _BYTES_AHEAD = 128 * 2**20
 
 _LEAST_BLOCKS_AHEAD = 8
 _SAY_AFTER_S = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Some rows of one row group, the unit of reading."""
-
-    file: str
-    """Absolute place of the Parquet file."""
-    row_group: int
-    """Its number in the file."""
-    begin: int
-    """First row of the row group."""
-    end: int
-    """One past the last row."""
-    first: int
-    """Index in the split of the row group's row 0."""
-
-
-def pieces(info: DatasetInfo, split: str) -> list[Piece]:
-    """All row groups of a split, in its order; reads the files' footers.
-
-    Raises:
-        UserError: where files cannot be read, or do not hold as many rows as ``dataset.json``
-            promises.
-    """
-    fs, root = storage.filesystem(info.place)
-    found, first = [], 0
-    for file in info.split(split).files:
-        try:
-            metadata = pq.read_metadata(storage.join(root, file), filesystem=fs)
-        except (OSError, pa.ArrowInvalid) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{info.place}: {file} cannot be read: {reason}") from error
-        place = storage.join(info.place, file)
-        for number in range(metadata.num_row_groups):
-            rows = metadata.row_group(number).num_rows
-            found.append(Piece(file=place, row_group=number, begin=0, end=rows, first=first))
-            first += rows
-    if first != info.split(split).rows:
-        raise UserError(
-            f"{info.place}: split {split!r} has {first} rows, dataset.json says "
-            f"{info.split(split).rows}: run jobs/prepare.py again"
-        )
-    return found
-
-
-def cut(found: list[Piece], begin: int, end: int) -> list[Piece]:
-    """The pieces that hold rows `begin` to `end` of those of `found`, one after the other."""
-    kept, position = [], 0
-    for piece in found:
-        low = max(begin - position, 0)
-        high = min(end - position, piece.end - piece.begin)
-        if low < high:
-            bounds = {"begin": piece.begin + low, "end": piece.begin + high}
-            kept.append(Piece(**{**asdict(piece), **bounds}))
-        position += piece.end - piece.begin
-    return kept
 
 
 class StreamFeed:

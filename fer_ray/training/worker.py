@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,12 +12,13 @@ from typing import Any
 import torch
 
 from fer_ray import storage
-from fer_ray.config.schema import ScalingConfig, TrainConfig
+from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo, read_info
 from fer_ray.data.history import write_history
 from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
-from fer_ray.runtime import environment as provenance
+from fer_ray.runtime import environment
+from fer_ray.runtime.process import keep_freed_memory, num_threads, out_of_memory
 from fer_ray.training import loop
 from fer_ray.training.feed import Feed, Images, MemoryFeed
 from fer_ray.training.process_group import Group
@@ -76,7 +76,7 @@ def work(settings: dict[str, Any]) -> None:
             group=group,
             run=settings["run"],
             report=_reporter(rank, settings["folder"], config.schedule.epochs, say),
-            provenance=provenance.describe(group.device),
+            provenance=environment.describe(group.device),
             resume=resume,
             until=settings.get("until"),
             say=say,
@@ -103,16 +103,6 @@ def _note_failure(folder: str, reason: str) -> None:
     storage.write_json(storage.join(folder, FAILURE), {"reason": reason})
 
 
-def out_of_memory(error: BaseException) -> str | None:
-    """The reason why a training ended, where memory was short; None for other errors."""
-    line = (str(error) or repr(error)).splitlines()[0]
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return f"out of memory: {line}"
-    # what PyTorch raises on CPUs
-    told = isinstance(error, RuntimeError) and "alloc" in line and "memory" in line
-    return f"out of memory: {line}" if told else None
-
-
 def _last_checkpoint(folder: str, group: Group) -> Checkpoint | None:
     """The latest whole one of the run, on every worker the one that the first finds.
 
@@ -130,23 +120,6 @@ def _note_group(folder: str) -> None:
 
     if group := get_current_placement_group():
         storage.write_json(storage.join(folder, PLACEMENT_GROUP), {"id": group.id.hex()})
-
-
-def num_threads(scaling: ScalingConfig) -> int:
-    """Threads of each process on the CPU."""
-    return scaling.threads_per_worker or max(int(scaling.cpus_per_worker), 1)
-
-
-def keep_freed_memory() -> None:
-    """Lets the C library reuse large blocks instead of giving each back to the kernel.
-
-    Every step frees and asks for the same megabytes; fetching them anew, page by page, costs
-    more than filling them. mallopt(3): M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        library = ctypes.CDLL("libc.so.6")
-        for parameter in (-1, -3):
-            library.mallopt(parameter, 2**30)
 
 
 def _feed(settings: dict[str, Any], config: TrainConfig, info: DatasetInfo, group: Group) -> Feed:

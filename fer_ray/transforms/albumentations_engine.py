@@ -137,3 +137,8 @@ def _geometry(config: TransformConfig, image_size: int) -> list[Any]:
             A.RandomResizedCrop((image_size, image_size), scale=area, ratio=CROP_RATIOS, p=1.0)
         )
     return steps
+
+
+def fill_of(pixel_mean: float) -> int:
+    """Grey value of what is erased: the mean, so that no image's minimum or maximum moves."""
+    return round(pixel_mean * 255)

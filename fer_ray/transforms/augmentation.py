@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fer_ray.config.schema import TransformConfig
-from fer_ray.transforms import keyed_random as randomness
-from fer_ray.transforms import sampling as parameters
+from fer_ray.transforms import keyed_random, sampling
 
 _BLUR_REACH = 3.5
 """Half the width of a blur's kernel in deviations, as albumentations has it."""
@@ -41,8 +40,8 @@ class DeviceAugmenter:
         """
         if len(images) == 0:
             return images
-        starts = randomness.streams(self._seed, epoch, samples)
-        drawn = parameters.draw(self._config, starts, *images.shape[1:])
+        starts = keyed_random.streams(self._seed, epoch, samples)
+        drawn = sampling.draw(self._config, starts, *images.shape[1:])
         pixels = images
         for warp in drawn.warps:
             pixels = _warp(pixels, warp)
@@ -56,7 +55,7 @@ class DeviceAugmenter:
         if drawn.blur is not None:
             pixels = _blur(pixels.float(), drawn.blur)
         if drawn.noise is not None:
-            noise_starts = randomness.streams(self._seed, epoch, samples, purpose=1)
+            noise_starts = keyed_random.streams(self._seed, epoch, samples, purpose=1)
             pixels = _add_noise(pixels.float(), drawn.noise, noise_starts)
         if pixels.dtype != torch.uint8:
             pixels = pixels.round_().to(torch.uint8)  # each step above keeps to 0 to 255
@@ -137,7 +136,7 @@ def _add_noise(pixels: torch.Tensor, sigmas: np.ndarray, starts: np.ndarray) -> 
     rows = _indices(chosen, pixels.device)
     keys = _moved(torch.from_numpy(starts[chosen].view(np.int64)), pixels.device)
     even = height * width + height * width % 2
-    noise = randomness.normals(keys, even)[:, : height * width].view(-1, height, width)
+    noise = keyed_random.normals(keys, even)[:, : height * width].view(-1, height, width)
     noisy = pixels[rows] + noise * _column(sigmas[chosen], pixels)
     return pixels.index_copy(0, rows, noisy.clamp_(0.0, 255.0))
 

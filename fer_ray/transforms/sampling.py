@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fer_ray.config.schema import TransformConfig
-from fer_ray.transforms import keyed_random as randomness
+from fer_ray.transforms import keyed_random
 
 LEAST_SIGMA = 0.1
 """The smallest deviation of a blur that is applied, in pixels; its kernel is a single pixel."""
@@ -58,7 +58,7 @@ class _Draws:
     )
 
     def __init__(self, starts: np.ndarray) -> None:
-        self._all = randomness.uniforms(starts, len(self._PLACES) + 2 * _CROP_ATTEMPTS)
+        self._all = keyed_random.uniforms(starts, len(self._PLACES) + 2 * _CROP_ATTEMPTS)
 
     def __getitem__(self, use: str) -> np.ndarray:
         return self._all[:, self._PLACES.index(use)]

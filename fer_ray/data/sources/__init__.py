@@ -8,10 +8,10 @@ their entries say.
 from __future__ import annotations
 
 from fer_ray import storage
-from fer_ray.data.sources.files import NOT_THERE, Entry, ReadError, Source, first_line, junk_reason
+from fer_ray.data.sources.files import NOT_THERE, Entry, ReadError, Source, junk_reason
 from fer_ray.data.sources.folders import FolderSource
 from fer_ray.data.sources.zips import ZipSource
-from fer_ray.errors import UserError
+from fer_ray.errors import UserError, first_line
 
 __all__ = ["NOT_THERE", "Entry", "ReadError", "Source", "first_line", "list_files", "open_files"]
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from fer_ray.errors import first_line
+
 MAX_FILE_BYTES = 64 * 2**20
 """The largest file that is read: above, it is not a crop of a face, or a zip bomb."""
 
@@ -100,8 +102,3 @@ def read_error(error: Exception) -> ReadError:
     """What keeps a file from being read, `NOT_THERE` where there is none."""
     absent = isinstance(error, (FileNotFoundError, NotADirectoryError))
     return ReadError(NOT_THERE if absent else f"cannot be read: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, as one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]

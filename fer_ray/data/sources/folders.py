@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from fer_ray import storage
-from fer_ray.data.sources.files import Entry, ReadError, check_size, first_line, read_error
-from fer_ray.errors import UserError
+from fer_ray.data.sources.files import Entry, ReadError, check_size, read_error
+from fer_ray.errors import UserError, first_line
 
 NOT_PLAIN = "not a plain file"
 

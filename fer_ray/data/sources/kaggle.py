@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fer_ray.data.sources.files import first_line
-from fer_ray.errors import UserError
+from fer_ray.errors import UserError, first_line
 
 HANDLE = "samaneheslamifar/facial-emotion-expressions"
 """Its name on Kaggle: FER-2013's images as JPEG files in train and validation folders."""

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from fer_ray import storage
-from fer_ray.data.sources.files import Entry, ReadError, first_line
+from fer_ray.data.sources.files import Entry, ReadError
 from fer_ray.data.sources.tables import columns_of
 from fer_ray.data.sources.zips import hash_file
-from fer_ray.errors import UserError
+from fer_ray.errors import UserError, first_line
 
 COLUMNS = frozenset({"emotion", "pixels", "usage"})
 """What the file has to have."""

@@ -16,11 +16,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from fer_ray import storage
-from fer_ray.data.sources.files import Entry, first_line, read_error
+from fer_ray.data.sources.files import Entry, read_error
 from fer_ray.data.sources.folders import read_file
 from fer_ray.data.sources.layouts import SPLIT_FOLDERS
 from fer_ray.data.sources.zips import hash_file
-from fer_ray.errors import UserError
+from fer_ray.errors import UserError, first_line
 
 COLUMNS = ("path", "label")
 """What a table has to have; ``split`` may stand beside them."""

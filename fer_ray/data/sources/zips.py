@@ -22,8 +22,8 @@ from typing import Any
 import pyarrow as pa
 
 from fer_ray import storage
-from fer_ray.data.sources.files import Entry, ReadError, check_size, first_line
-from fer_ray.errors import UserError
+from fer_ray.data.sources.files import Entry, ReadError, check_size
+from fer_ray.errors import UserError, first_line
 
 _END = struct.Struct("<4s4H2LH")
 _END_MARK = b"PK\x05\x06"
