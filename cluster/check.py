@@ -76,10 +76,10 @@ def main() -> None:
     for step in steps(output, flags.run, [*width, str(flags.cpus_per_worker)]):
         submit(step, jobs, flags.run)
         if step.job == "train":
-            cli.say(f"the workers of run {flags.run!r} were on {', '.join(workers_of(jobs))}")
-    cli.say("all jobs succeeded; checked:")
+            cli.log(f"the workers of run {flags.run!r} were on {', '.join(workers_of(jobs))}")
+    cli.log("all jobs succeeded; checked:")
     for line in checked(output, flags.run):
-        cli.say(line)
+        cli.log(line)
 
 
 def steps(output: str, run: str, width: Sequence[str]) -> list[Step]:
@@ -114,7 +114,7 @@ def submit(step: Step, jobs: str, run: str) -> None:
     client = JobSubmissionClient(jobs)
     name, metadata = f"{run}-{step.job}", {"run": run, "job": step.job}
     how = "JobSubmissionClient" if step.by_client else "ray job submit"
-    cli.say(f"\n--- {step.job}, by {how}, as {name}")
+    cli.log(f"\n--- {step.job}, by {how}, as {name}")
     if step.by_client:
         client.submit_job(
             entrypoint=shlex.join(step.command),
@@ -173,11 +173,11 @@ def checked(output: str, run: str) -> list[str]:
         JobFailed: where something is missing, is there twice, or does not fit the rest.
     """
     info = read_info(storage.join(output, "faces"))
-    ids = {name: _rows(storage.join(info.place, name), unique="image_id") for name in info.splits}
+    ids = {name: _rows(storage.join(info.path, name), unique="image_id") for name in info.splits}
     for name, split in info.splits.items():
         _require(len(ids[name]) == split.rows, f"{name}: not as many rows as dataset.json says")
-    _require(sum(map(len, ids.values())) == IMAGES, f"{info.place}: not {IMAGES} images")
-    lines = [_line(storage.join(info.place, name), len(rows)) for name, rows in ids.items()]
+    _require(sum(map(len, ids.values())) == IMAGES, f"{info.path}: not {IMAGES} images")
+    lines = [_line(storage.join(info.path, name), len(rows)) for name, rows in ids.items()]
     history = storage.join(output, "runs", run, "history.parquet")
     epochs = _rows(history, unique="epoch")["epoch"].to_pylist()
     _require(epochs == list(range(1, EPOCHS + 1)), f"{history}: epochs {epochs}")
@@ -190,33 +190,33 @@ def checked(output: str, run: str) -> list[str]:
     _require(sorted(splits) == sorted(SPLITS), f"{metrics}: splits {splits}")
     lines += [_line(history, len(epochs)), _line(trials, len(table))]
     for name in SPLITS:
-        place = storage.join(output, "predictions", run, name)
-        lines.append(_line(place, _check_predictions(place, ids[name])))
+        path = storage.join(output, "predictions", run, name)
+        lines.append(_line(path, _check_predictions(path, ids[name])))
     return [*lines, _line(metrics, len(splits))]
 
 
-def _line(place: str, count: int) -> str:
-    return f"{place}: {count} row{'' if count == 1 else 's'}"
+def _line(path: str, count: int) -> str:
+    return f"{path}: {count} row{'' if count == 1 else 's'}"
 
 
-def _check_predictions(place: str, prepared: pa.Table) -> int:
-    found = predictions.read(place)
+def _check_predictions(path: str, prepared: pa.Table) -> int:
+    found = predictions.read(path)
     table = found.table
     same = sorted(table["image_id"].to_pylist()) == sorted(prepared["image_id"].to_pylist())
-    _require(same, f"{place}: other images than were prepared")
-    _require(table["error"].null_count == len(table), f"{place}: images were not predicted")
+    _require(same, f"{path}: other images than were prepared")
+    _require(table["error"].null_count == len(table), f"{path}: images were not predicted")
     chances = [table[probability_column(label)].to_numpy() for label in found.labels]
-    _require(np.abs(np.sum(chances, axis=0) - 1).max() < 1e-5, f"{place}: not probabilities")
+    _require(np.abs(np.sum(chances, axis=0) - 1).max() < 1e-5, f"{path}: not probabilities")
     return len(table)
 
 
-def _rows(place: str, *, unique: str) -> pa.Table:
-    fs, path = storage.filesystem(place)
+def _rows(path: str, *, unique: str) -> pa.Table:
+    fs, inner = storage.filesystem(path)
     try:
-        table = pq.read_table(path, filesystem=fs)
+        table = pq.read_table(inner, filesystem=fs)
     except (OSError, pa.ArrowInvalid) as error:
-        raise JobFailed(f"{place}: {error}") from error
-    _require(len(table[unique].unique()) == len(table), f"{place}: a {unique} stands there twice")
+        raise JobFailed(f"{path}: {error}") from error
+    _require(len(table[unique].unique()) == len(table), f"{path}: a {unique} stands there twice")
     return table
 
 

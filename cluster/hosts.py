@@ -67,7 +67,7 @@ def _run(command: Sequence[str], name: str, *, cpus: int, wait_s: float) -> int:
         with started(name, cpus=cpus, wait_s=wait_s) as cluster, cluster.network.inside("head"):
             return _follow(command, cluster.environment)
     except network.NotAllowed as reason:
-        cli.say(f"no network namespaces here ({reason}): two nodes on the loopback instead")
+        cli.log(f"no network namespaces here ({reason}): two nodes on the loopback instead")
     with _on_loopback(name, cpus=cpus, wait_s=wait_s) as environment:
         return _follow(command, environment)
 
@@ -128,9 +128,9 @@ def started(name: str, *, cpus: int = 2, wait_s: float = 180) -> Iterator[Cluste
             cluster.network.make()
             nodes.make_private("--name", cluster.folder)
             nodes.new_token(cluster.folder)
-            cli.say(f"starting a head on {HOSTS['head']} and a worker on {HOSTS['worker']}")
+            cli.log(f"starting a head on {HOSTS['head']} and a worker on {HOSTS['worker']}")
             _start(cluster, cpus, time.monotonic() + wait_s)
-            cli.say(f"both are alive; logs in {cluster.folder}")
+            cli.log(f"both are alive; logs in {cluster.folder}")
             yield cluster
         finally:
             cluster.clear()

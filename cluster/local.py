@@ -60,7 +60,7 @@ def start(folder: Path, flags: argparse.Namespace) -> None:
     token = nodes.new_token(folder)
     jobs = f"http://{LOOPBACK}:{flags.dashboard_port}"
     (folder / STATE).write_text(json.dumps({"jobs": jobs}))
-    cli.say(f"starting two nodes; logs in {folder}")
+    cli.log(f"starting two nodes; logs in {folder}")
     deadline = time.monotonic() + flags.wait_s
     try:
         head = nodes.spawn(folder, "head", _head_command(folder, flags), _environment(folder, jobs))
@@ -86,7 +86,7 @@ def status(folder: Path, flags: argparse.Namespace) -> None:
 def stop(folder: Path, flags: argparse.Namespace) -> None:
     """Ends every process of this cluster and removes its token; the logs stay."""
     ended = nodes.end(folder)
-    cli.say(f"ended {ended} processes of {folder}" if ended else f"no cluster runs in {folder}")
+    cli.log(f"ended {ended} processes of {folder}" if ended else f"no cluster runs in {folder}")
 
 
 def _check_ports(flags: argparse.Namespace) -> None:
@@ -138,8 +138,8 @@ def _show(folder: Path, jobs: str, token: str) -> None:
     cpus = sum(node["resources_total"].get("CPU", 0) for node in found)
     exports = {**nodes.access(folder), "RAY_API_SERVER_ADDRESS": jobs}
     settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in exports.items())
-    cli.say(f"{len(found)} nodes alive, {cpus:g} CPUs; dashboard {jobs}")
-    cli.say(f"\nexport {settings}\n{_EXAMPLE}")
+    cli.log(f"{len(found)} nodes alive, {cpus:g} CPUs; dashboard {jobs}")
+    cli.log(f"\nexport {settings}\n{_EXAMPLE}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fer_ray import storage
-from fer_ray.config.schema import SECTIONS, STRENGTHS, Section, TrainConfig, flag_of
+from fer_ray.config.schema import MAGNITUDES, SECTIONS, Section, TrainConfig, flag_of
 from fer_ray.errors import JobFailed, UserError, unknown
 from fer_ray.runtime import resources as capacity
 
@@ -142,7 +142,7 @@ def take_sweep(parser: argparse.ArgumentParser) -> str | None:
     parser.set_defaults(**settings)
     given = vars(parser.parse_known_args()[0])
     if given["transforms.augmentation"] != settings["transforms.augmentation"]:
-        parser.set_defaults(**{f"transforms.{strength}": None for strength in STRENGTHS})
+        parser.set_defaults(**{f"transforms.{magnitude}": None for magnitude in MAGNITUDES})
     if given["optimizer.optimizer"] != settings["optimizer.optimizer"]:
         parser.set_defaults(**{"optimizer.learning_rate": None})
     return name
@@ -206,12 +206,12 @@ def _end(reason: object, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """Prints one line of progress at once, also where standard output is a pipe."""
     print(message, flush=True)
 
 
-def conclude(place: str) -> None:
+def conclude(path: str) -> None:
     """Says where a job's result lies: the last line, after whatever is still to be said.
 
     Workers' lines come to the driver by and by: what is left of them comes when Ray shuts down.
@@ -221,14 +221,14 @@ def conclude(place: str) -> None:
         import ray
 
         ray.shutdown(_exiting_interpreter=True)  # waits for them
-    say(place)
+    log(path)
 
 
 _started: list[bool] = []
 """Not empty where this process is to end Ray: where it was not there before."""
 
 
-def lasting(flag: str, place: str) -> str:
+def lasting(flag: str, path: str) -> str:
     """Returns an output's place, unless it would lie in the copy that Ray made for a job.
 
     ``ray job submit --working-dir`` runs a job in a copy of the folder, which Ray may delete.
@@ -236,13 +236,13 @@ def lasting(flag: str, place: str) -> str:
     Raises:
         UserError: for a relative path in such a job.
     """
-    relative = not storage.is_uri(place) and not Path(place).expanduser().is_absolute()
+    relative = not storage.is_uri(path) and not Path(path).expanduser().is_absolute()
     if relative and "_ray_pkg_" in str(Path.cwd()):
         raise UserError(
-            f"{flag}: {place} would lie in Ray's temporary copy of the working directory; "
+            f"{flag}: {path} would lie in Ray's temporary copy of the working directory; "
             "give submitted jobs an absolute path or a URI"
         )
-    return place
+    return path
 
 
 def start_ray(**settings: Any) -> None:
@@ -271,7 +271,7 @@ def start_ray(**settings: Any) -> None:
     ray.init(log_to_driver=True, logging_level=logging.ERROR, **settings)
     _started.append(True)
     resources = ray.cluster_resources()
-    say(
+    log(
         f"ray {ray.__version__}: {len(ray.nodes())} node(s), {resources.get('CPU', 0):g} CPUs, "
         f"{resources.get('GPU', 0):g} GPUs"
     )

@@ -28,51 +28,49 @@ _SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 _PLAIN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$")
 
 
-def is_uri(place: str) -> bool:
+def is_uri(path: str) -> bool:
     """Whether a place is a URI and not a local path."""
-    return bool(_SCHEME.match(place))
+    return bool(_SCHEME.match(path))
 
 
-def absolute(place: str) -> str:
+def absolute(path: str) -> str:
     """A local path made absolute (``~`` expanded); a URI as it is, without a closing slash.
 
     Raises:
         UserError: for a place that cannot be one.
     """
     try:
-        if "\0" in place.encode().decode():
+        if "\0" in path.encode().decode():
             raise ValueError("it has a null character")
-        if not is_uri(place):
-            return str(Path(place).expanduser().absolute())
+        if not is_uri(path):
+            return str(Path(path).expanduser().absolute())
     except (UnicodeEncodeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{place!r} is no place: {error}") from error
-    if not _without_query(place)[0].partition("://")[2].strip("/") and not place.startswith(
-        "file:"
-    ):
-        raise UserError(f"{place}: names no bucket")
-    return join(place)
+        raise UserError(f"{path!r} is no place: {error}") from error
+    if not _without_query(path)[0].partition("://")[2].strip("/") and not path.startswith("file:"):
+        raise UserError(f"{path}: names no bucket")
+    return join(path)
 
 
-def join(place: str, *parts: str) -> str:
+def join(path: str, *parts: str) -> str:
     """A place below another; a URI's query (``?endpoint_override=…``) stays at its end."""
-    base, query = _without_query(place)
+    base, query = _without_query(path)
     return "/".join([base.rstrip("/"), *parts]) + query
 
 
-def name_of(place: str) -> str:
+def name_of(path: str) -> str:
     """The last component of a place."""
-    return _without_query(place)[0].rstrip("/").rsplit("/", 1)[-1]
+    return _without_query(path)[0].rstrip("/").rsplit("/", 1)[-1]
 
 
-def parent_of(place: str) -> str:
+def parent_of(path: str) -> str:
     """The place that holds another."""
-    base, query = _without_query(place)
+    base, query = _without_query(path)
     above = base.rstrip("/").rsplit("/", 1)[0]
     return (above or "/") + query
 
 
-def _without_query(place: str) -> tuple[str, str]:
-    base, mark, query = place.partition("?") if is_uri(place) else (place, "", "")
+def _without_query(path: str) -> tuple[str, str]:
+    base, mark, query = path.partition("?") if is_uri(path) else (path, "", "")
     return base, mark + query
 
 
@@ -86,39 +84,39 @@ def check_name(what: str, name: str) -> str:
     return name
 
 
-def filesystem(place: str) -> tuple[pafs.FileSystem, str]:
+def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a place and the path within it.
 
     Raises:
         UserError: for a URI whose scheme pyarrow does not know.
     """
-    place = absolute(place)
-    if not is_uri(place):
-        return pafs.LocalFileSystem(), place
+    path = absolute(path)
+    if not is_uri(path):
+        return pafs.LocalFileSystem(), path
     try:
-        return pafs.FileSystem.from_uri(place)
+        return pafs.FileSystem.from_uri(path)
     except (ValueError, OSError) as error:
-        raise UserError(f"{place}: {error}".splitlines()[0]) from error
+        raise UserError(f"{path}: {error}".splitlines()[0]) from error
 
 
-def check_bucket(flag: str, place: str) -> None:
+def check_bucket(flag: str, path: str) -> None:
     """Refuses an output in a bucket that is not there, before any work; local places pass.
 
     Raises:
         UserError: where there is no such bucket, or no access to it.
     """
-    if not is_uri(place):
+    if not is_uri(path):
         return
-    fs, path = filesystem(place)
-    bucket = path.split("/")[0]
+    fs, inner = filesystem(path)
+    bucket = inner.split("/")[0]
     try:
-        if fs.get_file_info(path).type == pafs.FileType.NotFound and fs.type_name in _BUCKETS:
+        if fs.get_file_info(inner).type == pafs.FileType.NotFound and fs.type_name in _BUCKETS:
             with contextlib.suppress(OSError):  # who may use a folder may not ask for the bucket
                 if fs.get_file_info(bucket).type == pafs.FileType.NotFound:
-                    raise UserError(f"{flag}: {place}: there is no bucket {bucket!r}")
+                    raise UserError(f"{flag}: {path}: there is no bucket {bucket!r}")
     except OSError as error:
         if is_refusal(error):
-            raise UserError(f"{flag}: {place}: no access: {error}".splitlines()[0]) from error
+            raise UserError(f"{flag}: {path}: no access: {error}".splitlines()[0]) from error
         raise
 
 
@@ -136,68 +134,68 @@ def is_refusal(error: OSError) -> bool:
     return bool(_REFUSALS.search(str(error)))
 
 
-def exists(place: str) -> bool:
+def exists(path: str) -> bool:
     """Whether a file or folder is there."""
-    fs, path = filesystem(place)
-    return fs.get_file_info(path).type != pafs.FileType.NotFound
+    fs, inner = filesystem(path)
+    return fs.get_file_info(inner).type != pafs.FileType.NotFound
 
 
-def is_directory(place: str) -> bool:
+def is_directory(path: str) -> bool:
     """Whether a folder is there."""
-    fs, path = filesystem(place)
-    return fs.get_file_info(path).type == pafs.FileType.Directory
+    fs, inner = filesystem(path)
+    return fs.get_file_info(inner).type == pafs.FileType.Directory
 
 
-def list_names(place: str) -> list[str]:
+def list_names(path: str) -> list[str]:
     """The sorted names directly below a folder; none where there is no such folder."""
-    fs, path = filesystem(place)
-    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    fs, inner = filesystem(path)
+    infos = fs.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
     return sorted(info.base_name for info in infos)
 
 
-def make_directory(place: str) -> None:
+def make_directory(path: str) -> None:
     """Creates a folder and those above it."""
-    fs, path = filesystem(place)
-    fs.create_dir(path, recursive=True)
+    fs, inner = filesystem(path)
+    fs.create_dir(inner, recursive=True)
 
 
-def read_bytes(place: str) -> bytes:
+def read_bytes(path: str) -> bytes:
     """A file's content."""
-    fs, path = filesystem(place)
-    with fs.open_input_stream(path) as stream:
+    fs, inner = filesystem(path)
+    with fs.open_input_stream(inner) as stream:
         return stream.read()
 
 
-def write_bytes(place: str, content: bytes) -> None:
+def write_bytes(path: str, content: bytes) -> None:
     """Writes a file whole: on a local file system under another name first, then moved."""
-    fs, path = filesystem(place)
-    fs.create_dir(parent_of(path), recursive=True)
-    target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if _is_local(fs) else path
+    fs, inner = filesystem(path)
+    fs.create_dir(parent_of(inner), recursive=True)
+    target = f"{inner}.{uuid.uuid4().hex[:8]}.tmp" if _is_local(fs) else inner
     with fs.open_output_stream(target) as stream:
         stream.write(content)
-    if target != path:
-        fs.move(target, path)
+    if target != inner:
+        fs.move(target, inner)
 
 
-def read_json(place: str) -> Any:
+def read_json(path: str) -> Any:
     """A JSON file's value."""
-    return json.loads(read_bytes(place))
+    return json.loads(read_bytes(path))
 
 
-def write_json(place: str, value: Any) -> None:
+def write_json(path: str, value: Any) -> None:
     """Writes a value as indented JSON; not-a-number is refused, so that every reader copes."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(place, f"{text}\n".encode())
+    write_bytes(path, f"{text}\n".encode())
 
 
-def remove(place: str) -> None:
+def remove(path: str) -> None:
     """Removes a file or folder, if it is there."""
-    fs, path = filesystem(place)
-    kind = fs.get_file_info(path).type
+    fs, inner = filesystem(path)
+    kind = fs.get_file_info(inner).type
     if kind == pafs.FileType.Directory:
-        fs.delete_dir(path)
+        fs.delete_dir(inner)
     elif kind == pafs.FileType.File:
-        fs.delete_file(path)
+        fs.delete_file(inner)
 
 
 @contextlib.contextmanager
@@ -267,9 +265,9 @@ def _empty(folder: str) -> None:
             remove(join(folder, info.base_name))
 
 
-def is_unfinished(place: str) -> bool:
+def is_unfinished(path: str) -> bool:
     """Whether a folder in an object store was never written to its end."""
-    return is_uri(place) and exists(join(place, _UNFINISHED))
+    return is_uri(path) and exists(join(path, _UNFINISHED))
 
 
 @contextlib.contextmanager

@@ -38,8 +38,8 @@ def main() -> None:
     if arguments.show_augmentations:
         from fer_ray.reporting import augmentation_page
 
-        place = cli.lasting("--show-augmentations", arguments.show_augmentations)
-        cli.say(augmentation_page.write(place))
+        path = cli.lasting("--show-augmentations", arguments.show_augmentations)
+        cli.log(augmentation_page.write(path))
         return
 
     from fer_ray.benchmarks import run as benchmark
@@ -52,10 +52,10 @@ def main() -> None:
         rounds=arguments.rounds,
         round_s=arguments.round_s,
     )
-    result = benchmark.measure(plan, start_ray=cli.start_ray, say=cli.say)
+    result = benchmark.measure(plan, start_ray=cli.start_ray, log=cli.log)
     for line in targets.table(result):
-        cli.say(line)
-    cli.say(plan.output or "nothing was written: --output FILE.json keeps it")
+        cli.log(line)
+    cli.log(plan.output or "nothing was written: --output FILE.json keeps it")
 
 
 if __name__ == "__main__":

@@ -43,12 +43,12 @@ def main() -> None:
     from fer_ray.evaluation import report, scores, tables
 
     output = storage.absolute(cli.lasting("--output", flags.output or "results/evaluation"))
-    report.check_places(output, flags.runs, flags.data)
+    report.check_paths(output, flags.runs, flags.data)
     result = scores.evaluate(
         flags.predictions, baseline=flags.baseline, resamples=flags.bootstrap, seed=flags.seed
     )
     page = report.publish(result, output, runs=flags.runs, data=flags.data)
-    cli.say(f"{tables.as_text(result)}\n\n{page}")
+    cli.log(f"{tables.as_text(result)}\n\n{page}")
 
 
 def report_sweep(sweep: str, output: str | None) -> None:
@@ -56,7 +56,7 @@ def report_sweep(sweep: str, output: str | None) -> None:
     from fer_ray.sweeps import report, summary
 
     made, page = report.publish(sweep, cli.lasting("--output", output) if output else None)
-    cli.say(f"{summary.as_text(made)}\n\n{page}")
+    cli.log(f"{summary.as_text(made)}\n\n{page}")
 
 
 if __name__ == "__main__":

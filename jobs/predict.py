@@ -35,7 +35,7 @@ def main() -> None:
     cli.lasting("--output", flags.output)
     plans = [
         inference.plan(
-            checkpoint_place=flags.checkpoint,
+            checkpoint_path=flags.checkpoint,
             data=flags.data,
             images=flags.images,
             split=split,
@@ -47,8 +47,8 @@ def main() -> None:
     cli.start_ray()
     settings = {"num_actors": flags.num_actors, "use_gpu": flags.use_gpu}
     for plan in plans[:-1]:
-        cli.say(inference.predict(plan, **settings, say=cli.say))
-    cli.conclude(inference.predict(plans[-1], **settings, say=cli.say))
+        cli.log(inference.predict(plan, **settings, log=cli.log))
+    cli.conclude(inference.predict(plans[-1], **settings, log=cli.log))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def main() -> None:
         page = preview.check(cli.lasting("--preview", page))
     plan = preparation.plan(**settings)
     cli.start_ray()
-    preparation.prepare(plan, say=cli.say, finish=preview.writer(page, cli.say) if page else None)
+    preparation.prepare(plan, log=cli.log, finish=preview.writer(page, cli.log) if page else None)
     cli.conclude(plan.output)
 
 

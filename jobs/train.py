@@ -33,12 +33,12 @@ def main() -> None:
 
     cli.lasting("--storage", arguments.storage)
     run = arguments.run or winner or config.model.name
-    plan = training.plan(config, storage_place=arguments.storage, run=run)
+    plan = training.plan(config, storage_path=arguments.storage, run=run)
     if not plan.is_finished:
         cli.start_ray()
-    result = training.fit(plan, say=cli.say)
+    result = training.fit(plan, log=cli.log)
     best = result["best"]
-    cli.say(
+    cli.log(
         f"best of {result['epochs']} epochs: {best['epoch']}, validation accuracy "
         f"{best['validation_accuracy']:.2%}, macro-F1 {best['validation_macro_f1']:.4f}; "
         f"{result['images_per_s']:,.0f} images/s, {result['wall_s']:.0f} s"

@@ -42,7 +42,7 @@ def main() -> None:
     plan = planning.plan(
         config,
         sweep=flags.sweep,
-        storage_place=cli.lasting("--storage", flags.storage),
+        storage_path=cli.lasting("--storage", flags.storage),
         run=flags.run,
         num_trials=flags.num_trials,
         num_seeds=flags.seeds,
@@ -55,7 +55,7 @@ def main() -> None:
         ),
     )
     cli.start_ray()
-    cli.say(summary.as_text(tuning.fit(plan, say=cli.say)))
+    cli.log(summary.as_text(tuning.fit(plan, log=cli.log)))
     cli.conclude(plan.folder)
 
 

@@ -174,9 +174,9 @@ OTHERS = [("flip", 0.2), ("translation", 0.3), ("crop", 0.9), ("blur", 3.0), ("n
 
 
 @functools.cache
-def measured(engine: str, option: str, strength: float) -> dict[str, np.ndarray]:
+def measured(engine: str, option: str, magnitude: float) -> dict[str, np.ndarray]:
     def view(image: np.ndarray) -> np.ndarray:
-        return augment(engine, np.repeat(image[None], COUNT, 0), **{option: strength})
+        return augment(engine, np.repeat(image[None], COUNT, 0), **{option: magnitude})
 
     return PROBES[option](view)
 

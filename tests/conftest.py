@@ -57,10 +57,10 @@ def drawn_faces(ray_cluster, tmp_path_factory) -> str:
     """The place of a prepared data set of 400 drawn faces, 320 of them in train."""
     from fer_ray.preparation import run as preparation
 
-    place = str(tmp_path_factory.mktemp("data") / "faces")
-    plan = preparation.plan(source="synthetic", output=place, num_images=400)
-    preparation.prepare(plan, say=lambda line: None)
-    return place
+    path = str(tmp_path_factory.mktemp("data") / "faces")
+    plan = preparation.plan(source="synthetic", output=path, num_images=400)
+    preparation.prepare(plan, log=lambda line: None)
+    return path
 
 
 @pytest.fixture(scope="session")

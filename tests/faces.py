@@ -40,8 +40,8 @@ HOSTILE = {
 KEPT = 9
 
 
-def split_of(place: Path, split: str) -> pd.DataFrame:
-    return pd.read_parquet(place / split)
+def split_of(path: Path, split: str) -> pd.DataFrame:
+    return pd.read_parquet(path / split)
 
 
 def write_classes(root: Path, count: int, labels: tuple[str, ...]) -> Path:
@@ -56,4 +56,4 @@ def write_classes(root: Path, count: int, labels: tuple[str, ...]) -> Path:
 
 def prepare(source: object, output: Path, **settings) -> dict:
     plan = preparation.plan(source=str(source), output=str(output), **settings)
-    return preparation.prepare(plan, say=lambda line: None)
+    return preparation.prepare(plan, log=lambda line: None)

@@ -9,7 +9,7 @@ import numpy as np
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo, Split, SplitInfo
 from fer_ray.training.feed import Images, MemoryFeed
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 
 LABELS = ("angry", "happy", "sad")
 
@@ -29,7 +29,7 @@ def info(train: int, *, size: int = 12) -> DatasetInfo:
     """A data set's description; its place is not there."""
     part = SplitInfo(rows=train, files=(), classes=dict.fromkeys(LABELS, train // 3))
     return DatasetInfo(
-        place="/nowhere",
+        path="/nowhere",
         labels=LABELS,
         image_size=size,
         splits={"train": part, "validation": part},
@@ -45,11 +45,11 @@ def feed(
     validation: Split,
     *,
     described: DatasetInfo,
-    group: Group | None = None,
+    group: ProcessGroup | None = None,
 ) -> MemoryFeed:
     """Both splits in memory."""
     parts = [Images.known(part.images, part.labels) for part in (train, validation)]
-    return MemoryFeed(settings, described, *parts, group=group or Group())
+    return MemoryFeed(settings, described, *parts, group=group or ProcessGroup())
 
 
 def config(**sections: dict[str, Any]) -> TrainConfig:

@@ -190,7 +190,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def saved(
-    place: Path,
+    path: Path,
     score: Callable[[str, int], float | str | None],
     *,
     seeds: Sequence[int] = (0, 1, 2),
@@ -198,7 +198,7 @@ def saved(
     **settings: Any,
 ) -> Path:
     """A grid of three arms whose scores a function of arm and seed gives, as in `grid`."""
-    return save(place / "sweep", grid(arms, seeds, score), config=base(), arms=arms, **settings)
+    return save(path / "sweep", grid(arms, seeds, score), config=base(), arms=arms, **settings)
 
 
 def table(values: Mapping[str, Sequence]) -> Callable[[str, int], Any]:

@@ -21,9 +21,9 @@ def config(data: str, **sections) -> TrainConfig:
 
 def grid(folder: Path, text: str) -> str:
     """A sweep's file."""
-    place = folder / "tried.toml"
-    place.write_text(text)
-    return str(place)
+    path = folder / "tried.toml"
+    path.write_text(text)
+    return str(path)
 
 
 TWO = "space.transforms.normalization = ['none', 'minmax']"
@@ -35,7 +35,7 @@ def plan(data: str, folder: Path, sweep: str = TWO, **settings) -> planning.Swee
     return planning.plan(
         base,
         sweep=sweep if sweep in ("normalization", "search") else grid(folder, sweep),
-        storage_place=str(folder),
+        storage_path=str(folder),
         limits=limits,
         **settings,
     )

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from fer_ray.config.schema import AUGMENTATIONS, NORMALIZATIONS, STRENGTHS
+from fer_ray.config.schema import AUGMENTATIONS, MAGNITUDES, NORMALIZATIONS
 from fer_ray.reporting import augmentation_page
 
 
@@ -17,11 +17,11 @@ def page() -> str:
 
 
 def test_the_page_shows_every_option_preset_and_normalization(page):
-    for name in (*STRENGTHS, *AUGMENTATIONS):
+    for name in (*MAGNITUDES, *AUGMENTATIONS):
         assert page.count(f'id="{name}"') == 1, name
     for name in NORMALIZATIONS:
         assert f"--normalization {name}<" in page
-    by_both = len(STRENGTHS) - len(augmentation_page.MIXING) + len(AUGMENTATIONS)
+    by_both = len(MAGNITUDES) - len(augmentation_page.MIXING) + len(AUGMENTATIONS)
     for engine in ("albumentations", "device"):
         assert page.count(f"<figcaption>{engine}</figcaption>") == by_both
 
@@ -55,5 +55,5 @@ def test_a_picture_holds_the_faces_in_rows():
 
 
 def test_strengths_are_those_of_the_preset_strong():
-    assert augmentation_page.strength_of("rotation") == 15.0
-    assert augmentation_page.strength_of("zoom") == 0.12
+    assert augmentation_page.magnitude_of("rotation") == 15.0
+    assert augmentation_page.magnitude_of("zoom") == 0.12

@@ -28,7 +28,7 @@ from fer_ray.errors import JobFailed, UserError
 from fer_ray.preparation import run as preparation
 from fer_ray.reporting import augmentation_page
 from fer_ray.training.feed import Images
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 
 MEASURED = {
     "rounds": {
@@ -137,13 +137,13 @@ def test_rounds_have_a_size():
     assert benchmark_predict.parts_for(1e9, 3.0) == (64, 2048)
 
 
-def place(count: int = 40, **sections) -> Workplace:
+def path(count: int = 40, **sections) -> Workplace:
     split = small.split(count)
     images = Images(pixels=split.images, labels=split.labels)
     return Workplace(
         config=benchmark_loops.for_measuring(small.config(**sections)),
         info=small.info(count),
-        group=Group(),
+        group=ProcessGroup(),
         threads=1,
         train=images,
         validation=images,
@@ -151,14 +151,14 @@ def place(count: int = 40, **sections) -> Workplace:
 
 
 def test_few_images_come_again_and_many_are_spread_over_the_classes():
-    images = place().train
+    images = path().train
     assert len(spread(images, 100).labels) == 100
     some = Images(pixels=images.pixels, labels=np.sort(images.labels))
     assert set(spread(some, 6).labels) == {0, 1, 2}
 
 
 def test_the_plain_loop_learns_and_sees_what_the_real_one_sees():
-    here = place()
+    here = path()
     forward = here.trainer(here.feed(2)).forward
     plain = here.plain(forward, 8, 3)
     assert len(plain.batches) == 3 and plain.batches[0][0].shape == (8, 1, 12, 12)
@@ -170,12 +170,17 @@ def test_the_plain_loop_learns_and_sees_what_the_real_one_sees():
 
 
 def test_the_plain_loop_has_the_layout_that_was_asked_for():
-    here = place()
+    here = path()
     forward = here.trainer(here.feed(2)).forward
     batches = here.plain(forward, 8, 2).batches
     for last in (True, False):
         made = Plain(
-            here.config, here.info, batches, Group().device, bfloat16=False, channels_last=last
+            here.config,
+            here.info,
+            batches,
+            ProcessGroup().device,
+            bfloat16=False,
+            channels_last=last,
         )
         kernels = [p for p in made._model.parameters() if p.ndim == 4 and p.shape[1] > 1]
         kernels = [p for p in kernels if p.shape[2] > 1]
@@ -185,7 +190,7 @@ def test_the_plain_loop_has_the_layout_that_was_asked_for():
 
 
 def test_the_usual_way_gives_what_a_textbook_would(tmp_path):
-    here = place(transforms={"augmentation": "none"})
+    here = path(transforms={"augmentation": "none"})
     files = benchmark_input.Files.write(here, here.train, tmp_path, 12)
     assert len(files) == 40 and len(list(tmp_path.rglob("*.jpg"))) == 40
     tensor, label = files[5]
@@ -193,7 +198,7 @@ def test_the_usual_way_gives_what_a_textbook_would(tmp_path):
     assert label == here.train.labels[5] and f"/{small.LABELS[label]}/" in files.paths[5]
     grey = (tensor * files.std + files.mean) * 255
     assert (grey[0] - torch.from_numpy(here.train.pixels[5])).abs().mean() < 12
-    changed = benchmark_input.Files.write(place(), here.train, tmp_path / "changed", 24)
+    changed = benchmark_input.Files.write(path(), here.train, tmp_path / "changed", 24)
     assert changed.pipeline is not None and changed[5][0].shape == (1, 24, 24)
 
 
@@ -201,7 +206,7 @@ def test_input_is_timed_in_every_way_with_the_same_images(tmp_path, monkeypatch)
     monkeypatch.setattr(benchmark_input, "_LEAST_EPOCH", 64)
     settings = {"round_s": 0.02, "folder": str(tmp_path), "spare_cpus": 1.0}
     threads = torch.get_num_threads()
-    with benchmark_input.Inputs(place(), settings) as inputs:
+    with benchmark_input.Inputs(path(), settings) as inputs:
         found = in_turn(inputs.candidates(["input", "input_naive"]), 1)
     assert set(found) == {"input_one_thread", "input", "input_naive"}
     assert all(math.isfinite(value) and value > 0 for (value,) in found.values())
@@ -258,8 +263,8 @@ def test_the_kinds_of_processes(monkeypatch):
 
 def test_this_process_is_older_than_this_test_and_has_held_memory():
     assert 0 < time.time() - processes.started_at() < 24 * 3600
-    with processes.Watch(lambda: processes.kinds("no such")) as watch:
-        peaks = watch.peaks_mib()
+    with processes.Callback(lambda: processes.kinds("no such")) as callback:
+        peaks = callback.peaks_mib()
     assert set(peaks) == {"driver"} and 10 < peaks["driver"] < 100_000
 
 
@@ -316,7 +321,7 @@ def test_what_the_machine_lacks_is_refused(ray_cluster):
     ):
         wanted = benchmark.plan(on_drawn_faces(**{"num_workers": 2, **flags}), only=[only])
         with pytest.raises(UserError, match=message):
-            benchmark.measure(wanted, start_ray=lambda: None, say=said.append)
+            benchmark.measure(wanted, start_ray=lambda: None, log=said.append)
     assert not said
 
 
@@ -342,7 +347,7 @@ def test_sweeps_are_measured_without_a_data_set(ray_cluster, small_sweeps):
     """All faces are drawn; the benchmark's and the sweeps' were once in each other's way."""
     only = ["sweep_overhead_s", "asha_saving", "asha_loss"]
     plan = benchmark.plan(on_drawn_faces(num_workers=1), only=only)
-    result = benchmark.measure(plan, start_ray=lambda: None, say=lambda line: None)
+    result = benchmark.measure(plan, start_ray=lambda: None, log=lambda line: None)
     assert 0 < result["sweep_overhead_s"] < 60 and 0 < result["asha_saving"] <= 1
     assert result["asha"]["full"]["epochs"] == 12 >= result["asha"]["halved"]["epochs"] > 4
     assert result["sweep"]["trials"] == 2 and list(result["targets"]) == only
@@ -357,7 +362,7 @@ def test_preparation_is_measured_on_request(ray_cluster, monkeypatch, capfd):
     only = [name for name, key in KEYS.items() if key.needs.startswith("prepare")]
     only = ["input_us_per_image", *only]  # without any training beside it
     plan = benchmark.plan(on_drawn_faces(num_workers=1), only=only, rounds=1, round_s=0.1)
-    result = benchmark.measure(plan, start_ray=lambda: None, say=lambda line: None)
+    result = benchmark.measure(plan, start_ray=lambda: None, log=lambda line: None)
     assert list(result["targets"]) == only and all(result[name] > 0 for name in only)
     few, many = result["prepare_growth"]["peak_mib"]
     assert {"driver", "raylet", "gcs_server"} <= few.keys() & many.keys()
@@ -372,13 +377,13 @@ def test_preparation_is_measured_on_request(ray_cluster, monkeypatch, capfd):
 def test_a_whole_benchmark(ray_cluster, tmp_path):
     data = str(tmp_path / "faces")
     prepared = preparation.plan(source="synthetic", output=data, num_images=400)
-    preparation.prepare(prepared, say=lambda line: None)
+    preparation.prepare(prepared, log=lambda line: None)
     sections = {"schedule": {"global_batch_size": 32}, "scaling": {"num_workers": 2}}
     config = TrainConfig.from_dict({**small.config(**sections).to_dict(), "data": data})
     output = str(tmp_path / "out" / "benchmark.json")
     wanted = benchmark.plan(config, output=output, rounds=1, round_s=0.1)
     before = set(Path(tmp_path).iterdir())
-    returned = benchmark.measure(wanted, start_ray=lambda: None, say=lambda line: None)
+    returned = benchmark.measure(wanted, start_ray=lambda: None, log=lambda line: None)
     assert {path.name for path in set(Path(tmp_path).iterdir()) - before} == {"out"}
     result = json.loads(Path(output).read_text())
     assert result == json.loads(json.dumps(returned))

@@ -64,7 +64,7 @@ def check(monkeypatch, wanted: Demand, nodes: list[dict], growth: Growth) -> lis
     monkeypatch.setattr(resources, "_growth", lambda nodes: growth)
     monkeypatch.setattr(resources, "_follow", lambda *_: None)
     said: list[str] = []
-    assert resources.check(wanted, say=said.append) == nodes
+    assert resources.check(wanted, log=said.append) == nodes
     return said
 
 
@@ -108,7 +108,7 @@ def test_that_a_cluster_has_grown_is_said_before_the_job_ends(monkeypatch):
     alive = [{"Alive": True, "Resources": {"CPU": 2.0}}]
     monkeypatch.setattr(ray, "nodes", lambda: list(alive))
     said: list[str] = []
-    resources.check(demand(1, CPU=1.0, GPU=1.0), say=said.append)
+    resources.check(demand(1, CPU=1.0, GPU=1.0), log=said.append)
     alive.append({"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}})
     resources.stop_following()
     assert said[1:] == ["the cluster has changed: 1 of 1 fit now"]
@@ -145,7 +145,7 @@ def test_what_others_hold_is_waited_for(monkeypatch):
         monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0 * len(free)})
         monkeypatch.setattr(state, "available_resources_per_node", lambda: left)
         lines: list[str] = []
-        resources.check(wanted, say=lines.append)
+        resources.check(wanted, log=lines.append)
         return lines
 
     message = "--num-workers: 2 CPUs wanted, 0.5 of 2 are free: waiting for other jobs"
@@ -186,9 +186,9 @@ def test_the_head_knows_how_far_it_grows(settings, expected, tmp_path):
     script.write_text("import time; time.sleep(60)")
     command = [sys.executable, str(script), f"--logs-dir=/tmp/ray/{session}/logs"]
     if settings is not None:
-        place = tmp_path / "settings.yaml"
-        place.write_text(json.dumps(settings))
-        command.append(f"--autoscaling-config={place}")
+        path = tmp_path / "settings.yaml"
+        path.write_text(json.dumps(settings))
+        command.append(f"--autoscaling-config={path}")
     with subprocess.Popen(command) as monitor:
         found = resources.growth_of(session)
         monitor.kill()

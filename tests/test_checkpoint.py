@@ -8,7 +8,7 @@ import torch
 from fer_ray.errors import UserError
 from fer_ray.models import checkpoint
 from fer_ray.training import loop
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +21,15 @@ def saved(tmp_path_factory):
         config,
         described,
         small.feed(config, small.split(48), small.split(20, seed=1), described=described),
-        group=Group(),
+        group=ProcessGroup(),
         labels={"run": "tried", "provenance": {}},
         resume=None,
     )
 
     def report(history, save):
-        place = folder / f"checkpoint_{len(history)}"
-        place.mkdir()
-        save(place)
+        path = folder / f"checkpoint_{len(history)}"
+        path.mkdir()
+        save(path)
 
     trainer.fit(report)
     return folder, trainer
@@ -74,10 +74,10 @@ def test_a_half_copied_best_checkpoint_is_passed_over(saved, tmp_path):
     folder, _ = saved
     best = checkpoint.find(str(folder))
     for name in ("checkpoint_a", "checkpoint_b"):
-        shutil.copytree(best.place, tmp_path / name)
+        shutil.copytree(best.path, tmp_path / name)
     weights = tmp_path / "checkpoint_b" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    assert checkpoint.find(str(tmp_path)).place.endswith("checkpoint_a")
+    assert checkpoint.find(str(tmp_path)).path.endswith("checkpoint_a")
     shutil.rmtree(tmp_path / "checkpoint_a")
     with pytest.raises(UserError, match="no checkpoint here"):
         checkpoint.find(str(tmp_path))
@@ -103,7 +103,7 @@ def test_restoring_gives_the_optimizer_back(saved):
         trainer.config,
         trainer.info,
         trainer.feed,
-        group=Group(),
+        group=ProcessGroup(),
         labels={"run": "tried", "provenance": {}},
         resume=checkpoint.read(str(folder / "checkpoint_3")),
     )
@@ -119,17 +119,17 @@ def test_the_hash_tells_what_predicts_and_not_how_it_was_trained(saved):
     folder, _ = saved
     hashes = {checkpoint.read(str(folder / f"checkpoint_{n}")).sha256 for n in (1, 2, 3)}
     assert len(hashes) == 3
-    place = folder / "checkpoint_1" / "checkpoint.json"
-    before, text = checkpoint.read(str(place.parent)).sha256, place.read_text()
+    path = folder / "checkpoint_1" / "checkpoint.json"
+    before, text = checkpoint.read(str(path.parent)).sha256, path.read_text()
     value = json.loads(text)
     try:
-        place.write_text(json.dumps({**value, "provenance": {"other": 1}}))
-        assert checkpoint.read(str(place.parent)).sha256 == before
+        path.write_text(json.dumps({**value, "provenance": {"other": 1}}))
+        assert checkpoint.read(str(path.parent)).sha256 == before
         value["normalizer"]["mean"] += 0.01
-        place.write_text(json.dumps(value))
-        assert checkpoint.read(str(place.parent)).sha256 != before
+        path.write_text(json.dumps(value))
+        assert checkpoint.read(str(path.parent)).sha256 != before
     finally:
-        place.write_text(text)
+        path.write_text(text)
 
 
 def test_what_is_not_whole_is_refused_and_passed_over(saved, tmp_path):

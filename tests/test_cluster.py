@@ -70,9 +70,9 @@ def test_large_files_that_appear_later_are_not_uploaded(tmp_path):
     root = tmp_path / "root"
     for name in ("fer_ray", "jobs"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for place in ("results/reference/runs", "data", "a new folder", ".venv/lib", ".git", "tests"):
-        (root / place).mkdir(parents=True)
-        (root / place / "large.bin").write_bytes(bytes(2 * MIB))
+    for path in ("results/reference/runs", "data", "a new folder", ".venv/lib", ".git", "tests"):
+        (root / path).mkdir(parents=True)
+        (root / path / "large.bin").write_bytes(bytes(2 * MIB))
     (root / "large.safetensors").write_bytes(bytes(2 * MIB))
     (root / "my-sweep.yaml").write_text("mine: 1\n")
     assert package(root, tmp_path).stat().st_size > MIB, "the bound would notice"
@@ -208,17 +208,17 @@ class Cluster:
 def cluster():
     port, dashboard_port, client_port = nodes.free_ports(3)
     folder = Path(tempfile.mkdtemp(prefix="fer", dir="/tmp")) / "c"
-    place = ["--dir", str(folder)]
+    path = ["--dir", str(folder)]
     ports = [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--client-port={client_port}"]
     try:
-        done = run_script("start", *place, *ports)
+        done = run_script("start", *path, *ports)
         assert done.returncode == 0, done.stderr
         jobs = f"http://127.0.0.1:{dashboard_port}"
         assert f"2 nodes alive, 4 CPUs; dashboard {jobs}\n" in done.stdout
         assert f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={folder}/token" in done.stdout
         yield Cluster(folder, jobs)
     finally:
-        stopped = run_script("stop", *place)
+        stopped = run_script("stop", *path)
         left = [process.pid for process in nodes.processes(folder)]
         has_token = (folder / nodes.TOKEN).exists()
         shutil.rmtree(folder.parent, ignore_errors=True)
@@ -251,23 +251,23 @@ def test_prepare_train_predict_and_evaluate_on_two_nodes(cluster, tmp_path):
     check_results(tmp_path)
 
 
-def check_results(place: Path) -> None:
-    counts = json.loads((place / "faces" / "dataset.json").read_text())["splits"]
+def check_results(path: Path) -> None:
+    counts = json.loads((path / "faces" / "dataset.json").read_text())["splits"]
     assert sum(split["rows"] for split in counts.values()) == IMAGES
     for split in ("validation", "test"):
-        frame = predictions.read(f"{place}/predictions/both/{split}").table.to_pandas()
-        prepared = pd.read_parquet(place / "faces" / split)
+        frame = predictions.read(f"{path}/predictions/both/{split}").table.to_pandas()
+        prepared = pd.read_parquet(path / "faces" / split)
         assert sorted(frame["image_id"]) == sorted(prepared["image_id"])
         assert frame["image_id"].is_unique and len(frame) == counts[split]["rows"]
         assert frame["error"].isna().all()
         columns = [probability_column(label) for label in FER2013_LABELS]
         assert frame[columns].sum(axis=1).sub(1).abs().max() < 1e-5
-    metrics = pd.read_parquet(place / "evaluation" / "metrics.parquet")
+    metrics = pd.read_parquet(path / "evaluation" / "metrics.parquet")
     assert sorted(zip(metrics["run"], metrics["split"])) == [
         ("both", "test"),
         ("both", "validation"),
     ]
-    assert json.loads((place / "runs" / "both" / "run.json").read_text())["num_workers"] == 2
+    assert json.loads((path / "runs" / "both" / "run.json").read_text())["num_workers"] == 2
 
 
 SEARCH = """

@@ -139,9 +139,9 @@ def test_the_dependencies_are_those_of_the_lock_with_hashes(name):
         if "pip install" in command:
             assert "--require-hashes" in command
             installed.add(command.split(" -r ")[1].replace("$HOME", "~"))
-    assert "requirements.lock" in {mounts[place] for place in installed}
-    for place in installed:
-        assert (ROOT / mounts[place]).is_file(), "relative to the project's folder"
+    assert "requirements.lock" in {mounts[path] for path in installed}
+    for path in installed:
+        assert (ROOT / mounts[path]).is_file(), "relative to the project's folder"
 
 
 def test_googles_client_is_locked_to_versions_that_the_lock_has():

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from fer_ray import cli
 from fer_ray.config.schema import (
+    MAGNITUDES,
     SECTIONS,
-    STRENGTHS,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -143,6 +143,6 @@ def test_strengths_are_the_presets_unless_given_and_survive_a_round_trip():
     assert config.transforms.blur == 0 and config.transforms.mixup == 0.2
     assert TrainConfig.from_dict(config.to_dict()) == config
     plain = config.transforms.with_preset("none")
-    assert all(getattr(plain, name) == 0 for name in STRENGTHS)
+    assert all(getattr(plain, name) == 0 for name in MAGNITUDES)
     # replacing the name alone keeps them: that is what `with_preset` is for
     assert dataclasses.replace(config.transforms, augmentation="none").mixup == 0.2

@@ -160,7 +160,7 @@ def test_the_pixel_hash_covers_shape_and_pixels():
     assert decoding.pixel_sha256(pixels[:, ::-1]) != expected
 
 
-def write_dataset(place: Path, labels: list[str | None], *, size: int = 8, parts: int = 2) -> None:
+def write_dataset(path: Path, labels: list[str | None], *, size: int = 8, parts: int = 2) -> None:
     """A prepared dataset written by hand, as the contract says."""
     rng = np.random.default_rng(0)
     files = []
@@ -178,8 +178,8 @@ def write_dataset(place: Path, labels: list[str | None], *, size: int = 8, parts
             for row in rows
         ]
         files.append(f"train/part-{part:05}.parquet")
-        (place / "train").mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(table, dataset.SCHEMA), place / files[-1])
+        (path / "train").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(table, dataset.SCHEMA), path / files[-1])
     split = {
         "rows": len(labels),
         "files": files,
@@ -188,7 +188,7 @@ def write_dataset(place: Path, labels: list[str | None], *, size: int = 8, parts
     }
     info = {"format": 1, "labels": ["happy", "sad"], "image_size": size, "splits": {"train": split}}
     info |= {"pixel_mean": 0.5, "pixel_std": 0.25, "data_sha256": "0" * 64}
-    (place / "dataset.json").write_text(json.dumps(info))
+    (path / "dataset.json").write_text(json.dumps(info))
 
 
 LABELS = ["sad", None, "happy", "happy"]

@@ -24,7 +24,7 @@ RIGHT, WRONG = [0.9, 0.1], [0.2, 0.8]  # of a calm image
 
 
 def evaluate(*places: Path, **settings) -> scores.Evaluation:
-    return scores.evaluate([str(place) for place in places], **{"resamples": 200} | settings)
+    return scores.evaluate([str(path) for path in places], **{"resamples": 200} | settings)
 
 
 def calm_images(right: list[bool], **settings) -> pa.Table:
@@ -234,7 +234,7 @@ def test_an_evaluation_replaces_an_earlier_one_and_nothing_else(tmp_path: Path):
     (output / "metrics.parquet").write_text("damaged")
     report.publish(result, str(output))
     assert pq.read_table(output / "metrics.parquet").num_rows == 1
-    assert sorted(place.name for place in tmp_path.iterdir()) == ["out", "p"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "p"]
 
     (output / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"it holds 'notes\.txt'"):

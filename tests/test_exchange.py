@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fer_ray.training import exchange
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 
 SIZE = 3
 LONG = 4225
@@ -39,11 +39,11 @@ def names(folder: str) -> list[str]:
 def worker(rank: int, folder: str) -> None:
     """Every way once, then the last worker is gone."""
     torch.set_num_threads(1)
-    place = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=SIZE)
+    path = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=path, rank=rank, world_size=SIZE)
     exchange._TIMEOUT_S = 2
     found: dict[str, object] = {}
-    group = Group(rank=rank, size=SIZE)
+    group = ProcessGroup(rank=rank, size=SIZE)
     found["agreed"] = group.agree(f"s3://Gesichter/größe {rank}"), group.agree("")
     tempfile.tempdir = f"{folder}/sockets"
     near = exchange.connect()

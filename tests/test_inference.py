@@ -22,16 +22,16 @@ from fer_ray.inference import run as inference
 from fer_ray.models import checkpoint
 from fer_ray.preparation import run as preparation
 from fer_ray.training import loop
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 
 
 @pytest.fixture(scope="module")
 def data(ray_cluster, tmp_path_factory):
     """A prepared data set of 90 drawn faces."""
-    place = str(tmp_path_factory.mktemp("data") / "faces")
-    plan = preparation.plan(source="synthetic", output=place, num_images=90)
-    preparation.prepare(plan, say=lambda line: None)
-    return read_info(place)
+    path = str(tmp_path_factory.mktemp("data") / "faces")
+    plan = preparation.plan(source="synthetic", output=path, num_images=90)
+    preparation.prepare(plan, log=lambda line: None)
+    return read_info(path)
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,15 @@ def run(data, tmp_path_factory):
         config,
         data,
         small.feed(config, *parts, described=data),
-        group=Group(),
+        group=ProcessGroup(),
         labels={"run": "tried", "provenance": {}},
         resume=None,
     )
 
     def report(history, save):
-        place = folder / "checkpoint_1"
-        place.mkdir(parents=True)
-        save(place)
+        path = folder / "checkpoint_1"
+        path.mkdir(parents=True)
+        save(path)
 
     trainer.fit(report)
     return folder
@@ -60,9 +60,9 @@ def run(data, tmp_path_factory):
 
 def predict(folder: Path, output: Path, *, actors: int = 1, **given) -> predictions.Predictions:
     plan = inference.plan(
-        checkpoint_place=str(folder), output=str(output), **{"split": "validation", **given}
+        checkpoint_path=str(folder), output=str(output), **{"split": "validation", **given}
     )
-    return predictions.read(inference.predict(plan, num_actors=actors, say=lambda line: None))
+    return predictions.read(inference.predict(plan, num_actors=actors, log=lambda line: None))
 
 
 def direct(run: Path, images: np.ndarray) -> np.ndarray:
@@ -77,7 +77,7 @@ def probabilities(found: predictions.Predictions) -> np.ndarray:
 
 
 def test_predictions_are_those_of_direct_calls_by_id(data, run, tmp_path):
-    found = predict(run, tmp_path / "out", data=data.place)
+    found = predict(run, tmp_path / "out", data=data.path)
     split = load_split(data, "validation")
     rows = {name: index for index, name in enumerate(found.table["image_id"].to_pylist())}
     order = [rows[name] for name in split.image_ids]
@@ -117,8 +117,8 @@ def loose(tmp_path_factory):
 
 def test_unreadable_images_are_rows_with_an_error(run, loose, tmp_path):
     tables = []
-    for place in loose:
-        found = predict(run, tmp_path / place.name, images=str(place), split="images")
+    for path in loose:
+        found = predict(run, tmp_path / path.name, images=str(path), split="images")
         assert found.table.num_rows == 11
         rows = {row["image_id"]: row for row in found.table.to_pylist()}
         for name in ("broken.png", "text.jpg"):
@@ -145,9 +145,9 @@ def test_the_number_of_actors_does_not_change_a_bit(run, loose, tmp_path, monkey
 @pytest.fixture
 def copy(data, tmp_path) -> tuple[str, Path]:
     """The place of a data set of its own, and a part of its validation split."""
-    place = tmp_path / "copy"
-    shutil.copytree(data.place, place)
-    return str(place), place / data.split("validation").files[0]
+    path = tmp_path / "copy"
+    shutil.copytree(data.path, path)
+    return str(path), path / data.split("validation").files[0]
 
 
 def damage(part: Path, how: str) -> None:
@@ -168,11 +168,11 @@ def damage(part: Path, how: str) -> None:
     ],
 )
 def test_damaged_parts_are_refused_before_any_work(run, copy, how, said, tmp_path):
-    place, part = copy
+    path, part = copy
     damage(part, how)
     with pytest.raises(UserError, match=said) as caught:
         inference.plan(
-            checkpoint_place=str(run), data=place, split="validation", output=str(tmp_path)
+            checkpoint_path=str(run), data=path, split="validation", output=str(tmp_path)
         )
     assert "\n" not in str(caught.value)
 
@@ -186,7 +186,7 @@ def test_parts_that_workers_cannot_read_are_one_line(run, copy, how, tmp_path, c
     )
     damage(part, how)
     with pytest.raises(UserError, match=f"--data: {part} cannot be read") as caught:
-        inference.predict(plan, num_actors=1, say=lambda line: None)
+        inference.predict(plan, num_actors=1, log=lambda line: None)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
@@ -195,14 +195,14 @@ def test_parts_that_workers_cannot_read_are_one_line(run, copy, how, tmp_path, c
 def test_a_checkpoint_that_workers_do_not_see_is_one_line(data, run, tmp_path, capfd):
     shutil.copytree(run, tmp_path / "run")
     plan = inference.plan(
-        checkpoint_place=str(tmp_path / "run"),
-        data=data.place,
+        checkpoint_path=str(tmp_path / "run"),
+        data=data.path,
         split="validation",
         output=str(tmp_path / "predictions"),
     )
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(UserError, match="not a checkpoint"):
-        inference.predict(plan, num_actors=1, say=lambda line: None)
+        inference.predict(plan, num_actors=1, log=lambda line: None)
     assert capfd.readouterr().err == ""
 
 
@@ -217,14 +217,14 @@ class FailingSource:
 def test_what_the_disk_denies_a_worker_is_one_line(ray_cluster, run, loose, tmp_path, capfd):
     output = tmp_path / "predictions"
     plan = inference.plan(
-        checkpoint_place=str(run), images=str(loose[0]), split="images", output=str(output)
+        checkpoint_path=str(run), images=str(loose[0]), split="images", output=str(output)
     )
     this = sys.modules[__name__]  # which workers cannot import
     ray_cluster.cloudpickle.register_pickle_by_value(this)
     try:
         with pytest.raises(JobFailed, match=r"a worker failed: \[Errno 5\] Input/output error$"):
             inference.predict(
-                replace(plan, source=FailingSource()), num_actors=1, say=lambda line: None
+                replace(plan, source=FailingSource()), num_actors=1, log=lambda line: None
             )
     finally:
         ray_cluster.cloudpickle.unregister_pickle_by_value(this)
@@ -233,21 +233,21 @@ def test_what_the_disk_denies_a_worker_is_one_line(ray_cluster, run, loose, tmp_
 
 
 def test_labels_that_the_checkpoint_does_not_know_are_refused(data, run, tmp_path):
-    place = tmp_path / "data"
-    shutil.copytree(data.place, place)
-    info = json.loads((place / "dataset.json").read_text())
+    path = tmp_path / "data"
+    shutil.copytree(data.path, path)
+    info = json.loads((path / "dataset.json").read_text())
     info["labels"].append("wondering")
-    (place / "dataset.json").write_text(json.dumps(info))
+    (path / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="does not know: wondering"):
         inference.plan(
-            checkpoint_place=str(run), data=str(place), split="train", output=str(tmp_path)
+            checkpoint_path=str(run), data=str(path), split="train", output=str(tmp_path)
         )
 
 
 def test_a_second_run_doubles_nothing_and_leaves_nothing_unfinished(data, run, tmp_path):
     output = tmp_path / "deep" / "predictions"
-    first = predict(run, output, data=data.place)
-    again = predict(run, output, data=data.place)
+    first = predict(run, output, data=data.path)
+    again = predict(run, output, data=data.path)
     assert first.table.num_rows == again.table.num_rows == data.split("validation").rows
     assert pq.read_table(output).num_rows == again.table.num_rows
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
@@ -257,20 +257,20 @@ def test_a_second_run_doubles_nothing_and_leaves_nothing_unfinished(data, run, t
 
 def test_a_failure_leaves_the_older_predictions_alone(data, run, tmp_path, monkeypatch):
     output = tmp_path / "predictions"
-    before = predict(run, output, data=data.place)
+    before = predict(run, output, data=data.path)
 
     def fails(*arguments, **settings):
         raise RuntimeError("disk full")
 
     monkeypatch.setattr(predictions, "write_manifest", fails)
     with pytest.raises(RuntimeError, match="disk full"):
-        predict(run, output, data=data.place)
+        predict(run, output, data=data.path)
     assert predictions.read(str(output / "tried" / "validation")).table.equals(before.table)
     assert [path.name for path in tmp_path.iterdir()] == ["predictions"]
 
 
 def test_the_manifest_says_what_predicted_what(data, run, tmp_path):
-    found = predict(run, tmp_path, data=data.place, run="renamed")
+    found = predict(run, tmp_path, data=data.path, run="renamed")
     assert found.run == "renamed"
     config = json.loads((tmp_path / "renamed" / "validation" / "_manifest.json").read_text())
     assert config["config"]["data_sha256"] == data.data_sha256
@@ -288,11 +288,11 @@ def test_the_manifest_says_what_predicted_what(data, run, tmp_path):
     ],
 )
 def test_wrong_input_is_refused_before_any_work(data, run, tmp_path, given, message):
-    settings = {"data": data.place, "split": "validation", **given}
+    settings = {"data": data.path, "split": "validation", **given}
     with pytest.raises(UserError, match=message):
-        inference.plan(checkpoint_place=str(run), output=str(tmp_path), **settings)
+        inference.plan(checkpoint_path=str(run), output=str(tmp_path), **settings)
 
 
 def test_more_actors_than_cpus_are_refused(data, run, tmp_path):
     with pytest.raises(UserError, match="--num-actors: 99 CPUs wanted, the cluster has 2"):
-        predict(run, tmp_path, data=data.place, actors=99)
+        predict(run, tmp_path, data=data.path, actors=99)

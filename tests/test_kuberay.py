@@ -130,7 +130,7 @@ def test_the_command_is_one_that_the_job_takes(name):
     flags = vars(check(command))
     assert all(str(flags[one]).startswith("s3://BUCKET/") for one in ("data",) if flags.get(one))
     places = [word for word in command if "/" in word and not word.startswith("/app/")]
-    assert places and all(place.startswith("s3://BUCKET/") for place in places)
+    assert places and all(path.startswith("s3://BUCKET/") for path in places)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,7 @@ from fer_ray.data.dataset import Split
 from fer_ray.data.labels import UNKNOWN_LABEL
 from fer_ray.training import feed as loading
 from fer_ray.training.feed import Batch, Images, MemoryFeed
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms import DeviceAugmenter, LibraryAugmenter, albumentations_engine, histogram
 
 ENGINES = ("device", "albumentations")
@@ -33,7 +33,11 @@ def feeds(
     described = small.info(len(train.labels))
     return [
         small.feed(
-            settings, train, validation, described=described, group=Group(rank=rank, size=size)
+            settings,
+            train,
+            validation,
+            described=described,
+            group=ProcessGroup(rank=rank, size=size),
         )
         for rank in range(size)
     ]

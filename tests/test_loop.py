@@ -13,12 +13,12 @@ import torch.multiprocessing as mp
 from fer_ray.config.schema import TrainConfig
 from fer_ray.models import checkpoint
 from fer_ray.training import loop
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms import Normalizer
 
 
 def trainer(config: TrainConfig, *, train=48, validation=21, group=None, resume=None):
-    described, group = small.info(train), group or Group()
+    described, group = small.info(train), group or ProcessGroup()
     parts = small.split(train), small.split(validation, seed=1)
     return loop.Trainer(
         config,
@@ -38,9 +38,9 @@ def fit(built: loop.Trainer, folder: Path | None = None, stop_after: int | None 
 
     def report(history, save):
         if folder:
-            place = folder / f"checkpoint_{len(history)}"
-            place.mkdir(parents=True, exist_ok=True)
-            save(place)
+            path = folder / f"checkpoint_{len(history)}"
+            path.mkdir(parents=True, exist_ok=True)
+            save(path)
         if stop_after == len(history):
             raise Crash
 
@@ -121,7 +121,7 @@ def test_inference_normalizes_as_training_did(tmp_path, normalization):
 
 def test_parts_are_contiguous_and_cover_everything():
     for size in (1, 2, 3, 7):
-        parts = [np.arange(20)[Group(rank=r, size=size).part(20)] for r in range(size)]
+        parts = [np.arange(20)[ProcessGroup(rank=r, size=size).part(20)] for r in range(size)]
         assert np.concatenate(parts).tolist() == list(range(20))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -129,9 +129,9 @@ def test_parts_are_contiguous_and_cover_everything():
 def worker(rank: int, port: int, size: int, folder: str, config: dict) -> None:
     torch.set_num_threads(1)
     if size > 1:
-        place = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", init_method=place, rank=rank, world_size=size)
-    built = trainer(TrainConfig.from_dict(config), group=Group(rank=rank, size=size))
+        path = f"tcp://127.0.0.1:{port}"
+        dist.init_process_group("gloo", init_method=path, rank=rank, world_size=size)
+    built = trainer(TrainConfig.from_dict(config), group=ProcessGroup(rank=rank, size=size))
     state = fit(built)
     torch.save({"state": state, "history": built.history}, Path(folder) / f"{size}-{rank}.pt")
     if size > 1:
@@ -186,7 +186,7 @@ def test_it_stops_where_only_the_validation_shows_that_it_diverged():
 def poisoned(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    built = trainer(small.config(), group=Group(rank=rank, size=2))
+    built = trainer(small.config(), group=ProcessGroup(rank=rank, size=2))
     forward, calls = built.forward.logits, []
 
     def logits(model, images, mix):
@@ -214,7 +214,7 @@ def test_all_workers_stop_at_the_step_where_one_is_not_finite(tmp_path):
 def test_fewer_validation_images_than_workers():
     config = small.config()
     alone = trainer(config, validation=3)
-    groups = [Group(rank=rank, size=5) for rank in range(5)]
+    groups = [ProcessGroup(rank=rank, size=5) for rank in range(5)]
     parts = [len(range(3)[group.part(3)]) for group in groups]
     assert sum(parts) == 3 and 0 in parts
     alone.feed._group = groups[parts.index(0)]

@@ -11,11 +11,11 @@ from scipy import stats
 from fer_ray.config.schema import TransformConfig
 from fer_ray.training.feed import Batch
 from fer_ray.training.optimization import summed_loss
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms import Mix, MixPlan, draw_mix
 
 CPU = torch.device("cpu")
-strengths = st.one_of(st.just(0.0), st.floats(0, 10), st.sampled_from([1e-300, 1e-6, 10.0]))
+magnitudes = st.one_of(st.just(0.0), st.floats(0, 10), st.sampled_from([1e-300, 1e-6, 10.0]))
 
 
 def plan(count: int, *, mixup=0.0, cutmix=0.0, key=(0, 0, 0), size: int = 12) -> MixPlan:
@@ -35,7 +35,7 @@ def test_without_strengths_nothing_is_mixed():
 
 
 @settings(max_examples=100, deadline=None)
-@given(strengths, strengths, st.integers(0, 20), st.integers(1, 60), st.integers(0, 2**31 - 1))
+@given(magnitudes, magnitudes, st.integers(0, 20), st.integers(1, 60), st.integers(0, 2**31 - 1))
 def test_shares_and_boxes_are_in_bounds(mixup, cutmix, count, size, seed):
     if mixup == cutmix == 0:
         return
@@ -137,10 +137,10 @@ def test_a_worker_gets_its_images_and_the_partners_that_it_lacks(count, data):
     assert torch.equal(part.apply(batch[needed]), whole[own])
 
 
-@pytest.mark.parametrize("strength", [{"mixup": 0.5}, {"cutmix": 1.0}, {"mixup": 1, "cutmix": 1}])
-def test_targets_are_mixed_in_the_same_shares_as_pixels(strength):
+@pytest.mark.parametrize("magnitude", [{"mixup": 0.5}, {"cutmix": 1.0}, {"mixup": 1, "cutmix": 1}])
+def test_targets_are_mixed_in_the_same_shares_as_pixels(magnitude):
     count = 64
-    mix = plan(count, **strength).of(slice(0, count), CPU)
+    mix = plan(count, **magnitude).of(slice(0, count), CPU)
     levels = torch.rand(count)
     mixed = mix.apply(levels.view(-1, 1, 1, 1).expand(-1, 3, 12, 12).contiguous())
     expected = mix.own_share * levels + (1 - mix.own_share) * levels[mix.partner]
@@ -214,14 +214,14 @@ def mixed(feed_batches: list[list[Batch]]) -> list[tuple[torch.Tensor, ...]]:
 
 
 @pytest.mark.parametrize("engine", ["device", "albumentations"])
-@pytest.mark.parametrize("strength", [{"mixup": 0.5}, {"cutmix": 1.0}, {"mixup": 1, "cutmix": 1}])
-def test_any_number_of_workers_mixes_the_same_images(engine, strength):
-    transforms = {"augmentation": "strong", "engine": engine, "mixup": 0, "cutmix": 0, **strength}
+@pytest.mark.parametrize("magnitude", [{"mixup": 0.5}, {"cutmix": 1.0}, {"mixup": 1, "cutmix": 1}])
+def test_any_number_of_workers_mixes_the_same_images(engine, magnitude):
+    transforms = {"augmentation": "strong", "engine": engine, "mixup": 0, "cutmix": 0, **magnitude}
     config = small.config(transforms=transforms, schedule={"global_batch_size": 11})
     train, validation = small.split(48), small.split(5, seed=1)
 
     def batches(size: int) -> list[list[Batch]]:
-        groups = [Group(rank=rank, size=size) for rank in range(size)]
+        groups = [ProcessGroup(rank=rank, size=size) for rank in range(size)]
         info = small.info(48)
         feeds = [small.feed(config, train, validation, described=info, group=g) for g in groups]
         return [list(feed.train(1)) for feed in feeds]

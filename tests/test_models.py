@@ -81,12 +81,12 @@ def test_published_weights_give_what_they_give_for_three_equal_channels(tmp_path
     from torchvision.models import efficientnet_b2
 
     published = efficientnet_b2().eval()
-    place = tmp_path / f"weights{suffix}"
+    path = tmp_path / f"weights{suffix}"
     if suffix == ".pth":
-        torch.save(published.state_dict(), place)
+        torch.save(published.state_dict(), path)
     else:
-        save_file(published.state_dict(), place)
-    config = ModelConfig(name="efficientnet_b2", weights=str(place))
+        save_file(published.state_dict(), path)
+    config = ModelConfig(name="efficientnet_b2", weights=str(path))
     model = registry.build(config, num_classes=7, image_size=64).eval()
     x = torch.rand(2, 1, 64, 64)
     with torch.no_grad():
@@ -95,9 +95,9 @@ def test_published_weights_give_what_they_give_for_three_equal_channels(tmp_path
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
-    place = tmp_path / "weights.pth"
-    torch.save({"other": torch.zeros(1)}, place)
-    whole = place.read_bytes()
+    path = tmp_path / "weights.pth"
+    torch.save({"other": torch.zeros(1)}, path)
+    whole = path.read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     torch.save(torch.zeros(1), tmp_path / "tensor.pth")
     torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pth")

@@ -127,8 +127,8 @@ def test_a_failure_in_a_store_leaves_nothing(bucket, ray_cluster, tmp_path, monk
 
 
 def test_killed_while_it_replaces_a_data_set_the_next_run_works(bucket, ray_cluster, monkeypatch):
-    place = f"{bucket}/replaced"
-    prepare("synthetic", place, num_images=40, image_size=16)
+    path = f"{bucket}/replaced"
+    prepare("synthetic", path, num_images=40, image_size=16)
     remove = storage.remove
 
     def breaking(name: str) -> None:
@@ -138,31 +138,31 @@ def test_killed_while_it_replaces_a_data_set_the_next_run_works(bucket, ray_clus
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(storage, "remove", breaking)
-        prepare("synthetic", place, num_images=40, image_size=16, overwrite=True)
-    assert storage.is_unfinished(place)
-    assert {"train", "dataset.json"} & set(storage.list_names(place)) == {"train"}
-    prepare("synthetic", place, num_images=30, image_size=16)
-    assert not storage.is_unfinished(place)
-    assert len(dataset.load_split(dataset.read_info(place), "train").images) == 24
+        prepare("synthetic", path, num_images=40, image_size=16, overwrite=True)
+    assert storage.is_unfinished(path)
+    assert {"train", "dataset.json"} & set(storage.list_names(path)) == {"train"}
+    prepare("synthetic", path, num_images=30, image_size=16)
+    assert not storage.is_unfinished(path)
+    assert len(dataset.load_split(dataset.read_info(path), "train").images) == 24
 
 
 @pytest.mark.slow
 def test_killed_in_a_store_it_is_no_data_set_and_the_next_run_works(bucket, tmp_path):
-    place = f"{bucket}/killed"
+    path = f"{bucket}/killed"
     command = [sys.executable, "jobs/prepare.py", "--source", "synthetic"]
-    command += ["--num-images", "20000", "--output", place]
+    command += ["--num-images", "20000", "--output", path]
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as job:
-        while not storage.exists(f"{place}/train/part-00000.parquet"):
+        while not storage.exists(f"{path}/train/part-00000.parquet"):
             assert job.poll() is None
             time.sleep(0.05)
         kill_with_descendants(job)
-    assert storage.list_names(place)
+    assert storage.list_names(path)
     with pytest.raises(UserError, match="is not a prepared dataset"):
-        dataset.read_info(place)
+        dataset.read_info(path)
     command[command.index("20000")] = "70"
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(dataset.load_split(dataset.read_info(place), "train").images) == 56
-    assert sorted(storage.list_names(place)) == sorted(
+    assert len(dataset.load_split(dataset.read_info(path), "train").images) == 56
+    assert sorted(storage.list_names(path)) == sorted(
         ["dataset.json", "duplicates.parquet", "quarantine.parquet", "train", "validation", "test"]
     )

@@ -48,7 +48,7 @@ def bucket(store) -> str:
 def data(bucket, ray_cluster) -> str:
     """A prepared data set of 200 drawn faces, in the store."""
     plan = preparation.plan(source="synthetic", output=f"{bucket}/faces", num_images=200)
-    preparation.prepare(plan, say=quiet)
+    preparation.prepare(plan, log=quiet)
     return f"{bucket}/faces"
 
 
@@ -62,8 +62,8 @@ def run(bucket, data) -> str:
     settings = config(data, schedule={"epochs": EPOCHS}, scaling={"max_failures": 0})
 
     def fit() -> None:
-        wanted = training.plan(settings, storage_place=f"{bucket}/runs", run="tried")
-        training.fit(wanted, say=quiet)
+        wanted = training.plan(settings, storage_path=f"{bucket}/runs", run="tried")
+        training.fit(wanted, log=quiet)
 
     def has_a_checkpoint() -> bool:
         return bool(checkpoint.in_run(f"{bucket}/runs/tried"))
@@ -95,9 +95,9 @@ def test_a_run_resumes_from_the_store(run, data):
 @pytest.fixture(scope="module")
 def predicted(bucket, data, run) -> str:
     plan = inference.plan(
-        checkpoint_place=run, data=data, split="validation", output=f"{bucket}/predictions"
+        checkpoint_path=run, data=data, split="validation", output=f"{bucket}/predictions"
     )
-    assert inference.predict(plan, say=quiet) == inference.predict(plan, say=quiet)
+    assert inference.predict(plan, log=quiet) == inference.predict(plan, log=quiet)
     return f"{bucket}/predictions"
 
 
@@ -123,21 +123,21 @@ def test_the_manifest_is_written_last_and_without_it_nothing_is_trusted(
     seen: list[list[str]] = []
     write = storage.write_json
 
-    def watched(place, value):
-        seen.append(storage.list_names(storage.parent_of(place)))
-        write(place, value)
+    def watched(path, value):
+        seen.append(storage.list_names(storage.parent_of(path)))
+        write(path, value)
 
     monkeypatch.setattr(storage, "write_json", watched)
     plan = inference.plan(
-        checkpoint_place=run, data=data, split="test", output=f"{bucket}/predictions"
+        checkpoint_path=run, data=data, split="test", output=f"{bucket}/predictions"
     )
-    folder = inference.predict(plan, say=quiet)
+    folder = inference.predict(plan, log=quiet)
     assert seen == [["_unfinished", "part-00000.parquet"]]
     storage.remove(f"{folder}/_manifest.json")
     with pytest.raises(UserError, match="part files without"):
         predictions.find(folder)
     assert predictions.find(predicted) == [f"{predicted}/tried/validation"]
-    inference.predict(plan, say=quiet)
+    inference.predict(plan, log=quiet)
     assert predictions.find(folder) == [folder]
 
 
@@ -164,11 +164,11 @@ def test_a_sweep_in_the_store(bucket, data, tmp_path):
     plan = planning.plan(
         config(data, schedule={"epochs": 1}),
         sweep=str(settings),
-        storage_place=f"{bucket}/sweeps",
+        storage_path=f"{bucket}/sweeps",
         num_seeds=1,
         limits=planning.Limits(),
     )
-    made = tuning.fit(plan, say=quiet)
+    made = tuning.fit(plan, log=quiet)
     assert made == storage.read_json(f"{plan.folder}/summary.json")
     table = pd.read_parquet(f"{plan.folder}/trials.parquet")
     assert table["status"].tolist() == [records.FINISHED] * 2
@@ -201,13 +201,13 @@ def closed():
     server.shutdown()
 
 
-def jobs(place: str, data: str) -> dict[str, list[str]]:
+def jobs(path: str, data: str) -> dict[str, list[str]]:
     """Commands that write to a place, or read from it."""
     return {
-        "prepare.py": ["--source", "synthetic", "--output", place],
-        "train.py": ["--data", data, "--storage", place],
-        "tune.py": ["--data", data, "--sweep", "normalization", "--storage", place],
-        "predict.py": ["--checkpoint", place, "--data", data],
+        "prepare.py": ["--source", "synthetic", "--output", path],
+        "train.py": ["--data", data, "--storage", path],
+        "tune.py": ["--data", data, "--sweep", "normalization", "--storage", path],
+        "predict.py": ["--checkpoint", path, "--data", data],
     }
 
 
@@ -219,8 +219,8 @@ def jobs(place: str, data: str) -> dict[str, list[str]]:
     ],
 )
 def test_a_bucket_that_is_absent_or_closed_is_one_line(job, kind, data, closed, tmp_path):
-    place = "s3://absent/x" if kind == "absent" else f"s3://closed/x{closed}"
-    command = [sys.executable, str(ROOT / "jobs" / job), *jobs(place, data)[job]]
+    path = "s3://absent/x" if kind == "absent" else f"s3://closed/x{closed}"
+    command = [sys.executable, str(ROOT / "jobs" / job), *jobs(path, data)[job]]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()

@@ -71,7 +71,7 @@ def test_what_was_set_beside_a_preset_or_an_optimizer_stays_with_another():
     """Such as --flip 0 --learning-rate 0.03 of a sweep over presets and optimizers."""
     given = {"transforms.flip": 0.0, "transforms.noise": 0.05, "optimizer.learning_rate": 0.03}
     base = overrides.changed(TrainConfig(data="d"), given)
-    assert overrides.own_strengths(base) == {"transforms.flip": 0.0, "transforms.noise": 0.05}
+    assert overrides.own_magnitudes(base) == {"transforms.flip": 0.0, "transforms.noise": 0.05}
     for preset in PRESETS:
         found = overrides.changed(base, {"transforms.augmentation": preset}).transforms
         assert (found.flip, found.noise) == (0.0, 0.05)

@@ -26,8 +26,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def change_manifest(folder: Path, **changes: object) -> None:
-    place = folder / predictions.MANIFEST
-    place.write_text(json.dumps(json.loads(place.read_text()) | changes))
+    path = folder / predictions.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_what_is_written_is_read_back(folder: Path):
@@ -92,11 +92,11 @@ def test_unfinished_folder_is_left_out_by_name(folder: Path, tmp_path: Path, cap
         predictions.find(str(unfinished))
 
 
-@pytest.mark.parametrize("place", ["absent", "empty"])
-def test_find_without_predictions(tmp_path: Path, place: str):
+@pytest.mark.parametrize("path", ["absent", "empty"])
+def test_find_without_predictions(tmp_path: Path, path: str):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"expected .*_manifest\.json"):
-        predictions.find(str(tmp_path / place))
+        predictions.find(str(tmp_path / path))
 
 
 def lose_a_file(folder: Path) -> None:
@@ -114,19 +114,19 @@ def cut_a_file(folder: Path) -> None:
 
 
 def shorten_a_file(folder: Path) -> None:
-    place = folder / "part-00001.parquet"
-    pq.write_table(pq.ParquetFile(place).read().slice(1), place)
+    path = folder / "part-00001.parquet"
+    pq.write_table(pq.ParquetFile(path).read().slice(1), path)
 
 
 def repeat_a_row(folder: Path) -> None:
-    place = folder / "part-00001.parquet"
-    part = pq.ParquetFile(place).read()
-    pq.write_table(pa.concat_tables([part.slice(0, 1), part.slice(0, 9)]), place)
+    path = folder / "part-00001.parquet"
+    part = pq.ParquetFile(path).read()
+    pq.write_table(pa.concat_tables([part.slice(0, 1), part.slice(0, 9)]), path)
 
 
 def drop_a_column(folder: Path) -> None:
-    place = folder / "part-00001.parquet"
-    pq.write_table(pq.ParquetFile(place).read().drop_columns(["prob_sad"]), place)
+    path = folder / "part-00001.parquet"
+    pq.write_table(pq.ParquetFile(path).read().drop_columns(["prob_sad"]), path)
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_no_manifest_for_incomplete_rows(tmp_path: Path, change):
 
 
 def test_other_writers_string_types_are_accepted(folder: Path):
-    place = folder / "part-00000.parquet"
-    pd.read_parquet(place).to_parquet(place)
+    path = folder / "part-00000.parquet"
+    pd.read_parquet(path).to_parquet(path)
     assert predictions.read(str(folder)).table.schema == predictions.schema(FER2013_LABELS)
 
 

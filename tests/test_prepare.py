@@ -200,7 +200,7 @@ def test_a_failing_preparation_leaves_what_was_there(failing, tmp_path):
     pictures = failing(error=RuntimeError("a defect"))
     plan = failing_plan(plan, pictures)
     with pytest.raises(Exception, match="a defect"):
-        preparation.prepare(plan, say=lambda line: None)
+        preparation.prepare(plan, log=lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "dataset.json").read_bytes() == before
     assert dataset.load_split(dataset.read_info(str(tmp_path / "out")), "train").images.any()
@@ -211,7 +211,7 @@ def test_no_usable_train_image_is_a_user_error(failing, tmp_path):
     pictures = failing(error=decoding.DecodeError("it is green"), only=None)
     plan = failing_plan(plan, pictures)
     with pytest.raises(UserError, match="no train image can be used: it is green"):
-        preparation.prepare(plan, say=lambda line: None)
+        preparation.prepare(plan, log=lambda line: None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,7 +222,7 @@ def test_a_source_that_workers_do_not_see_is_a_user_error(ray_cluster, kind, req
     plan = preparation.plan(source=str(source), output=str(tmp_path / "out"))
     source.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="--source") as caught:
-        preparation.prepare(plan, say=lambda line: None)
+        preparation.prepare(plan, log=lambda line: None)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -245,13 +245,13 @@ def test_a_file_that_workers_do_not_see_and_this_process_does_is_a_user_error(
     there, away = hostile / "images/train/happy/2.jpg", tmp_path / "away.jpg"
     there.rename(away)
 
-    def say(line: str) -> None:  # when the workers are done
+    def log(line: str) -> None:  # when the workers are done
         if away.exists():
             away.rename(there)
 
     said = r"--source: '.*images/train/happy/2\.jpg' is not seen by every worker: .* shared disk"
     with pytest.raises(UserError, match=said) as caught:
-        preparation.prepare(plan, say=say)
+        preparation.prepare(plan, log=log)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -261,7 +261,7 @@ def test_a_file_that_is_gone_for_all_is_quarantined(ray_cluster, kind, hostile, 
     source = as_table(hostile) if kind == "table" else hostile
     plan = preparation.plan(source=str(source), output=str(tmp_path / "out"))
     (hostile / "images/train/happy/2.jpg").unlink()
-    preparation.prepare(plan, say=lambda line: None)
+    preparation.prepare(plan, log=lambda line: None)
     quarantine = pd.read_parquet(tmp_path / "out" / "quarantine.parquet")
     gone = quarantine[quarantine["reason"] == sources.NOT_THERE]
     assert [Path(path).name for path in gone["path"]] == ["2.jpg"]
@@ -284,7 +284,7 @@ def test_what_the_disk_or_the_store_denies_a_worker_is_one_line(
     plan = preparation.plan(source="synthetic", output=str(tmp_path / "out"))
     plan = failing_plan(plan, failing(error=error))
     with pytest.raises(raised, match=said):
-        preparation.prepare(plan, say=lambda line: None)
+        preparation.prepare(plan, log=lambda line: None)
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr().err == ""
 
@@ -310,7 +310,7 @@ def test_the_job_s_last_line_is_the_path(ray_cluster, hostile, tmp_path, monkeyp
 def test_the_table_shows_every_count(ray_cluster, hostile, tmp_path):
     lines: list[str] = []
     plan = preparation.plan(source=str(hostile), output=str(tmp_path / "out"))
-    preparation.prepare(plan, say=lines.append)
+    preparation.prepare(plan, log=lines.append)
     cells = {line.split()[0]: line.split()[1:] for line in lines}
     assert cells["split"] == ["happy", "sad", "unlabelled", "total"]
     assert cells["train"] == ["3", "2", "0", "5"]

@@ -52,7 +52,7 @@ def test_validation_can_be_held_out_beside_a_test_split(ray_cluster, tmp_path):
     write_classes(tmp_path / "faces" / "test", 5, ("calm", "glad"))
     lines: list[str] = []
     plan = preparation.plan(source=str(tmp_path / "faces"), output=str(tmp_path / "out"))
-    info = preparation.prepare(plan, say=lines.append)
+    info = preparation.prepare(plan, log=lines.append)
     assert list(info["splits"]) == ["train", "test"]
     assert any("no validation split" in line and "--validation-fraction" in line for line in lines)
     info = prepare(tmp_path / "faces", tmp_path / "out", validation_fraction=0.2, overwrite=True)
@@ -101,7 +101,7 @@ def test_the_official_test_part_in_validation_is_warned_of(ray_cluster, tmp_path
         (tmp_path / "faces" / path).write_bytes(picture(int(path[-5])))
     lines: list[str] = []
     plan = preparation.plan(source=str(tmp_path / "faces"), output=str(tmp_path / "out"))
-    preparation.prepare(plan, say=lines.append)
+    preparation.prepare(plan, log=lines.append)
     assert any(line.startswith("warning: 1 of validation are named PrivateTest") for line in lines)
 
 
@@ -205,7 +205,7 @@ def test_the_preview_shows_samples_balance_and_twins(ray_cluster, hostile, tmp_p
     page = preview.check(str(tmp_path / "page.html"))
     lines: list[str] = []
     plan = preparation.plan(source=str(hostile), output=str(tmp_path / "out"))
-    preparation.prepare(plan, say=lines.append, finish=preview.writer(page, lines.append))
+    preparation.prepare(plan, log=lines.append, finish=preview.writer(page, lines.append))
     assert lines[-1] == f"preview: {page}"
     text = Path(page).read_text()
     assert text.count("<svg") == 3
@@ -217,13 +217,13 @@ def test_the_preview_shows_samples_balance_and_twins(ray_cluster, hostile, tmp_p
 
 
 def test_a_place_that_no_preview_can_be_written_to_is_refused(tmp_path):
-    for place, said in [
+    for path, said in [
         (tmp_path, "is a folder"),
         (tmp_path / "page.pdf", "does not end in .html"),
         (tmp_path / "absent" / "page.html", "there is no folder"),
     ]:
         with pytest.raises(UserError, match=said):
-            preview.check(str(place))
+            preview.check(str(path))
 
 
 def test_deduplicating_all_of_train_is_refused(ray_cluster, tmp_path):
@@ -241,7 +241,7 @@ def test_a_label_called_total_has_a_column_of_its_own(ray_cluster, tmp_path):
     write_classes(tmp_path / "faces" / "train", 3, ("glad", "total"))
     lines: list[str] = []
     plan = preparation.plan(source=str(tmp_path / "faces"), output=str(tmp_path / "out"))
-    preparation.prepare(plan, say=lines.append)
+    preparation.prepare(plan, log=lines.append)
     (row,) = [line.split() for line in lines if line.startswith("train ")]
     assert row == ["train", "3", "3", "6"]
 

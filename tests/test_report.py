@@ -44,12 +44,12 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def evaluate(place: Path) -> scores.Evaluation:
-    return scores.evaluate([str(place)], resamples=200)
+def evaluate(path: Path) -> scores.Evaluation:
+    return scores.evaluate([str(path)], resamples=200)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def path(tmp_path_factory) -> Path:
     """Predictions of two runs, a dataset with their pictures, a history of the first."""
     root = tmp_path_factory.mktemp("report")
     first = samples.random_table(1, 200, skill=2.5, run="custom_cnn", failed=[3])
@@ -64,9 +64,9 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def html(place: Path) -> str:
-    result = evaluate(place / "predictions")
-    return report.render(result, runs=str(place / "runs"), data=str(place / "data"))
+def html(path: Path) -> str:
+    result = evaluate(path / "predictions")
+    return report.render(result, runs=str(path / "runs"), data=str(path / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def page(html: str) -> Page:
     return Page(html)
 
 
-def test_it_shows_the_numbers_of_the_evaluation(place: Path, page: Page):
-    result = evaluate(place / "predictions")
+def test_it_shows_the_numbers_of_the_evaluation(path: Path, page: Page):
+    result = evaluate(path / "predictions")
     for score in result.scores:
         for estimate in (score.accuracy, score.macro_f1, score.balanced_accuracy):
             assert f"{100 * estimate.value:.1f}" in page.text
@@ -119,13 +119,13 @@ def test_no_stand_in_colour_is_left(html: str):
         assert stand_in not in html
 
 
-def test_gallery_shows_the_most_confident_mistakes(place: Path):
-    score = evaluate(place / "predictions").scores[1]
-    pictures = np.load(place / "pictures.npy")
+def test_gallery_shows_the_most_confident_mistakes(path: Path):
+    score = evaluate(path / "predictions").scores[1]
+    pictures = np.load(path / "pictures.npy")
     hashes = [f"{number:064x}" for number in range(200)]
     ids = [f"images/{number:05d}.jpg" for number in range(200)]
     found = report.mistakes(score, dict(zip(ids, zip(hashes, pictures))), most=5)
-    frame = pd.read_parquet(place / "predictions" / "sequential_cnn" / "validation")
+    frame = pd.read_parquet(path / "predictions" / "sequential_cnn" / "validation")
     wrong = frame[frame["correct"].eq(False)].nlargest(5, "confidence")
     assert [one.image_id for one in found] == wrong["image_id"].tolist()
     assert [one.label for one in found] == wrong["label"].tolist()
@@ -142,15 +142,15 @@ def _decoded(uri: str | None) -> bytes:
     return base64.b64decode(uri.removeprefix("data:image/png;base64,"))
 
 
-def test_another_picture_under_the_same_name_is_not_shown(place: Path):
-    score = evaluate(place / "predictions").scores[1]
+def test_another_picture_under_the_same_name_is_not_shown(path: Path):
+    score = evaluate(path / "predictions").scores[1]
     picture = np.zeros((48, 48), np.uint8)
     others = dict.fromkeys(score.rows.index, ("f" * 64, picture))
     assert {one.picture for one in report.mistakes(score, others)} == {None}
 
 
-def test_without_a_dataset_no_picture_is_in_the_page(place: Path):
-    bare = Page(report.render(evaluate(place / "predictions")))
+def test_without_a_dataset_no_picture_is_in_the_page(path: Path):
+    bare = Page(report.render(evaluate(path / "predictions")))
     assert not bare.all("img")
     assert len(bare.all("svg")) == 4
 
@@ -175,9 +175,9 @@ def test_names_from_data_are_escaped(tmp_path: Path):
     assert "$\\frac{$" in page.text
 
 
-def test_the_same_evaluation_gives_the_same_page(place: Path, html: str):
+def test_the_same_evaluation_gives_the_same_page(path: Path, html: str):
     again = report.render(
-        evaluate(place / "predictions"), runs=str(place / "runs"), data=str(place / "data")
+        evaluate(path / "predictions"), runs=str(path / "runs"), data=str(path / "data")
     )
     assert again == html
 
@@ -231,11 +231,11 @@ def browse(tmp_path: Path, file: Path, *flags: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_browser_shows_the_numbers(place: Path, html: str, tmp_path: Path):
+def test_a_browser_shows_the_numbers(path: Path, html: str, tmp_path: Path):
     file = tmp_path / "report.html"
     file.write_text(html)
     page = Page(browse(tmp_path, file, "--dump-dom"))
-    for score in evaluate(place / "predictions").scores:
+    for score in evaluate(path / "predictions").scores:
         assert f"{100 * score.accuracy.value:.1f}" in page.text
         assert f"{score.nll.value:.3f}" in page.text
     assert len(page.all("svg")) == 7

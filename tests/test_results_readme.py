@@ -40,19 +40,19 @@ TYPES = {"float": "float32", "double": "float64"}
 def results(tmp_path_factory) -> Path:
     """A folder with the ``results/`` that the examples speak of."""
     root = tmp_path_factory.mktemp("project")
-    place = root / "results" / "predictions"
+    path = root / "results" / "predictions"
     for seed, run, skill in ((1, "custom_cnn", 2.5), (2, "sequential_cnn", 1.0)):
         for split, failed in (("validation", [7]), ("test", [])):
             rows = samples.random_table(seed, 300, skill=skill, run=run, split=split, failed=failed)
-            samples.save(place, rows)
+            samples.save(path, rows)
         seen = samples.random_table(9, 40, skill=2.0, run=run, split="train")
-        samples.save(place, seen)
+        samples.save(path, seen)
         samples.save_history(root / "results" / "runs", run)
         folder = str(root / "results" / "runs" / run)
         told = Telemetry(run=run, rank=0, folder=folder, device=torch.device("cpu"))
         with told:
             told.epoch(9, {"epoch": 1, "train_loss": 1.5})
-    result = scores.evaluate([str(place)], resamples=200)
+    result = scores.evaluate([str(path)], resamples=200)
     report.publish(result, str(root / "results" / "evaluation"))
     sweep_samples.normalization(root / "results" / "sweeps" / "normalization")
     sweep_samples.search(root / "results" / "sweeps" / "search")

@@ -215,7 +215,7 @@ def test_links_that_lead_round_in_circles_are_told_and_not_followed(tmp_path):
 
 def test_very_many_folders_are_looked_through_quickly():
     class Many:
-        place, kind = "many", "folder"
+        path, kind = "many", "folder"
 
         def entries(self):
             for number in range(60_000):
@@ -258,8 +258,8 @@ def test_a_folder_s_fingerprint_follows_paths_and_sizes(tmp_path):
 @BOTH
 def test_a_uri_reads_like_a_path(kind, tmp_path):
     files = faces("train/happy/1.jpg", "train/sad/2.jpg")
-    place = make(kind, tmp_path, files).place
-    assert content(sources.open_files(f"file://{place}")) == files
+    path = make(kind, tmp_path, files).path
+    assert content(sources.open_files(f"file://{path}")) == files
 
 
 def test_a_link_in_a_folder_whose_name_is_not_utf_8_can_be_noted(tmp_path):
@@ -316,9 +316,9 @@ def test_most_files_in_several_places_are_not_left_for_a_few_in_one(tmp_path):
 def test_what_is_no_source_is_refused(tmp_path):
     text = tmp_path / "faces.txt"
     text.write_text("x")
-    for place, said in [
+    for path, said in [
         (tmp_path / "absent", "does not exist"),
         (text, "neither a folder nor a .zip"),
     ]:
         with pytest.raises(UserError, match=said):
-            sources.open_files(str(place))
+            sources.open_files(str(path))

@@ -14,15 +14,15 @@ names = st.text("abcXYZ019_-.", min_size=1, max_size=8).filter(lambda name: set(
 @given(names, names, names)
 def test_joining_naming_and_the_parent_undo_each_other(top, middle, leaf):
     for root in (f"/{top}", f"s3://{top}", f"s3://{top}?scheme=http&endpoint_override=host:9"):
-        place = storage.join(root, middle, leaf)
-        assert storage.name_of(place) == leaf
-        assert storage.parent_of(place) == storage.join(root, middle)
-        assert storage.absolute(place) == place
+        path = storage.join(root, middle, leaf)
+        assert storage.name_of(path) == leaf
+        assert storage.parent_of(path) == storage.join(root, middle)
+        assert storage.absolute(path) == path
 
 
 def test_a_query_stays_at_the_end():
-    place = storage.join("s3://bucket/runs?scheme=http", "tried", "run.json")
-    assert place == "s3://bucket/runs/tried/run.json?scheme=http"
+    path = storage.join("s3://bucket/runs?scheme=http", "tried", "run.json")
+    assert path == "s3://bucket/runs/tried/run.json?scheme=http"
 
 
 def test_unknown_schemes_are_refused():
@@ -37,15 +37,15 @@ def test_names_are_plain(name):
 
 
 def test_files_and_folders_through_a_uri(tmp_path):
-    place = f"file://{tmp_path}/deep/values.json"
-    storage.write_json(place, {"a": [1]})
+    path = f"file://{tmp_path}/deep/values.json"
+    storage.write_json(path, {"a": [1]})
     assert json.loads((tmp_path / "deep/values.json").read_text()) == {"a": [1]}
-    assert storage.read_json(place) == {"a": [1]}
+    assert storage.read_json(path) == {"a": [1]}
     assert storage.list_names(f"file://{tmp_path}/deep") == ["values.json"]
-    storage.remove(place)
-    assert not storage.exists(place)
+    storage.remove(path)
+    assert not storage.exists(path)
     with pytest.raises(ValueError):
-        storage.write_json(place, float("nan"))
+        storage.write_json(path, float("nan"))
 
 
 def test_a_link_stays_and_leads_to_what_is_new(tmp_path):
@@ -78,10 +78,10 @@ def test_too_long_a_name_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("place", ["~no-such-user/x", "c/\udcff", "s3://", "a\0b"])
-def test_what_is_no_place_is_a_user_error(place):
+@pytest.mark.parametrize("path", ["~no-such-user/x", "c/\udcff", "s3://", "a\0b"])
+def test_what_is_no_place_is_a_user_error(path):
     with pytest.raises(UserError):
-        storage.filesystem(place)
+        storage.filesystem(path)
 
 
 def test_the_folder_of_a_file_at_the_top_is_the_top():
@@ -91,28 +91,28 @@ def test_the_folder_of_a_file_at_the_top_is_the_top():
 @pytest.fixture
 def occupied(tmp_path) -> str:
     """The URI of a folder that holds something: it is written in place, as in an object store."""
-    place = f"file://{tmp_path}/out"
+    path = f"file://{tmp_path}/out"
     for name in ("train/part-00000.parquet", "validation/part-00000.parquet", "dataset.json"):
-        storage.write_bytes(f"{place}/{name}", b"old")
-    return place
+        storage.write_bytes(f"{path}/{name}", b"old")
+    return path
 
 
 def fail_after(removals: int, monkeypatch) -> list[str]:
     """Lets removing break off, as if the process were killed; what is removed until then."""
     remove, removed = storage.remove, []
 
-    def breaking(place: str) -> None:
+    def breaking(path: str) -> None:
         if len(removed) == removals:
             raise KeyboardInterrupt
-        remove(place)
-        removed.append(storage.name_of(place))
+        remove(path)
+        removed.append(storage.name_of(path))
 
     monkeypatch.setattr(storage, "remove", breaking)
     return removed
 
 
-def write_staged(place: str, *, fails: bool = False) -> None:
-    with storage.staged_directory(place) as staging:
+def write_staged(path: str, *, fails: bool = False) -> None:
+    with storage.staged_directory(path) as staging:
         for name in ("train/part-00000.parquet", "test/part-00000.parquet", "quarantine.parquet"):
             storage.write_bytes(storage.join(staging, name), b"new")
         if fails:
@@ -134,16 +134,16 @@ def test_killed_while_the_old_content_is_removed_it_is_unfinished(occupied, remo
 
 @pytest.mark.parametrize("removals", range(4))
 def test_killed_while_a_failure_is_cleared_away_it_is_unfinished(tmp_path, removals, monkeypatch):
-    place = f"file://{tmp_path}/out"
+    path = f"file://{tmp_path}/out"
     with monkeypatch.context() as patch:
         # a first one looks for a file of the folder's name
         fail_after(1 + removals, patch)
         with pytest.raises(KeyboardInterrupt):
-            write_staged(place, fails=True)
-    assert storage.is_unfinished(place)
+            write_staged(path, fails=True)
+    assert storage.is_unfinished(path)
     with pytest.raises(RuntimeError, match="full"):
-        write_staged(place, fails=True)
-    assert not storage.list_names(place)
+        write_staged(path, fails=True)
+    assert not storage.list_names(path)
 
 
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):

@@ -15,7 +15,7 @@ from fer_ray.errors import UserError
 from fer_ray.preparation import run as preparation
 from fer_ray.training import stream_feed
 from fer_ray.training.feed import library_augmenter
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 from fer_ray.training.stream_feed import StreamFeed
 
 
@@ -24,7 +24,7 @@ def data(tmp_path_factory, ray_cluster):
     """A prepared data set of 700 drawn faces with row groups of 64."""
     folder = tmp_path_factory.mktemp("data") / "faces"
     plan = preparation.plan(source="synthetic", output=str(folder), num_images=1000)
-    preparation.prepare(plan, say=lambda line: None)
+    preparation.prepare(plan, log=lambda line: None)
     info = read_info(str(folder))
     # the groups that prepare writes are larger than this split
     for part in info.splits.values():
@@ -42,7 +42,7 @@ def settings(**sections) -> TrainConfig:
 
 def feed(config: TrainConfig, data, rank: int = 0, size: int = 1) -> StreamFeed:
     found = {name: pieces(data, name) for name in ("train", "validation")}
-    return StreamFeed(config, data, found, group=Group(rank=rank, size=size), spare_cpus=1.0)
+    return StreamFeed(config, data, found, group=ProcessGroup(rank=rank, size=size), spare_cpus=1.0)
 
 
 def seen(batches) -> np.ndarray:
@@ -147,7 +147,7 @@ def test_a_histogram_counts_every_pixel(data):
 def test_files_with_other_rows_than_promised_are_refused(data, tmp_path):
     import shutil
 
-    shutil.copytree(data.place, tmp_path / "copy")
+    shutil.copytree(data.path, tmp_path / "copy")
     info = read_info(str(tmp_path / "copy"))
     part = tmp_path / "copy" / info.split("train").files[0]
     pq.write_table(pq.read_table(part, partitioning=None).slice(1), part)

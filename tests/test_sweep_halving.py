@@ -74,8 +74,8 @@ class Search:
         scores = [self.scores[number]] * epochs
         self.trials[number] = trial(number, *scores, status=status)
 
-    def reached(self, place: int) -> set[int]:
-        return {n for n, one in self.trials.items() if len(one.history) >= RUNGS[place]}
+    def reached(self, path: int) -> set[int]:
+        return {n for n, one in self.trials.items() if len(one.history) >= RUNGS[path]}
 
 
 @st.composite
@@ -213,8 +213,8 @@ def test_every_trial_ends_once_and_one_comes_to_the_end(search):
 @settings(max_examples=200, deadline=None)
 def test_the_best_third_of_each_rung_goes_on_and_few_others(search):
     search.run()
-    for place in range(len(RUNGS) - 1):
-        arrived, went_on = search.reached(place), search.reached(place + 1)
+    for path in range(len(RUNGS) - 1):
+        arrived, went_on = search.reached(path), search.reached(path + 1)
         places = len(arrived) // 3
         ranked = sorted(arrived, key=lambda n: (-search.scores[n], n))
         assert set(ranked[:places]) <= went_on

@@ -38,8 +38,8 @@ def test_summary_json_is_json_without_nan(grid: Path, search: Path):
 @pytest.mark.parametrize("kind", ["grid", "search"])
 def test_the_page_needs_nothing_and_shows_the_numbers(kind: str, request):
     folder = request.getfixturevalue(kind)
-    made, place = report.publish(str(folder))
-    assert place == str(folder / "report.html")
+    made, path = report.publish(str(folder))
+    assert path == str(folder / "report.html")
     html = read_page(folder)
     page = Page(html)
     text = page.text.replace("\u00a0", " ")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fer_ray.config import overrides
-from fer_ray.config.schema import NORMALIZATIONS, STRENGTHS, TrainConfig
+from fer_ray.config.schema import MAGNITUDES, NORMALIZATIONS, TrainConfig
 from fer_ray.errors import UserError
 from fer_ray.sweeps import space
 from fer_ray.sweeps.space import Range
@@ -16,9 +16,9 @@ BASE = TrainConfig(data="d")
 
 
 def written(folder, text: str) -> str:
-    place = folder / "mine.toml"
-    place.write_text(text)
-    return str(place)
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return str(path)
 
 
 def test_normalization_compares_every_one_with_dividing_by_255():
@@ -31,14 +31,14 @@ def test_augmentation_turns_each_option_of_the_preset_off_and_each_other_on():
     made = space.load("augmentation", BASE)
     assert made.arms[0].options == {}
     configs = {arm.name: overrides.changed(BASE, arm.options).transforms for arm in made.arms[1:]}
-    assert len(configs) == len(STRENGTHS) + 1
-    for strength in STRENGTHS:
-        (name,) = [name for name in configs if name.startswith(f"{strength}=")]
-        was, now = getattr(BASE.transforms, strength), getattr(configs[name], strength)
+    assert len(configs) == len(MAGNITUDES) + 1
+    for magnitude in MAGNITUDES:
+        (name,) = [name for name in configs if name.startswith(f"{magnitude}=")]
+        was, now = getattr(BASE.transforms, magnitude), getattr(configs[name], magnitude)
         assert (was == 0) != (now == 0)
-        others = [other for other in STRENGTHS if other != strength]
+        others = [other for other in MAGNITUDES if other != magnitude]
         assert all(getattr(configs[name], o) == getattr(BASE.transforms, o) for o in others)
-    assert not any(getattr(configs["augmentation=none"], strength) for strength in STRENGTHS)
+    assert not any(getattr(configs["augmentation=none"], magnitude) for magnitude in MAGNITUDES)
 
 
 def test_an_arm_without_augmentation_has_none_whatever_else_was_asked_for():
@@ -50,12 +50,12 @@ def test_an_arm_without_augmentation_has_none_whatever_else_was_asked_for():
     }
     assert none.name == "augmentation=none"
     found = overrides.changed(base, none.options).transforms
-    assert not any(getattr(found, strength) for strength in STRENGTHS)
+    assert not any(getattr(found, magnitude) for magnitude in MAGNITUDES)
 
 
 def test_search_covers_the_transforms_and_the_optimizer_within_their_bounds():
     made = space.load("search", BASE)
-    assert {f"transforms.{strength}" for strength in STRENGTHS} < set(made.ranges)
+    assert {f"transforms.{magnitude}" for magnitude in MAGNITUDES} < set(made.ranges)
     rate = made.ranges["optimizer.learning_rate"]
     assert isinstance(rate, Range) and rate.log and rate.low < 0.1 < rate.high
     assert {
@@ -80,9 +80,9 @@ def test_a_file_may_nest_or_dot_its_names(tmp_path):
     assert [arm.name for arm in dotted.arms] == [
         *("flip=0.0, width=4", "flip=0.0, width=8", "flip=0.5, width=4", "flip=0.5, width=8")
     ]
-    place = tmp_path / "mine.json"
-    place.write_text(json.dumps({"space": {"transforms.flip": [0.0, 0.5], "model.width": [4, 8]}}))
-    assert space.load(str(place), BASE) == dotted
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"space": {"transforms.flip": [0.0, 0.5], "model.width": [4, 8]}}))
+    assert space.load(str(path), BASE) == dotted
 
 
 def test_a_files_baseline_comes_first(tmp_path):
@@ -146,10 +146,10 @@ def test_what_a_file_gets_wrong_is_one_line(tmp_path, text, reason):
     "value", [[None, 0.5], {"low": None, "high": 0.5}, {"low": 0.0, "high": None}]
 )
 def test_json_knows_null_which_is_no_value(tmp_path, value):
-    place = tmp_path / "mine.json"
-    place.write_text(json.dumps({"method": "search", "space": {"transforms.flip": value}}))
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"method": "search", "space": {"transforms.flip": value}}))
     with pytest.raises(UserError, match=r"transforms\.flip: null is not a value"):
-        space.load(str(place), BASE)
+        space.load(str(path), BASE)
 
 
 @pytest.mark.parametrize("what", ["normalisation", "nothing.toml", "."])

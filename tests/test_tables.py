@@ -248,9 +248,9 @@ def test_what_kaggle_gives_is_read_as_a_folder(tmp_path, monkeypatch):
 
 
 def test_rows_that_do_not_fit_the_header_say_so_and_lose_nothing(tmp_path):
-    place = tmp_path / "faces.csv"
-    place.write_text("path,label\n1.png,v1.0\na,b.png,sad\n2.png,7.0\n" + "x" * 5000 + ",sad\n")
-    found = [(one.label, one.reason) for one in tables.TableSource(str(place)).entries()]
+    path = tmp_path / "faces.csv"
+    path.write_text("path,label\n1.png,v1.0\na,b.png,sad\n2.png,7.0\n" + "x" * 5000 + ",sad\n")
+    found = [(one.label, one.reason) for one in tables.TableSource(str(path)).entries()]
     assert found == [
         ("v1.0", None),
         (None, "it has 3 cells, the header has 2"),

@@ -20,13 +20,13 @@ from fer_ray import storage
 from fer_ray.config.schema import TrainConfig
 from fer_ray.training import loop, telemetry
 from fer_ray.training import run as training
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-def train(folder: str, *, watch: bool = True, **sections) -> list[dict]:
+def train(folder: str, *, callback: bool = True, **sections) -> list[dict]:
     """Trains on 24 small images for two epochs of three steps; returns the history."""
     settings = small.config(**sections)
     described, images = small.info(24), small.split(24)
@@ -41,20 +41,20 @@ def train(folder: str, *, watch: bool = True, **sections) -> list[dict]:
             settings,
             described,
             small.feed(settings, images, images, described=described),
-            group=Group(),
+            group=ProcessGroup(),
             run="tried",
             report=report,
-            watch=told if watch else None,
+            callback=told if callback else None,
         )
     return kept
 
 
 def lines(folder: str) -> list[dict]:
-    place = storage.join(folder, telemetry.FOLDER)
+    path = storage.join(folder, telemetry.FOLDER)
     return [
         json.loads(line)
-        for name in storage.list_names(place)
-        for line in storage.read_bytes(storage.join(place, name)).decode().splitlines()
+        for name in storage.list_names(path)
+        for line in storage.read_bytes(storage.join(path, name)).decode().splitlines()
     ]
 
 
@@ -116,7 +116,7 @@ def test_telling_costs_less_than_a_hundredth_of_a_small_step(tmp_path, monkeypat
             for step in range(10_000):
                 told.step(1, step, 8, loss)
             took.append((time.perf_counter() - start) / 10_000)
-    rows = train(str(tmp_path), watch=False, schedule={"epochs": 6})
+    rows = train(str(tmp_path), callback=False, schedule={"epochs": 6})
     step_s = min(8 / row["images_per_s"] for row in rows)
     assert min(took) < 0.01 * step_s, f"{min(took):.1e} s of {step_s:.1e} s"
 
@@ -145,11 +145,11 @@ def test_the_metrics_can_be_scraped_while_two_workers_train(ray_cluster, drawn_f
     ).to_dict()
     plan = training.plan(
         TrainConfig.from_dict({**values_of, "data": drawn_faces}),
-        storage_place=str(tmp_path),
+        storage_path=str(tmp_path),
         run="scraped",
     )
     results: list[dict] = []
-    thread = threading.Thread(target=lambda: results.append(training.fit(plan, say=lambda _: None)))
+    thread = threading.Thread(target=lambda: results.append(training.fit(plan, log=lambda _: None)))
     thread.start()
     ports = [node["MetricsExportPort"] for node in ray_cluster.nodes() if node["Alive"]]
     both = {("scraped", "0"), ("scraped", "1")}

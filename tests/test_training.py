@@ -37,7 +37,7 @@ def config(data: str, **sections) -> TrainConfig:
 
 
 def plan(config: TrainConfig, folder: Path, run: str = "tried") -> training.Plan:
-    return training.plan(config, storage_place=str(folder), run=run)
+    return training.plan(config, storage_path=str(folder), run=run)
 
 
 def test_a_plan_checks_the_data_set(data, tmp_path):
@@ -74,7 +74,7 @@ def test_what_can_never_be_scheduled_is_refused(data, tmp_path):
     ):
         wanted = plan(config(data, scaling=scaling, schedule={"global_batch_size": 64}), tmp_path)
         with pytest.raises(UserError, match=message):
-            training.fit(wanted, say=lambda line: None)
+            training.fit(wanted, log=lambda line: None)
     assert not list(tmp_path.iterdir())
 
 
@@ -90,7 +90,7 @@ def test_damaged_files_are_refused_before_workers_start(data, tmp_path, monkeypa
     for loading in ("memory", "stream"):
         settings = config(broken, schedule={"loading": loading})
         with pytest.raises(UserError, match="cannot be read"):
-            training.fit(plan(settings, tmp_path, loading), say=lambda line: None)
+            training.fit(plan(settings, tmp_path, loading), log=lambda line: None)
     assert not started
 
 
@@ -121,10 +121,10 @@ def test_history_is_written_whole_with_its_schema(tmp_path):
     ]
     rows[0].pop("ended_at")  # as of runs from before it was kept
     rows[1]["ended_at"] = "2026-11-25T22:59:14.859658+00:00"
-    place = str(tmp_path / "run" / "history.parquet")
-    history.write_history(place, rows)
-    history.write_history(place, rows)
-    table = pq.read_table(place)
+    path = str(tmp_path / "run" / "history.parquet")
+    history.write_history(path, rows)
+    history.write_history(path, rows)
+    table = pq.read_table(path)
     assert table.schema.equals(history.SCHEMA) and table["epoch"].to_pylist() == [1, 2]
     assert [one and one.second for one in table["ended_at"].to_pylist()] == [None, 14]
 
@@ -139,7 +139,7 @@ def tensors(folder: Path) -> dict[str, bytes]:
 def undisturbed(data, tmp_path_factory):
     """A run of four epochs on two workers that nothing befell: the folder and its result."""
     folder = tmp_path_factory.mktemp("runs")
-    result = training.fit(plan(long_config(data), folder), say=lambda line: None)
+    result = training.fit(plan(long_config(data), folder), log=lambda line: None)
     return folder / "tried", result
 
 
@@ -171,7 +171,7 @@ def test_a_finished_run_is_not_trained_again(data, undisturbed, monkeypatch):
     folder, result = undisturbed
     before = sorted(path.name for path in folder.iterdir())
     monkeypatch.setattr(training, "_run_workers", None)
-    again = training.fit(plan(long_config(data), folder.parent), say=lambda line: None)
+    again = training.fit(plan(long_config(data), folder.parent), log=lambda line: None)
     assert again == json.loads(json.dumps(result))
     assert sorted(path.name for path in folder.iterdir()) == before
 
@@ -186,7 +186,7 @@ def killing_a_worker_after_the_first_epoch(folder: Path) -> Iterator[None]:
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(data, undisturbed, tmp_path):
     with killing_a_worker_after_the_first_epoch(tmp_path / "tried"):
-        result = training.fit(plan(long_config(data), tmp_path), say=lambda line: None)
+        result = training.fit(plan(long_config(data), tmp_path), log=lambda line: None)
     assert result["epochs"] == 4
     table = pq.read_table(tmp_path / "tried" / "history.parquet")
     assert table["epoch"].to_pylist() == [1, 2, 3, 4]
@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite_ends_the_job_with_its_step(data, tmp_path):
     )
     start = time.monotonic()
     with pytest.raises(JobFailed, match=r"not finite at step \d+ \(epoch 1\)"):
-        training.fit(plan(hopeless, tmp_path), say=lambda line: None)
+        training.fit(plan(hopeless, tmp_path), log=lambda line: None)
     assert time.monotonic() - start < 100, "it was tried again"
     assert not (tmp_path / "tried" / "run.json").exists()
 
@@ -241,10 +241,10 @@ def test_two_workers_stream_on_two_cpus_and_resume(data, tmp_path, capfd):
         transforms={"augmentation": "strong", "engine": "albumentations"},
     )
     with killing_a_worker_after_the_first_epoch(tmp_path / "tried"):
-        result = training.fit(plan(settings, tmp_path), say=said.append)
+        result = training.fit(plan(settings, tmp_path), log=said.append)
     assert "going on after epoch" in capfd.readouterr().out
     assert any("loading from a stream" in line for line in said)
     assert json.loads((tmp_path / "tried" / "config.json").read_text())["loading"] == "stream"
-    undisturbed = training.fit(plan(settings, tmp_path, "whole"), say=lambda line: None)
+    undisturbed = training.fit(plan(settings, tmp_path, "whole"), log=lambda line: None)
     assert undisturbed["epochs"] == result["epochs"] == 3
     assert tensors(tmp_path / "tried") == tensors(tmp_path / "whole")

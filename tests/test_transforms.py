@@ -24,18 +24,18 @@ from augmentation_probes import (
 )
 from scipy import ndimage
 
-from fer_ray.config.schema import AUGMENTATIONS, PRESETS, STRENGTHS, TransformConfig
+from fer_ray.config.schema import AUGMENTATIONS, MAGNITUDES, PRESETS, TransformConfig
 from fer_ray.models.forward import resize
 from fer_ray.transforms import DeviceAugmenter, keyed_random, sampling
 
 
 def test_every_option_has_a_probe():
-    assert set(PROBES) == set(SETTINGS) == set(STRENGTHS) - set(UNMIXED)
+    assert set(PROBES) == set(SETTINGS) == set(MAGNITUDES) - set(UNMIXED)
 
 
-@pytest.mark.parametrize(("option", "strength"), [*SETTINGS.items(), *OTHERS])
-def test_both_engines_draw_an_option_from_the_same_distribution(option, strength):
-    found = distances(*(measured(engine, option, strength) for engine in ENGINES))
+@pytest.mark.parametrize(("option", "magnitude"), [*SETTINGS.items(), *OTHERS])
+def test_both_engines_draw_an_option_from_the_same_distribution(option, magnitude):
+    found = distances(*(measured(engine, option, magnitude) for engine in ENGINES))
     assert max(found.values()) < 1, found
 
 
@@ -352,8 +352,8 @@ def columns(found: sampling.Parameters) -> dict[str, np.ndarray]:
 
 
 def test_what_is_drawn_for_an_image_is_independent_of_all_else():
-    strengths = {"flip": 0.5, "brightness": 0.2, "contrast": 0.2, "blur": 1.0, "noise": 0.1}
-    found = columns(drawn(6000, rotation=20.0, translation=0.2, erasing=0.5, **strengths))
+    magnitudes = {"flip": 0.5, "brightness": 0.2, "contrast": 0.2, "blur": 1.0, "noise": 0.1}
+    found = columns(drawn(6000, rotation=20.0, translation=0.2, erasing=0.5, **magnitudes))
     warp, box = found.pop("warp 0"), found.pop("erased")
     rows = [*np.concatenate([*found.values()]), np.sign(warp[0]), warp[3], box[2] > 0]
     # neighbouring samples too, whose keys differ by 1

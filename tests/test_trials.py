@@ -78,7 +78,7 @@ def test_what_a_killed_trials_workers_hold_is_given_back(ray_cluster, tmp_path):
 
 def test_a_checkpoint_is_kept_whole_and_the_one_before_it_goes(tmp_path):
     folder = str(tmp_path / "trial")
-    for place in (folder, f"file://{folder}-uri"):
+    for path in (folder, f"file://{folder}-uri"):
         for epoch in (1, 2):
             history = [
                 {"epoch": number, "learning_rate": 0.1, **dict.fromkeys(store.METRICS, 0.5)}
@@ -89,10 +89,10 @@ def test_a_checkpoint_is_kept_whole_and_the_one_before_it_goes(tmp_path):
                 (unfinished / "model.safetensors").write_bytes(b"weights")
                 (unfinished / checkpoint.INDEX).write_text("{}")
 
-            store.save(place, epoch, history, write)
-        names = storage.list_names(place)
+            store.save(path, epoch, history, write)
+        names = storage.list_names(path)
         assert names == ["checkpoint_000002", "history.parquet"]
-        assert storage.list_names(storage.join(place, "checkpoint_000002")) == [
+        assert storage.list_names(storage.join(path, "checkpoint_000002")) == [
             *("checkpoint.json", "model.safetensors")
         ]
 
@@ -103,6 +103,6 @@ def test_what_a_crash_left_between_a_checkpoint_and_its_row_is_made_good(tmp_pat
     folder = store.folder_of(str(tmp_path), 3)
     store.create(str(tmp_path), store.Trial(number=3, arm=None, options={}))
     found = [SimpleNamespace(epoch=1, history=[row])]
-    monkeypatch.setattr(checkpoint, "in_run", lambda place: found)
+    monkeypatch.setattr(checkpoint, "in_run", lambda path: found)
     assert store.resume(folder) is found[0]
     assert [one["epoch"] for one in store.read_trial(str(tmp_path), 3).history] == [1]

@@ -57,7 +57,7 @@ def test_streams_and_remote_tensorboards_are_refused(data, tmp_path):
         planning.plan(
             config(data),
             sweep="normalization",
-            storage_place=f"file://{tmp_path}",
+            storage_path=f"file://{tmp_path}",
             limits=Limits(tensorboard=True),
         )
 
@@ -69,7 +69,7 @@ def test_streams_and_remote_tensorboards_are_refused(data, tmp_path):
 def test_what_never_fits_is_refused_before_anything_is_written(data, tmp_path, scaling, limits):
     made = plan(data, tmp_path, config=config(data, scaling=scaling), limits=limits)
     with pytest.raises(UserError, match="wanted, the cluster has"):
-        tuning.fit(made, say=lambda line: None)
+        tuning.fit(made, log=lambda line: None)
     assert not storage.exists(made.folder)
 
 
@@ -164,7 +164,7 @@ def swept(data, tmp_path_factory):
     folder, said = tmp_path_factory.mktemp("sweeps"), []
     settings = config(data, model={"name": "sequential_cnn"}, optimizer={"warmup_epochs": 0})
     made = plan(data, folder, HALF, num_seeds=2, config=settings, limits={"tensorboard": True})
-    summary = tuning.fit(made, say=said.append)
+    summary = tuning.fit(made, log=said.append)
     return Path(made.folder), summary, said, settings
 
 
@@ -231,10 +231,10 @@ def test_the_same_command_runs_nothing_again_and_more_seeds_go_on(swept, data, m
     started: list[int] = []
     monkeypatch.setattr(tuning, "_run_trials", lambda *given: started.append(1))
     again = plan(data, folder.parent, HALF, num_seeds=2, config=settings)
-    tuning.fit(again, say=lambda line: None)
+    tuning.fit(again, log=lambda line: None)
     assert not started and (folder / "trials.parquet").read_bytes() == before
     said: list[str] = []
-    tuning.fit(plan(data, folder.parent, HALF, num_seeds=3, config=settings), say=said.append)
+    tuning.fit(plan(data, folder.parent, HALF, num_seeds=3, config=settings), log=said.append)
     assert started == [1]
     assert any("4 epochs to run (4 trials are over" in line for line in said)
     trials = store.read_all(str(folder))
@@ -248,7 +248,7 @@ def test_a_live_table_is_erased_whole_and_never_wraps(swept, data, monkeypatch, 
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "40")
     halving = Halving((2,), 9, store.read_all(str(folder)))
-    shown = progress.Progress(str(folder), config(data), halving, say=lambda line: None)
+    shown = progress.Progress(str(folder), config(data), halving, log=lambda line: None)
     shown.on_trial_start(0, [], tuned(0, 2))
     shown._draw()
     drawn = capsys.readouterr().out.splitlines()
@@ -272,9 +272,9 @@ def test_the_table_tells_what_is_paused_and_what_was_promoted(tmp_path):
         store.create(sweep, made)
     history = [{**row, "epoch": epoch} for epoch in (1, 2)]
     for number in range(3):
-        store.save(store.folder_of(sweep, number), 1, history[:1], lambda place: None)
+        store.save(store.folder_of(sweep, number), 1, history[:1], lambda path: None)
     halving = Halving((1, 3, 9), 9, store.read_all(sweep))
-    shown = progress.Progress(sweep, small.config(), halving, say=said.append)
+    shown = progress.Progress(sweep, small.config(), halving, log=said.append)
     for number, until in ((0, 3), (3, 1)):
         assert halving.next() == Job(number=number, until=until)
         shown.on_trial_start(0, [], tuned(number, until))
@@ -284,7 +284,7 @@ def test_the_table_tells_what_is_paused_and_what_was_promoted(tmp_path):
     assert second == "  trial 3: epoch 0/1 of 9"
     # 1 of trial 0, 1 of trial 3, 5 new trials, 2 more to epoch 3, 1 to the end
     assert last.startswith("  0 of 9 trials over, 2 paused; 17 epochs to run, about ")
-    store.save(store.folder_of(sweep, 3), 1, history[:1], lambda place: None)
+    store.save(store.folder_of(sweep, 3), 1, history[:1], lambda path: None)
     shown.on_trial_complete(0, [], tuned(3, 1))
     assert said[0] == "trial 3 paused: 50.00% after 1 epoch, 0 s"
     said.clear()
@@ -314,12 +314,12 @@ def test_a_sweep_whose_settings_had_another_meaning_is_not_gone_on_with(data, tm
     text = "space.transforms.augmentation = ['none', 'standard']"
     noisy = config(data, transforms={"noise": 0.05})
     made = plan(data, tmp_path, text, config=noisy)
-    place = storage.join(made.folder, store.SWEEP)
+    path = storage.join(made.folder, store.SWEEP)
     old = made.to_dict()
-    storage.write_json(place, old)
+    storage.write_json(path, old)
     plan(data, tmp_path, text, config=noisy)
     del old["most_parameters"]
-    storage.write_json(place, old)
+    storage.write_json(path, old)
     with pytest.raises(UserError, match="undid what is set beside"):
         plan(data, tmp_path, text, config=noisy)
 

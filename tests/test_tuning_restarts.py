@@ -106,7 +106,7 @@ def test_a_trial_whose_process_is_killed_goes_on(data, tmp_path):
     )
 
     with killing_the_first_trial(Path(made.folder)) as killed:
-        tuning.fit(made, say=lambda line: None)
+        tuning.fit(made, log=lambda line: None)
     assert killed
     found = rows(Path(made.folder))
     assert found.groupby("trial")["epoch"].apply(list).tolist() == [list(range(1, 9))] * 2
@@ -124,7 +124,7 @@ def test_a_trial_whose_process_dies_too_often_is_recorded_and_the_others_go_on(d
     )
 
     with killing_the_first_trial(Path(made.folder)):
-        tuning.fit(made, say=lambda line: None)
+        tuning.fit(made, log=lambda line: None)
     ends = rows(Path(made.folder)).groupby("trial").tail(1)
     assert ends["status"].tolist() == ["failed", "finished"]
     assert "process died" in ends["stop_reason"].iloc[0]
@@ -135,9 +135,9 @@ def test_a_time_budget_ends_a_sitting_and_the_next_goes_on(data, tmp_path):
     settings = config(data, schedule={"epochs": 60})
     said: list[str] = []
     first = plan(data, tmp_path, num_seeds=1, config=settings, limits={"time_budget_s": 6})
-    tuning.fit(first, say=said.append)
+    tuning.fit(first, log=said.append)
     assert any("are not over: the same command goes on" in line for line in said)
-    tuning.fit(plan(data, tmp_path, num_seeds=1, config=settings), say=said.append)
+    tuning.fit(plan(data, tmp_path, num_seeds=1, config=settings), log=said.append)
     found = rows(Path(first.folder))
     assert found.groupby("trial")["epoch"].apply(list).tolist() == [list(range(1, 61))] * 2
 
@@ -152,7 +152,7 @@ space.transforms.normalization = ["none", "dataset"]
 @pytest.mark.slow
 def test_a_search_stops_trials_and_goes_on_with_more(data, tmp_path):
     settings = config(data, schedule={"epochs": 9})
-    tuning.fit(plan(data, tmp_path, SEARCH, num_trials=8, config=settings), say=lambda line: None)
+    tuning.fit(plan(data, tmp_path, SEARCH, num_trials=8, config=settings), log=lambda line: None)
     folder = tmp_path / "tried"
     found = rows(folder)
     ends = found.groupby("trial").tail(1)
@@ -161,7 +161,7 @@ def test_a_search_stops_trials_and_goes_on_with_more(data, tmp_path):
     assert (stopped["epoch"] < 9).all() and stopped["stop_reason"].str.startswith("ASHA").all()
     assert (ends[ends["status"] == "finished"]["epoch"] == 9).all()
     summary = tuning.fit(
-        plan(data, tmp_path, SEARCH, num_trials=10, config=settings), say=lambda line: None
+        plan(data, tmp_path, SEARCH, num_trials=10, config=settings), log=lambda line: None
     )
     more = rows(folder)
     assert more["trial"].nunique() == 10 and not more.duplicated(["trial", "epoch"]).any()
@@ -232,7 +232,7 @@ def test_trials_of_several_workers_pause_and_go_on_without_leaving_their_workers
     )
     said: list[str] = []
     with killing_the_first_trial(Path(made.folder)) as killed:
-        tuning.fit(made, say=said.append)
+        tuning.fit(made, log=said.append)
     assert killed
     assert any("1 at once" in line for line in said)
     found = rows(Path(made.folder))

@@ -44,19 +44,19 @@ def cores() -> int:
 class Inputs:
     """What gives batches without a network, each way ready to be timed."""
 
-    def __init__(self, place: Workplace, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Workplace, settings: dict[str, Any]) -> None:
         """Makes nothing yet.
 
         Args:
-            place: what the worker measures with.
+            path: what the worker measures with.
             settings: ``round_s``, ``spare_cpus`` to stream with, ``folder`` for the JPEGs.
         """
-        self._place, self._settings = place, settings
+        self._place, self._settings = path, settings
         self._round_s = settings["round_s"]
-        self._device = place.group.device
-        batch_size = place.config.schedule.global_batch_size
-        feed = place.feed(math.ceil(_LEAST_EPOCH / batch_size))
-        trainer = place.trainer(feed)
+        self._device = path.group.device
+        batch_size = path.config.schedule.global_batch_size
+        feed = path.feed(math.ceil(_LEAST_EPOCH / batch_size))
+        trainer = path.trainer(feed)
         self._feed, self._forward = feed, trainer.forward
         self._epochs = itertools.count()
         self._usual: _Usual | None = None
@@ -155,16 +155,16 @@ def repeated(info: DatasetInfo, passes: int) -> DatasetInfo:
 class _Usual:
     """A DataLoader over a folder of JPEGs, its workers running from the start to `stop`."""
 
-    def __init__(self, place: Workplace, folder: Path, forward: Forward) -> None:
-        images = spread(place.train, min(FILES, len(place.train.labels)))
-        files = Files.write(place, images, folder / "jpegs", forward.input_size)
+    def __init__(self, path: Workplace, folder: Path, forward: Forward) -> None:
+        images = spread(path.train, min(FILES, len(path.train.labels)))
+        files = Files.write(path, images, folder / "jpegs", forward.input_size)
         self._loader: DataLoader | None = DataLoader(
             files,
-            batch_size=place.config.schedule.global_batch_size,
+            batch_size=path.config.schedule.global_batch_size,
             sampler=_Endless(len(images.labels)),
             num_workers=cores(),
             prefetch_factor=_PREFETCH,
-            pin_memory=place.group.device.type == "cuda",
+            pin_memory=path.group.device.type == "cuda",
             persistent_workers=True,
         )
         self._batches: Iterator[list[torch.Tensor]] | None = iter(self._loader)
@@ -222,15 +222,15 @@ class Files(Dataset):
     """Pixels a side of what the network sees."""
 
     @classmethod
-    def write(cls, place: Workplace, images: Images, folder: Path, size: int) -> Files:
+    def write(cls, path: Workplace, images: Images, folder: Path, size: int) -> Files:
         """Writes images as JPEGs, a folder a class, and describes them."""
         paths = []
         for number, (pixels, label) in enumerate(zip(images.pixels, images.labels)):
-            path = folder / place.info.labels[label] / f"{number:06d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path, quality=_JPEG_QUALITY)
-            paths.append(str(path))
-        info, config = place.info, place.config
+            inner = folder / path.info.labels[label] / f"{number:06d}.jpg"
+            inner.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(inner, quality=_JPEG_QUALITY)
+            paths.append(str(inner))
+        info, config = path.info, path.config
         library = LibraryAugmenter(
             config.transforms, seed=0, fill=fill_of(info.pixel_mean), image_size=info.image_size
         )

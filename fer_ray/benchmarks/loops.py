@@ -21,7 +21,7 @@ from fer_ray.models.forward import Forward, resize
 from fer_ray.runtime.process import keep_freed_memory
 from fer_ray.training.feed import Feed, Images, MemoryFeed
 from fer_ray.training.loop import Trainer
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 
 EPOCHS = 7
 """Epochs of the real run whose first is compared with the later ones."""
@@ -40,7 +40,7 @@ class Workplace:
     config: TrainConfig
     """Made for measuring by `for_measuring`."""
     info: DatasetInfo
-    group: Group
+    group: ProcessGroup
     threads: int
     train: Images
     """The whole train split."""
@@ -63,7 +63,7 @@ class Workplace:
         return cls(
             config=config,
             info=info,
-            group=Group(
+            group=ProcessGroup(
                 rank=context.get_world_rank(),
                 size=context.get_world_size(),
                 device=ray.train.torch.get_device(),

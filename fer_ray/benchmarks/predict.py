@@ -24,7 +24,7 @@ from fer_ray.models import checkpoint
 from fer_ray.preparation.shards import ROWS_PER_PART
 from fer_ray.training.feed import Images, MemoryFeed
 from fer_ray.training.loop import Trainer
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 
 _MOST_PARTS = 64
 _SETTLE_S = 1.0
@@ -46,10 +46,10 @@ class Bare:
         info = read_info(config.data)
         split = load_split(info, "train")
         images = Images.known(split.images, split.labels)
-        place = Path(settings["folder"]) / "checkpoint"
-        place.mkdir()
-        _save(config, info, images, device, place)
-        found = checkpoint.read(str(place))
+        path = Path(settings["folder"]) / "checkpoint"
+        path.mkdir()
+        _save(config, info, images, device, path)
+        found = checkpoint.read(str(path))
         self._device, self._forward = device, found.forward
         self._model = found.load_model(device)
         self._batches = float_batches(
@@ -78,13 +78,13 @@ class Bare:
 
 
 def _save(
-    config: TrainConfig, info: DatasetInfo, images: Images, device: torch.device, place: Path
+    config: TrainConfig, info: DatasetInfo, images: Images, device: torch.device, path: Path
 ) -> None:
     """A checkpoint as the loop writes it, before the first step."""
-    group = Group(device=device)
+    group = ProcessGroup(device=device)
     feed = MemoryFeed(config, info, images, images, group=group)
     labels: dict[str, Any] = {"run": "benchmark", "provenance": {}}
-    Trainer(config, info, feed, group=group, labels=labels, resume=None).save(place)
+    Trainer(config, info, feed, group=group, labels=labels, resume=None).save(path)
 
 
 def measure(settings: dict[str, Any], *, rounds: int, round_s: float) -> dict[str, Any]:
@@ -131,12 +131,12 @@ def parts_for(speed: float, round_s: float) -> tuple[int, int]:
 def _predict(data: str, folder: str, use_gpu: bool) -> float:
     """Images/s of the real path once it runs: from the first written part to the last."""
     plan = inference.plan(
-        checkpoint_place=storage.join(folder, "checkpoint"),
+        checkpoint_path=storage.join(folder, "checkpoint"),
         data=data,
         split="train",
         output=storage.join(folder, "predictions", "all"),
     )
-    written = inference.predict(plan, num_actors=1, use_gpu=use_gpu, say=lambda line: None)
+    written = inference.predict(plan, num_actors=1, use_gpu=use_gpu, log=lambda line: None)
     files = [Path(written) / task["part"] for task in plan.tasks]
     speed = steady_rate({file: pq.read_metadata(file).num_rows for file in files})
     storage.remove(written)
@@ -160,8 +160,8 @@ def _cut(info: DatasetInfo, folder: str, parts: int, rows: int) -> str:
     """A prepared data set of so many parts of so many images; images come again if need be."""
     tables: list[pa.Table] = []
     for file in info.split("train").files:
-        fs, path = storage.filesystem(storage.join(info.place, file))
-        with fs.open_input_file(path) as stream:
+        fs, inner = storage.filesystem(storage.join(info.path, file))
+        with fs.open_input_file(inner) as stream:
             tables.append(pq.ParquetFile(stream).read())
         if sum(len(table) for table in tables) >= parts * rows:
             break
@@ -170,12 +170,12 @@ def _cut(info: DatasetInfo, folder: str, parts: int, rows: int) -> str:
     for number in range(parts):
         places = np.arange(number * rows, (number + 1) * rows)
         table = whole.take(places % len(whole))
-        names = pa.array([f"{place:07d}" for place in places])
+        names = pa.array([f"{path:07d}" for path in places])
         table = table.set_column(table.schema.get_field_index("image_id"), "image_id", names)
         files.append(f"train/part-{number:05d}.parquet")
         (Path(folder) / "train").mkdir(parents=True, exist_ok=True)
         pq.write_table(table, str(Path(folder) / files[-1]), compression="zstd")
-    value = storage.read_json(storage.join(info.place, dataset.INFO_NAME))
+    value = storage.read_json(storage.join(info.path, dataset.INFO_NAME))
     split = {"rows": parts * rows, "files": files, "classes": {}, "unlabelled": 0}
     storage.write_json(
         storage.join(folder, dataset.INFO_NAME), {**value, "splits": {"train": split}}

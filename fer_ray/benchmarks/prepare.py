@@ -36,7 +36,7 @@ _ROWS = 2048
 
 
 def against_pillow(
-    info: dataset.DatasetInfo, *, folder: str, rounds: int, say: Callable[[str], None]
+    info: dataset.DatasetInfo, *, folder: str, rounds: int, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """Images/s of preparing a zip of JPEGs, beside the plain way in one process.
 
@@ -50,7 +50,7 @@ def against_pillow(
         info: a prepared dataset, whose train images are written as JPEGs.
         folder: to write below; empty.
         rounds: of each side.
-        say: takes lines of progress.
+        log: receives lines of progress.
 
     Returns:
         ``rounds`` of the three sides, and ``prepare_limit_over_pillow``.
@@ -59,7 +59,7 @@ def against_pillow(
 
     archive = Path(folder) / "faces.zip"
     count = _write_zip(info, archive)
-    say(f"preparing a zip of {count:,} JPEGs, beside one process with Pillow")
+    log(f"preparing a zip of {count:,} JPEGs, beside one process with Pillow")
     ours, plain = storage.join(folder, "ours"), Path(folder) / "plain"
 
     def prepare() -> float:
@@ -67,7 +67,7 @@ def against_pillow(
         plan = preparation.plan(
             source=str(archive), output=ours, image_size=info.image_size, overwrite=True
         )
-        preparation.prepare(plan, say=lambda line: None)
+        preparation.prepare(plan, log=lambda line: None)
         return count / (time.perf_counter() - start)
 
     def by_hand() -> float:
@@ -148,14 +148,14 @@ def _prepare_plainly(archive: Path, output: Path, size: int) -> None:
             pq.write_table(table, output / f"{start:07}.parquet", compression="zstd")
 
 
-def growth(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
+def growth(folder: str, log: Callable[[str], None]) -> dict[str, Any]:
     """Peak memory and images/s of preparing few drawn faces, and twenty times as many.
 
     Each in a job of its own with a cluster of its own, all of whose processes are watched.
 
     Args:
         folder: to write below; empty.
-        say: takes lines of progress.
+        log: receives lines of progress.
 
     Returns:
         ``rounds`` of one each, ``prepare_growth`` with the peaks in MiB by kind of process, and
@@ -163,7 +163,7 @@ def growth(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
     """
     rates, peaks = [], []
     for count in (_FEW, _MANY):
-        say(f"preparing {count:,} drawn faces")
+        log(f"preparing {count:,} drawn faces")
         rate, peak = _watched(count, storage.join(folder, str(count)))
         rates.append(rate)
         peaks.append(peak)
@@ -184,9 +184,9 @@ def _watched(count: int, output: str) -> tuple[float, dict[str, float]]:
     with subprocess.Popen(
         [*command, "--output", output], stdout=subprocess.PIPE, text=True, env=environment
     ) as job:
-        with processes.Watch(lambda: processes.started_by(job.pid)) as watch:
+        with processes.Callback(lambda: processes.started_by(job.pid)) as callback:
             told, _ = job.communicate()
-        peaks = watch.peaks_mib()
+        peaks = callback.peaks_mib()
     found = re.search(r"^([\d,]+) images in ([\d.]+) s$", told, re.MULTILINE)
     if job.returncode or not found:
         raise JobFailed(f"jobs/prepare.py --num-images {count} ended with {job.returncode}")

@@ -94,7 +94,7 @@ def is_rays_own(kind: str) -> bool:
     return kind not in OUR_KINDS
 
 
-class Watch:
+class Callback:
     """Notes, while it runs, the most memory that a process of each kind has held.
 
     Args:
@@ -107,7 +107,7 @@ class Watch:
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Callback:
         self._thread.start()
         return self
 

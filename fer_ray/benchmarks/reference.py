@@ -57,13 +57,13 @@ def collect(results: Path, reference: Path, root: Path) -> None:
             _copy(run.parent / name, reference / "runs" / run.parent.name / name, root)
     for manifest in sorted((results / "predictions").glob("*/validation/_manifest.json")):
         for file in sorted(manifest.parent.iterdir()):
-            place = reference / "predictions" / manifest.parent.parent.name / "validation"
-            _copy(file, place / file.name, root)
+            path = reference / "predictions" / manifest.parent.parent.name / "validation"
+            _copy(file, path / file.name, root)
     for file in sorted((results / "evaluation").iterdir()):
         _copy(file, reference / "evaluation" / file.name, root)
     for file in sorted((results / "benchmarks").glob("*.json")):  # those not measured anew stay
         _copy(file, reference / "benchmarks" / file.name, root)
-    reference_sweeps.collect(results, reference, lambda file, place: _copy(file, place, root))
+    reference_sweeps.collect(results, reference, lambda file, path: _copy(file, path, root))
 
 
 def _copy(file: Path, target: Path, root: Path) -> None:
@@ -263,7 +263,7 @@ def main() -> None:
         collect(Path("results"), reference, Path.cwd())
     for section, made in zip(SECTIONS, MAKERS):
         update(Path("README.md"), section, made(reference))
-    cli.say(str(reference if flags.what == "collect" else "README.md"))
+    cli.log(str(reference if flags.what == "collect" else "README.md"))
 
 
 if __name__ == "__main__":

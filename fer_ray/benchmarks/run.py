@@ -88,7 +88,7 @@ def plan(
     if config.data:
         info = read_info(config.data)
         _check_data(info, keys)
-        config, labels, size = replace(config, data=info.place), len(info.labels), info.image_size
+        config, labels, size = replace(config, data=info.path), len(info.labels), info.image_size
     if config.model.weights not in ("", "imagenet"):
         weights = storage.absolute(config.model.weights)
         config = replace(config, model=replace(config.model, weights=weights))
@@ -109,7 +109,7 @@ def _check_data(info: DatasetInfo, keys: Sequence[str]) -> None:
     for name in ("train", "validation"):
         split = info.split(name)
         if split.rows == split.unlabelled:
-            raise UserError(f"--data: {info.place} has no labelled images in its {name} split")
+            raise UserError(f"--data: {info.path} has no labelled images in its {name} split")
         if split.unlabelled and "stream_over_naive" in keys:
             raise UserError(
                 f"--data: {split.unlabelled} images of {name} have no label and cannot be "
@@ -129,14 +129,14 @@ def _check_output(output: str) -> None:
 
 
 def measure(
-    plan: Plan, *, start_ray: Callable[[], None], say: Callable[[str], None] = print
+    plan: Plan, *, start_ray: Callable[[], None], log: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Starts Ray, measures, and writes the JSON file.
 
     Args:
         plan: from `plan`.
         start_ray: connects to a cluster or starts one.
-        say: takes lines of progress.
+        log: receives lines of progress.
 
     Returns:
         The file's content: the numbers of `KEYS` at the top, beside what they are made of.
@@ -151,10 +151,10 @@ def measure(
     startup_s["ray"] = time.monotonic() - start
     _check_cluster(plan)
     with tempfile.TemporaryDirectory(prefix="fer_ray-benchmark-") as folder:
-        run = _Run(plan, folder, say)
-        with benchmark_processes.Watch(run.processes) as watch:
+        run = _Run(plan, folder, log)
+        with benchmark_processes.Callback(run.processes) as callback:
             found = run.everything()
-            found["peak_memory_mib"] = _peaks(watch.peaks_mib(), found)
+            found["peak_memory_mib"] = _peaks(callback.peaks_mib(), found)
     found["startup_s"] = startup_s | found.get("startup_s", {})
     found = environment.describe(torch.device("cpu")) | found  # the workers say it better
     result = {**numbers(plan.keys, found), **_beside(plan, found, run.info)}
@@ -192,10 +192,10 @@ def _check_cluster(plan: Plan) -> None:
 class _Run:
     """The measurements of one benchmark, in a folder of their own."""
 
-    def __init__(self, plan: Plan, folder: str, say: Callable[[str], None]) -> None:
+    def __init__(self, plan: Plan, folder: str, log: Callable[[str], None]) -> None:
         import ray
 
-        self._plan, self._folder, self._say = plan, folder, say
+        self._plan, self._folder, self._log = plan, folder, log
         self.session = ray.get_runtime_context().get_session_name()
         self._needs = {KEYS[key].needs for key in plan.keys}
         config = for_measuring(plan.config)
@@ -218,18 +218,18 @@ class _Run:
         if "predict" in self._needs:
             parts.append(self._predict())
         if "sweep" in self._needs:
-            parts.append(benchmark_sweeps.overhead(self._own_folder("overhead"), self._say))
+            parts.append(benchmark_sweeps.overhead(self._own_folder("overhead"), self._log))
         if "halving" in self._needs:
-            parts.append(benchmark_sweeps.halving(self._own_folder("halving"), self._say))
+            parts.append(benchmark_sweeps.halving(self._own_folder("halving"), self._log))
         if "prepare" in self._needs:
-            place, rounds = self._own_folder("prepare"), self._plan.rounds
+            path, rounds = self._own_folder("prepare"), self._plan.rounds
             parts.append(
                 benchmark_prepare.against_pillow(
-                    self.info, folder=place, rounds=rounds, say=self._say
+                    self.info, folder=path, rounds=rounds, log=self._log
                 )
             )
         if "prepare_growth" in self._needs:
-            parts.append(benchmark_prepare.growth(self._own_folder("growth"), self._say))
+            parts.append(benchmark_prepare.growth(self._own_folder("growth"), self._log))
         for part in parts:
             rounds = found["rounds"] | part["rounds"]
             found = part | found | {"rounds": rounds}
@@ -250,13 +250,13 @@ class _Run:
 
         scaling, step_s = self.config.scaling, 0.0
         if {"train", "epochs"} & set(names):
-            self._say("timing a step, to size the rounds")
+            self._log("timing a step, to size the rounds")
             calibrate = ray.remote(max_calls=1)(benchmark_workers.calibrate)
             calibrate = calibrate.options(
                 num_cpus=scaling.cpus_per_worker, num_gpus=int(scaling.use_gpu)
             )
             step_s = ray.get(calibrate.remote(self.config.to_dict()))
-        self._say(f"one worker: {', '.join(names)}")
+        self._log(f"one worker: {', '.join(names)}")
         spare = ray.cluster_resources()["CPU"] - scaling.cpus_per_worker
         settings = self._settings("alone", names=names, step_s=step_s, spare_cpus=spare)
         settings["default_precision"] = self._plan.config.schedule.precision == "auto"
@@ -269,23 +269,23 @@ class _Run:
 
     def _together(self) -> dict[str, Any]:
         workers = self.config.scaling.num_workers
-        self._say(f"{workers} workers of one thread")
+        self._log(f"{workers} workers of one thread")
         settings = self._settings("together", session=self.session)
         found = _fit(benchmark_workers.together, settings, self.config, workers=workers)
         return {**found, "steps_together": found.pop("steps")}
 
     def _predict(self) -> dict[str, Any]:
-        self._say("prediction")
+        self._log("prediction")
         settings = self._settings("predict")
         plan = self._plan
         return benchmark_predict.measure(settings, rounds=plan.rounds, round_s=plan.round_s)
 
 
 def _draw_faces(folder: str) -> str:
-    place = storage.join(folder, "faces")
-    plan = preparation.plan(source="synthetic", output=place, image_size=_IMAGE_SIZE)
-    preparation.prepare(plan, say=lambda line: None)
-    return place
+    path = storage.join(folder, "faces")
+    plan = preparation.plan(source="synthetic", output=path, image_size=_IMAGE_SIZE)
+    preparation.prepare(plan, log=lambda line: None)
+    return path
 
 
 def _fit(
@@ -300,7 +300,7 @@ def _fit(
         work,
         settings,
         replace(config.scaling, num_workers=workers, max_failures=0),
-        storage_place=settings["folder"],
+        storage_path=settings["folder"],
         run="run",
         failed="a worker of the benchmark failed",
     )

@@ -34,7 +34,7 @@ _GRID: dict[str, list[Any]] = {
 """27 configurations, of which some are poor from the start and others only later."""
 
 
-def overhead(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
+def overhead(folder: str, log: Callable[[str], None]) -> dict[str, Any]:
     """Seconds a trial of one process beyond its epochs, one trial at a time.
 
     From the start of Ray Tune to its end, the first process and its imports included, less the
@@ -42,20 +42,20 @@ def overhead(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
 
     Args:
         folder: to write below; empty.
-        say: takes lines of progress.
+        log: receives lines of progress.
     """
-    say(f"the overhead of {_OVERHEAD_TRIALS} trials")
+    log(f"the overhead of {_OVERHEAD_TRIALS} trials")
     data = _draw(folder, _OVERHEAD_IMAGES)
     sweep = _file(folder, "overhead", {"transforms.normalization": ["none"]})
     plan = planning.plan(
         _config(data, width=4, epochs=2),
         sweep=sweep,
-        storage_place=storage.join(folder, "sweeps"),
+        storage_path=storage.join(folder, "sweeps"),
         num_seeds=_OVERHEAD_TRIALS,
         limits=Limits(max_concurrent=1),
     )
     start = time.monotonic()
-    tuning.fit(plan, say=lambda line: None)
+    tuning.fit(plan, log=lambda line: None)
     seconds = time.monotonic() - start
     trials = store.read_all(plan.folder)
     trained_s = sum(row["seconds"] for trial in trials for row in trial.history)
@@ -66,29 +66,29 @@ def overhead(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def halving(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
+def halving(folder: str, log: Callable[[str], None]) -> dict[str, Any]:
     """Epochs that ASHA runs over those of a full grid of the same 27 trials, and what it loses.
 
     Args:
         folder: to write below; empty.
-        say: takes lines of progress.
+        log: receives lines of progress.
     """
     data = _draw(folder, _HALVING_IMAGES)
     config = _config(data, width=8, epochs=_HALVING_EPOCHS)
-    say("27 trials in full")
+    log("27 trials in full")
     grid = planning.plan(
         config,
         sweep=_file(folder, "grid", _GRID),
-        storage_place=storage.join(folder, "sweeps"),
+        storage_path=storage.join(folder, "sweeps"),
         num_seeds=1,
         limits=Limits(),
     )
-    tuning.fit(grid, say=lambda line: None)
-    say("the same 27 trials with ASHA")
+    tuning.fit(grid, log=lambda line: None)
+    log("the same 27 trials with ASHA")
     search = planning.plan(
         config,
         sweep=_file(folder, "halved", _GRID, method="search"),
-        storage_place=storage.join(folder, "sweeps"),
+        storage_path=storage.join(folder, "sweeps"),
         num_trials=len(grid.space.arms),
         limits=Limits(),
     )
@@ -96,7 +96,7 @@ def halving(folder: str, say: Callable[[str], None]) -> dict[str, Any]:
     for number, values in enumerate(itertools.product(*_GRID.values())):
         chosen = {**dict(zip(names, values)), "schedule.seed": config.schedule.seed}
         store.create(search.folder, store.Trial(number=number, arm=None, options=chosen))
-    tuning.fit(search, say=lambda line: None)
+    tuning.fit(search, log=lambda line: None)
     full, halved = (_outcome(plan.folder) for plan in (grid, search))
     return {
         "rounds": {},
@@ -135,13 +135,13 @@ def _config(data: str, *, width: int, epochs: int) -> TrainConfig:
 
 
 def _draw(folder: str, num_images: int) -> str:
-    place = storage.join(folder, "faces")
-    plan = preparation.plan(source="synthetic", output=place, num_images=num_images)
-    preparation.prepare(plan, say=lambda line: None)
-    return place
+    path = storage.join(folder, "faces")
+    plan = preparation.plan(source="synthetic", output=path, num_images=num_images)
+    preparation.prepare(plan, log=lambda line: None)
+    return path
 
 
 def _file(folder: str, name: str, space: dict[str, Any], method: str = "grid") -> str:
-    place = Path(folder) / f"{name}.json"
-    place.write_text(json.dumps({"method": method, "space": space}))
-    return str(place)
+    path = Path(folder) / f"{name}.json"
+    path.write_text(json.dumps({"method": method, "space": space}))
+    return str(path)

@@ -36,7 +36,7 @@ from fer_ray.models.forward import resize
 from fer_ray.runtime import environment
 from fer_ray.training.feed import Batch, Images, MemoryFeed
 from fer_ray.training.loop import Trainer
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 
 RESULT = "measured.json"
 _PROFILED_STEPS = 20
@@ -97,15 +97,15 @@ def alone(settings: dict[str, Any]) -> None:
             and the ``folder`` for the result.
     """
     entered = time.time()
-    place = Workplace.of(settings)
-    names, rounds, device = settings["names"], settings["rounds"], place.group.device
-    round_s, batch_size = settings["round_s"], place.config.schedule.global_batch_size
-    found: dict[str, Any] = {"threads": place.threads, "rounds": {}}
+    path = Workplace.of(settings)
+    names, rounds, device = settings["names"], settings["rounds"], path.group.device
+    round_s, batch_size = settings["round_s"], path.config.schedule.global_batch_size
+    found: dict[str, Any] = {"threads": path.threads, "rounds": {}}
     if {"epochs", "train"} & set(names):
         steps = found["steps"] = steps_for(settings["step_s"], round_s, batch_size)
-        feed = WatchedFeed(place.feed(steps), device)
+        feed = WatchedFeed(path.feed(steps), device)
         loaded = time.time()
-        trainer = place.trainer(feed)
+        trainer = path.trainer(feed)
         built = time.time()
         trainer.fit(lambda history, save: None)
         found["epochs_s"] = [row["seconds"] for row in trainer.history]
@@ -116,13 +116,13 @@ def alone(settings: dict[str, Any]) -> None:
         parts = (after - before for before, after in itertools.pairwise(moments))
         found["startup_s"] = dict(zip(("data", "model", "first_step"), parts))
         if "train" in names:
-            candidates = _training(place, trainer, steps, settings["default_precision"])
+            candidates = _training(path, trainer, steps, settings["default_precision"])
             found["rounds"] |= in_turn(candidates, rounds)
         if device.type == "cuda":
-            found["gpu_busy_share"] = _gpu_busy_share(place, trainer)
+            found["gpu_busy_share"] = _gpu_busy_share(path, trainer)
     if {"input", "input_naive", "stream"} & set(names):
         found |= {"input_threads": benchmark_input.cores()}
-        with benchmark_input.Inputs(place, settings) as inputs:
+        with benchmark_input.Inputs(path, settings) as inputs:
             found["rounds"] |= in_turn(inputs.candidates(names), rounds)
             found["stream_images"] = inputs.stream_images
     found |= environment.describe(device)
@@ -130,10 +130,10 @@ def alone(settings: dict[str, Any]) -> None:
 
 
 def _training(
-    place: Workplace, trainer: Trainer, steps: int, default_precision: bool
+    path: Workplace, trainer: Trainer, steps: int, default_precision: bool
 ) -> dict[str, Callable[[], float]]:
     """The real loop and the plain ones; the default's own where another precision was given."""
-    device, batch_size = place.group.device, place.config.schedule.global_batch_size
+    device, batch_size = path.group.device, path.config.schedule.global_batch_size
     epochs = itertools.count(EPOCHS)
 
     def real(one: Trainer) -> Callable[[], int]:
@@ -143,31 +143,31 @@ def _training(
 
         return epoch
 
-    plain = place.plain(trainer.forward, batch_size, steps)
+    plain = path.plain(trainer.forward, batch_size, steps)
     batches = [(images.contiguous(), targets) for images, targets in plain.batches]
-    eager = Plain(place.config, place.info, batches, device, bfloat16=False, channels_last=False)
+    eager = Plain(path.config, path.info, batches, device, bfloat16=False, channels_last=False)
     works: dict[str, Callable[[], int]] = {
         "train": real(trainer),
         "train_plain": lambda: plain.train(steps),
         "train_plain_layout": lambda: eager.train(steps),
     }
     if not default_precision:
-        config = for_measuring(place.config, precision="auto")
-        other = Workplace(**{**vars(place), "config": config})
-        works["train_default"] = real(other.trainer(place.feed(steps)))
+        config = for_measuring(path.config, precision="auto")
+        other = Workplace(**{**vars(path), "config": config})
+        works["train_default"] = real(other.trainer(path.feed(steps)))
     return {name: functools.partial(rate, work, device) for name, work in works.items()}
 
 
-def _gpu_busy_share(place: Workplace, trainer: Trainer) -> float:
+def _gpu_busy_share(path: Workplace, trainer: Trainer) -> float:
     """The share of the real loop's time in which the GPU runs kernels, of 1.0."""
     from torch.profiler import ProfilerActivity, profile
 
-    trainer.feed = place.feed(_PROFILED_STEPS)
+    trainer.feed = path.feed(_PROFILED_STEPS)
     trainer.steps_per_epoch = _PROFILED_STEPS
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        start = now(place.group.device)
+        start = now(path.group.device)
         trainer._train_epoch(2 * EPOCHS)
-        elapsed_s = now(place.group.device) - start
+        elapsed_s = now(path.group.device) - start
     busy_us = sum(event.self_device_time_total for event in profiled.key_averages())
     return busy_us / 1e6 / elapsed_s
 
@@ -178,15 +178,15 @@ def together(settings: dict[str, Any]) -> None:
     Args:
         settings: as of `alone`, and the ``session`` of Ray.
     """
-    place = Workplace.of(settings, threads=1)
-    group, batch_size = place.group, place.config.schedule.global_batch_size
+    path = Workplace.of(settings, threads=1)
+    group, batch_size = path.group, path.config.schedule.global_batch_size
     own = group.part(batch_size)
-    trainer = place.trainer(place.feed(2))
-    plain = place.plain(trainer.forward, own.stop - own.start, 2)
+    trainer = path.trainer(path.feed(2))
+    plain = path.plain(trainer.forward, own.stop - own.start, 2)
     step_s = group.slowest(step_seconds(plain, group.device))
     steps = steps_for(step_s, settings["round_s"], batch_size)
-    trainer.feed, trainer.steps_per_epoch = place.feed(steps), steps
-    plain = place.plain(trainer.forward, own.stop - own.start, steps)
+    trainer.feed, trainer.steps_per_epoch = path.feed(steps), steps
+    plain = path.plain(trainer.forward, own.stop - own.start, steps)
     epochs = itertools.count()
     used: list[dict[str, float]] = []
 
@@ -212,7 +212,7 @@ def together(settings: dict[str, Any]) -> None:
         storage.write_json(storage.join(settings["folder"], RESULT), found)
 
 
-def _cpu_seconds(settings: dict[str, Any], group: Group) -> dict[str, float]:
+def _cpu_seconds(settings: dict[str, Any], group: ProcessGroup) -> dict[str, float]:
     """CPU seconds so far of each kind of Ray's own processes, seen by the first worker."""
     found = processes.cpu_seconds(settings["session"]) if group.rank == 0 else {}
     group.total(np.zeros(1))  # nobody starts before the first worker has looked

@@ -15,9 +15,9 @@ from typing import Any
 
 from fer_ray.config.schema import (
     DEFAULT_LEARNING_RATE,
+    MAGNITUDES,
     PRESETS,
     SECTIONS,
-    STRENGTHS,
     TrainConfig,
     check_field,
     flag_of,
@@ -117,9 +117,9 @@ def changed(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
     """
     values = config.to_dict()
     if "transforms.augmentation" in options:
-        kept = own_strengths(config)
+        kept = own_magnitudes(config)
         values["transforms"] |= {
-            strength: None for strength in STRENGTHS if f"transforms.{strength}" not in kept
+            magnitude: None for magnitude in MAGNITUDES if f"transforms.{magnitude}" not in kept
         }
     usual = _default(config, "optimizer.learning_rate", FIELDS["optimizer.learning_rate"])
     if "optimizer.optimizer" in options and config.optimizer.learning_rate == usual:
@@ -130,9 +130,9 @@ def changed(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig.from_dict(values)
 
 
-def own_strengths(config: TrainConfig) -> dict[str, float]:
+def own_magnitudes(config: TrainConfig) -> dict[str, float]:
     """The strengths of augmentation that are not those of the preset, by dotted name."""
-    found = {f"transforms.{name}": getattr(config.transforms, name) for name in STRENGTHS}
+    found = {f"transforms.{name}": getattr(config.transforms, name) for name in MAGNITUDES}
     return {
         name: value
         for name, value in found.items()
@@ -163,7 +163,7 @@ def _default(config: TrainConfig, name: str, spec: dataclasses.Field) -> Any:
     """What a setting is when its flag is not given but the others are."""
     if name == "optimizer.learning_rate":
         return DEFAULT_LEARNING_RATE[config.optimizer.optimizer]
-    if spec.name in STRENGTHS and name.startswith("transforms."):
+    if spec.name in MAGNITUDES and name.startswith("transforms."):
         return PRESETS[config.transforms.augmentation].get(spec.name, 0.0)
     return spec.default
 

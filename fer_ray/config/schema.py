@@ -165,17 +165,17 @@ class TransformConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         preset = PRESETS[self.augmentation]
-        for name in STRENGTHS:
+        for name in MAGNITUDES:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, preset.get(name, 0.0))
 
     def with_preset(self, augmentation: str) -> TransformConfig:
         """The same with all strengths of another preset."""
-        unset = dict.fromkeys(STRENGTHS)
+        unset = dict.fromkeys(MAGNITUDES)
         return dataclasses.replace(self, augmentation=augmentation, **unset)  # type: ignore[arg-type]
 
 
-STRENGTHS = tuple(
+MAGNITUDES = tuple(
     spec.name for spec in dataclasses.fields(TransformConfig) if "float" in str(spec.type)
 )
 """The fields of `TransformConfig` that presets set."""

@@ -79,7 +79,7 @@ class SplitInfo:
 class DatasetInfo:
     """A prepared dataset, as its ``dataset.json`` describes it."""
 
-    place: str
+    path: str
     """Absolute local path or URI of the folder."""
     labels: tuple[str, ...]
     """The class names, alphabetical: a label's index is its position here."""
@@ -101,7 +101,7 @@ class DatasetInfo:
             UserError: when the dataset has no such split.
         """
         if name not in self.splits:
-            raise unknown(f"--split of {self.place}", name, self.splits)
+            raise unknown(f"--split of {self.path}", name, self.splits)
         return self.splits[name]
 
 
@@ -119,35 +119,35 @@ class Split:
     """N hashes of the pictures as decoded, before resizing: equal for the same picture."""
 
 
-def read_info(place: str) -> DatasetInfo:
+def read_info(path: str) -> DatasetInfo:
     """Reads ``dataset.json``.
 
     Raises:
         UserError: when the folder is not a prepared dataset, or one of another format.
     """
-    place = storage.absolute(place)
-    info_place = storage.join(place, INFO_NAME)
-    if not storage.exists(info_place):
+    path = storage.absolute(path)
+    info_path = storage.join(path, INFO_NAME)
+    if not storage.exists(info_path):
         raise UserError(
-            f"{place} is not a prepared dataset (no {INFO_NAME}): make one with jobs/prepare.py"
+            f"{path} is not a prepared dataset (no {INFO_NAME}): make one with jobs/prepare.py"
         )
     try:
-        value = storage.read_json(info_place)
+        value = storage.read_json(info_path)
         if value["format"] != FORMAT:
             raise UserError(
-                f"{info_place}: format {value['format']}, this version reads {FORMAT}: "
+                f"{info_path}: format {value['format']}, this version reads {FORMAT}: "
                 "run jobs/prepare.py again"
             )
-        return _parse_info(place, value)
+        return _parse_info(path, value)
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(f"{info_place} is damaged ({error!r}): prepare it again") from error
+        raise UserError(f"{info_path} is damaged ({error!r}): prepare it again") from error
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{info_place} is not valid JSON ({error})") from error
+        raise UserError(f"{info_path} is not valid JSON ({error})") from error
 
 
-def _parse_info(place: str, value: dict[str, Any]) -> DatasetInfo:
+def _parse_info(path: str, value: dict[str, Any]) -> DatasetInfo:
     splits = {
         name: SplitInfo(
             rows=split["rows"],
@@ -158,7 +158,7 @@ def _parse_info(place: str, value: dict[str, Any]) -> DatasetInfo:
         for name, split in value["splits"].items()
     }
     return DatasetInfo(
-        place=place,
+        path=path,
         labels=tuple(value["labels"]),
         image_size=value["image_size"],
         splits=splits,
@@ -176,7 +176,7 @@ def load_split(info: DatasetInfo, name: str) -> Split:
             promises.
     """
     split = info.split(name)
-    fs, root = storage.filesystem(info.place)
+    fs, root = storage.filesystem(info.path)
     columns = ["image_id", "label", "image", "pixel_sha256"]
     paths = [storage.join(root, file) for file in split.files]
     try:
@@ -184,10 +184,10 @@ def load_split(info: DatasetInfo, name: str) -> Split:
         table = pq.read_table(paths, columns=columns, filesystem=fs, partitioning=None)
     except (OSError, pa.ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{info.place}: split {name!r} cannot be read: {reason}") from error
+        raise UserError(f"{info.path}: split {name!r} cannot be read: {reason}") from error
     if table.num_rows != split.rows:
         raise UserError(
-            f"{info.place}: split {name!r} has {table.num_rows} rows, {INFO_NAME} says "
+            f"{info.path}: split {name!r} has {table.num_rows} rows, {INFO_NAME} says "
             f"{split.rows}: run jobs/prepare.py again"
         )
     return Split(

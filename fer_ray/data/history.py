@@ -28,18 +28,18 @@ SCHEMA = pa.schema(
 """The columns of ``history.parquet``."""
 
 
-def write_history(place: str, rows: Sequence[dict[str, Any]]) -> None:
+def write_history(path: str, rows: Sequence[dict[str, Any]]) -> None:
     """Writes ``history.parquet`` whole: a row that is there twice or missing cannot come about.
 
     Args:
-        place: of the file.
+        path: of the file.
         rows: as checkpoints hold them; ``ended_at`` in ISO 8601, and not in those of before it was
             kept.
     """
     moments = [{**row, "ended_at": _moment(row.get("ended_at"))} for row in rows]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(moments, schema=SCHEMA), sink)
-    storage.write_bytes(place, sink.getvalue().to_pybytes())
+    storage.write_bytes(path, sink.getvalue().to_pybytes())
 
 
 def _moment(text: str | None) -> datetime.datetime | None:

@@ -101,28 +101,28 @@ def open_pictures(given: str) -> Pictures:
     """
     if given == "kaggle":
         return FilePictures(open_files(kaggle.download()), given)
-    place = storage.absolute(given)
-    name = storage.name_of(place).lower()
-    if name.endswith((".csv", ".parquet")) and not storage.is_directory(place):
-        return _table(place, given)
+    path = storage.absolute(given)
+    name = storage.name_of(path).lower()
+    if name.endswith((".csv", ".parquet")) and not storage.is_directory(path):
+        return _table(path, given)
     try:
-        return FilePictures(open_files(place), given)
+        return FilePictures(open_files(path), given)
     except UserError as error:
         if str(error).endswith("neither a folder nor a .zip"):
-            raise UserError(f"--source: {place} is none of {KINDS}") from error
+            raise UserError(f"--source: {path} is none of {KINDS}") from error
         raise
 
 
-def _table(place: str, given: str) -> Pictures:
-    if not storage.exists(place):
-        raise UserError(f"--source: {place} does not exist")
-    names = tables.columns_of(place)
-    if not tables.is_parquet(place) and set(names) >= pixels.COLUMNS:
-        return pixels.PixelRows(place, given)
+def _table(path: str, given: str) -> Pictures:
+    if not storage.exists(path):
+        raise UserError(f"--source: {path} does not exist")
+    names = tables.columns_of(path)
+    if not tables.is_parquet(path) and set(names) >= pixels.COLUMNS:
+        return pixels.PixelRows(path, given)
     if set(names) >= set(tables.COLUMNS):
-        return TablePictures(tables.TableSource(place), given)
+        return TablePictures(tables.TableSource(path), given)
     raise UserError(
-        f"--source: {place} has the columns {', '.join(names)[:200] or '(none)'}: expected "
+        f"--source: {path} has the columns {', '.join(names)[:200] or '(none)'}: expected "
         f"{' and '.join(tables.COLUMNS)}, and split if there is one, or those of fer2013.csv: "
         "emotion, pixels, Usage"
     )

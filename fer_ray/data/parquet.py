@@ -30,9 +30,9 @@ def write_table(table: pa.Table, staging: str, part: str, **settings: Any) -> No
         raise unseen(storage.parent_of(staging)) from error
 
 
-def unseen(place: str) -> UserError:
+def unseen(path: str) -> UserError:
     """Builds the error for an output that workers on other machines do not see."""
     return UserError(
-        f"--output: {place} is not seen by every worker: with several machines it has to be on a "
+        f"--output: {path} is not seen by every worker: with several machines it has to be on a "
         "shared disk or at a URI"
     )

@@ -124,11 +124,11 @@ def write_manifest(
     storage.write_json(storage.join(folder, MANIFEST), manifest)
 
 
-def find(place: str) -> list[str]:
+def find(path: str) -> list[str]:
     """The folders of predictions at a place.
 
     Args:
-        place: a split's folder, a run's folder, or the folder of all predictions.
+        path: a split's folder, a run's folder, or the folder of all predictions.
 
     Returns:
         The folders with a manifest, sorted. One that has part files but no manifest is left
@@ -137,30 +137,30 @@ def find(place: str) -> list[str]:
     Raises:
         UserError: when there is none, or `place` itself has part files but no manifest.
     """
-    place = storage.absolute(place)
-    if not storage.is_directory(place):
-        raise UserError(f"{place}: no such folder; {_EXPECTED}")
+    path = storage.absolute(path)
+    if not storage.is_directory(path):
+        raise UserError(f"{path}: no such folder; {_EXPECTED}")
     unfinished: list[str] = []
-    found = sorted(_search(place, _DEPTH, unfinished))
-    if place in unfinished:
-        raise UserError(f"{place}: part files without {MANIFEST}: unfinished, predict again")
+    found = sorted(_search(path, _DEPTH, unfinished))
+    if path in unfinished:
+        raise UserError(f"{path}: part files without {MANIFEST}: unfinished, predict again")
     for folder in unfinished:
         logger.warning("%s: left out: part files without %s, unfinished", folder, MANIFEST)
     if not found:
-        raise UserError(f"{place}: no predictions here; {_EXPECTED}")
+        raise UserError(f"{path}: no predictions here; {_EXPECTED}")
     return found
 
 
-def _search(place: str, depth: int, unfinished: list[str]) -> list[str]:
-    names = storage.list_names(place)
+def _search(path: str, depth: int, unfinished: list[str]) -> list[str]:
+    names = storage.list_names(path)
     if MANIFEST in names:
-        return [place]
+        return [path]
     if any(_is_part(name) for name in names):
-        unfinished.append(place)
+        unfinished.append(path)
         return []
     if depth == 0:
         return []
-    below = [storage.join(place, name) for name in names if name[0] not in "._"]
+    below = [storage.join(path, name) for name in names if name[0] not in "._"]
     folders = [folder for folder in below if storage.is_directory(folder)]
     return [hit for folder in folders for hit in _search(folder, depth - 1, unfinished)]
 
@@ -197,19 +197,19 @@ def read(folder: str) -> Predictions:
 
 
 def _read_manifest(folder: str) -> dict[str, Any]:
-    place = storage.join(folder, MANIFEST)
+    path = storage.join(folder, MANIFEST)
     try:
-        manifest = storage.read_json(place)
+        manifest = storage.read_json(path)
     except FileNotFoundError:
         raise UserError(f"{folder}: no {MANIFEST}; {_EXPECTED}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{place}: not JSON: {error}") from error
+        raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{place}: the format is not {FORMAT!r}")
+        raise UserError(f"{path}: the format is not {FORMAT!r}")
     needed = ("run", "split", "model", "checkpoint", "rows", "files", "labels", "config")
     missing = [key for key in needed if key not in manifest]
     if missing:
-        raise UserError(f"{place}: {', '.join(missing)} missing")
+        raise UserError(f"{path}: {', '.join(missing)} missing")
     return manifest
 
 
@@ -228,13 +228,13 @@ def _read_files(
     return pa.concat_tables(tables) if tables else wanted.empty_table()
 
 
-def _read_part(place: str, wanted: pa.Schema, *, strict: bool) -> pa.Table:
-    fs, path = storage.filesystem(place)
-    name = storage.name_of(place)
+def _read_part(path: str, wanted: pa.Schema, *, strict: bool) -> pa.Table:
+    fs, inner = storage.filesystem(path)
+    name = storage.name_of(path)
     try:
         # One stream and not `read_table(path)`, which would take `run=x` in a folder's name
         # for a partition and add a column.
-        with fs.open_input_file(path) as stream:
+        with fs.open_input_file(inner) as stream:
             table = pq.ParquetFile(stream).read()
     except pa.ArrowException as error:
         raise UserError(f"{name} is not readable as Parquet: {error}".splitlines()[0]) from error

@@ -35,22 +35,22 @@ def pieces(info: DatasetInfo, split: str) -> list[Piece]:
         UserError: where files cannot be read, or do not hold as many rows as ``dataset.json``
             promises.
     """
-    fs, root = storage.filesystem(info.place)
+    fs, root = storage.filesystem(info.path)
     found, first = [], 0
     for file in info.split(split).files:
         try:
             metadata = pq.read_metadata(storage.join(root, file), filesystem=fs)
         except (OSError, pa.ArrowInvalid) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{info.place}: {file} cannot be read: {reason}") from error
-        place = storage.join(info.place, file)
+            raise UserError(f"{info.path}: {file} cannot be read: {reason}") from error
+        path = storage.join(info.path, file)
         for number in range(metadata.num_row_groups):
             rows = metadata.row_group(number).num_rows
-            found.append(Piece(file=place, row_group=number, begin=0, end=rows, first=first))
+            found.append(Piece(file=path, row_group=number, begin=0, end=rows, first=first))
             first += rows
     if first != info.split(split).rows:
         raise UserError(
-            f"{info.place}: split {split!r} has {first} rows, dataset.json says "
+            f"{info.path}: split {split!r} has {first} rows, dataset.json says "
             f"{info.split(split).rows}: run jobs/prepare.py again"
         )
     return found

@@ -196,13 +196,13 @@ class _Sheet:
 
 def _vary(full: Expression, rng: np.random.Generator) -> Expression:
     """An expression at 60 to 105 % of its strength, each of its parts a little off."""
-    strength = rng.uniform(0.6, 1.05)
+    magnitude = rng.uniform(0.6, 1.05)
     jitter = rng.normal(0, 1, len(fields(Expression)))
     values = {}
     for field, noise in zip(fields(Expression), jitter):
         rest, goal = getattr(_REST, field.name), getattr(full, field.name)
         spread = 0.012 + 0.12 * abs(goal - rest)
-        values[field.name] = rest + strength * (goal - rest) + spread * noise
+        values[field.name] = rest + magnitude * (goal - rest) + spread * noise
     for name in ("mouth_open", "teeth", "nose_wrinkle", "cheeks", "mouth_square"):
         values[name] = max(0.0, values[name]) if getattr(full, name) else 0.0
     values["eye_open"] = max(0.03, values["eye_open"])
@@ -336,8 +336,8 @@ def _expose(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Light from one side, exposure and the sensor's noise; (N, N) uint8 to the same."""
     size = len(image)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
-    angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.45)
-    light = 1 + strength * (math.cos(angle) * ramp[None] + math.sin(angle) * ramp[:, None])
+    angle, magnitude = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.45)
+    light = 1 + magnitude * (math.cos(angle) * ramp[None] + math.sin(angle) * ramp[:, None])
     contrast, brightness = rng.uniform(0.65, 1.05), rng.uniform(-30, 30)
     noise = rng.standard_normal((size, size), np.float32) * rng.uniform(2, 12)
     lit = (image * light - 128) * contrast + 128 + brightness + noise

@@ -119,10 +119,10 @@ def _cell(axes: Axes, row: int, column: int, rate: float, count: int, size: int)
         axes.add_patch(Rectangle(corner, 0.97, 0.97, facecolor=svg.HEAT, alpha=rate, linewidth=0))
     colour = svg.HEAT_TEXT if rate > _DARK_CELL else svg.HEAT_LOW
     scale = min(1.0, 7 / size)
-    place: dict[str, Any] = {"ha": "center", "color": colour}
+    path: dict[str, Any] = {"ha": "center", "color": colour}
     percentage, number = f"{100 * rate:.0f} %", f"{count:,}"
-    axes.text(column, row - 0.04, percentage, va="bottom", fontsize=10 * scale, **place)
-    axes.text(column, row + 0.04, number, va="top", fontsize=8 * scale, **place)
+    axes.text(column, row - 0.04, percentage, va="bottom", fontsize=10 * scale, **path)
+    axes.text(column, row + 0.04, number, va="top", fontsize=8 * scale, **path)
 
 
 def learning_curves(

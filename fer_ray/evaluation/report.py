@@ -50,7 +50,7 @@ class Mistake:
     """PNG as a data URI; None without pictures."""
 
 
-def check_places(output: str, runs: str | None, data: str | None) -> None:
+def check_paths(output: str, runs: str | None, data: str | None) -> None:
     """Refuses, before any work, places that `publish` could not use.
 
     Raises:
@@ -77,7 +77,7 @@ def publish(
     Returns:
         The place of the report.
     """
-    check_places(output, runs, data)
+    check_paths(output, runs, data)
     page = render(evaluation, runs=runs, data=data)
     with storage.staged_directory(output) as folder:
         tables.write(evaluation, folder)
@@ -185,11 +185,11 @@ def _pictures(
     return dict(zip(loaded.image_ids, zip(loaded.pixel_sha256, loaded.images)))
 
 
-def read_trainings(place: str, runs: Sequence[str], remarks: list[str]) -> dict[str, Training]:
+def read_trainings(path: str, runs: Sequence[str], remarks: list[str]) -> dict[str, Training]:
     """Reads ``<run>/history.parquet`` and the hardware of ``<run>/run.json``.
 
     Args:
-        place: the training runs' storage.
+        path: the training runs' storage.
         runs: the runs to look for.
         remarks: gets one line for each run without a history.
 
@@ -201,7 +201,7 @@ def read_trainings(place: str, runs: Sequence[str], remarks: list[str]) -> dict[
     """
     found = {}
     for run in runs:
-        folder = storage.join(storage.absolute(place), run)
+        folder = storage.join(storage.absolute(path), run)
         history = storage.join(folder, "history.parquet")
         if not storage.exists(history):
             remarks.append(f"{run}: no training history was found, so it has no learning curve.")
@@ -214,15 +214,15 @@ def read_trainings(place: str, runs: Sequence[str], remarks: list[str]) -> dict[
     return found
 
 
-def _read_history(place: str) -> pd.DataFrame:
+def _read_history(path: str) -> pd.DataFrame:
     wanted = ["epoch", "seconds", "images_per_s"]
     wanted += [f"{part}_{name}" for name, _ in _CURVES for part in ("train", "validation")]
-    fs, path = storage.filesystem(place)
+    fs, inner = storage.filesystem(path)
     try:
-        with fs.open_input_file(path) as stream:
+        with fs.open_input_file(inner) as stream:
             return pq.ParquetFile(stream).read(columns=wanted).to_pandas()[wanted]
     except (pa.ArrowException, KeyError) as error:
-        raise UserError(f"{place}: not a training history: {error}".splitlines()[0]) from error
+        raise UserError(f"{path}: not a training history: {error}".splitlines()[0]) from error
 
 
 def _plain(value: object) -> str:

@@ -145,7 +145,7 @@ def evaluate(
         UserError: when there are no predictions, two folders hold the same run and split, the
             runs on a split have different classes, or no run is called `baseline`.
     """
-    folders = list(dict.fromkeys(f for place in places for f in predictions.find(place)))
+    folders = list(dict.fromkeys(f for path in places for f in predictions.find(path)))
     read: dict[tuple[str, str], str] = {}
     scores: list[Score] = []
     for folder in folders:

@@ -49,23 +49,23 @@ SCHEMAS = {
 _FILES = {MARKER, REPORT, *(f"{name}.parquet" for name in SCHEMAS)}
 
 
-def check_output(place: str) -> None:
+def check_output(path: str) -> None:
     """Refuses a folder that an evaluation must not replace.
 
     Raises:
         UserError: when it is a file, or holds anything else than an earlier evaluation.
     """
-    storage.check_bucket("--output", place)
-    if storage.exists(place) and not storage.is_directory(place):
-        raise UserError(f"--output: {place} is a file, a folder is expected")
-    if storage.is_unfinished(place):  # by an evaluation that was killed
+    storage.check_bucket("--output", path)
+    if storage.exists(path) and not storage.is_directory(path):
+        raise UserError(f"--output: {path} is a file, a folder is expected")
+    if storage.is_unfinished(path):  # by an evaluation that was killed
         return
-    names = storage.list_names(place)
+    names = storage.list_names(path)
     strange = sorted(set(names) - _FILES)
     if strange:
-        raise UserError(f"--output: {place} is not an evaluation: it holds {strange[0]!r}")
+        raise UserError(f"--output: {path} is not an evaluation: it holds {strange[0]!r}")
     if names and MARKER not in names:
-        raise UserError(f"--output: {place} is not empty and not an evaluation (no {MARKER})")
+        raise UserError(f"--output: {path} is not empty and not an evaluation (no {MARKER})")
 
 
 def write(evaluation: Evaluation, folder: str) -> None:

@@ -70,7 +70,7 @@ class Plan:
 
 def plan(
     *,
-    checkpoint_place: str,
+    checkpoint_path: str,
     data: str | None = None,
     images: str | None = None,
     split: str,
@@ -80,7 +80,7 @@ def plan(
     """Checks the input and lists the images; needs no Ray.
 
     Args:
-        checkpoint_place: a checkpoint's folder, or a run's: its best.
+        checkpoint_path: a checkpoint's folder, or a run's: its best.
         data: place of a prepared data set, of which `split` is predicted.
         images: place of a folder or zip of face crops in any layout, instead of `data`.
         split: the split, or for loose images the name to give them.
@@ -92,7 +92,7 @@ def plan(
     """
     if (data is None) == (images is None):
         raise UserError("--data or --images: exactly one of the two is needed")
-    found = checkpoint.find(checkpoint_place)
+    found = checkpoint.find(checkpoint_path)
     found.load_tensors(checkpoint.MODEL)  # damaged weights are found here and not by workers
     name = storage.check_name("--run", run or found.run)
     storage.check_name("--split", split)
@@ -122,18 +122,18 @@ def _prepared_tasks(
     info = dataset.read_info(data)
     if strange := set(info.labels) - set(labels):
         raise UserError(
-            f"--data: {info.place} has labels that the checkpoint does not know: "
+            f"--data: {info.path} has labels that the checkpoint does not know: "
             f"{', '.join(sorted(strange))} (it knows {', '.join(labels)})"
         )
     part = info.split(split)
     if not part.rows:
-        raise UserError(f"--split: {split} of {info.place} has no images")
+        raise UserError(f"--split: {split} of {info.path} has no images")
     row_groups.pieces(info, split)  # absent and damaged parts are found here and not by workers
     tasks = [
-        {"part": f"part-{number:05d}.parquet", "file": storage.join(info.place, file)}
+        {"part": f"part-{number:05d}.parquet", "file": storage.join(info.path, file)}
         for number, file in enumerate(part.files)
     ]
-    return tasks, part.rows, {"data": info.place, "data_sha256": info.data_sha256}
+    return tasks, part.rows, {"data": info.path, "data_sha256": info.data_sha256}
 
 
 def _loose_tasks(
@@ -156,7 +156,7 @@ def predict(
     *,
     num_actors: int = 0,
     use_gpu: bool = False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> str:
     """Predicts every image once and writes the result, whole or not at all.
 
@@ -164,7 +164,7 @@ def predict(
         plan: from `plan`.
         num_actors: processes that predict; 0: one a GPU with `use_gpu`, else one a CPU.
         use_gpu: whether each has a GPU.
-        say: takes lines of progress.
+        log: receives lines of progress.
 
     Returns:
         The folder of the predictions. Predictions that were there before are replaced.
@@ -175,17 +175,17 @@ def predict(
         JobFailed: when a worker cannot read or write.
     """
     start = time.perf_counter()
-    actors = _count_actors(plan, num_actors, use_gpu, say)
-    say(
+    actors = _count_actors(plan, num_actors, use_gpu, log)
+    log(
         f"predicting {plan.rows:,} images of {plan.split} with {plan.run} "
         f"({plan.checkpoint.model.name}, epoch {plan.checkpoint.epoch}) on {actors} actor(s)"
     )
     if skipped := plan.described.get("skipped"):
-        say(f"{len(skipped)} files are no pictures and are listed in the manifest")
+        log(f"{len(skipped)} files are no pictures and are listed in the manifest")
     # the unfinished folder lies beside the output, not below it: readers of all predictions
     # must not meet it
     with storage.staged_directory(plan.folder, staging=_staging(plan.output)) as staging:
-        errors = _write_parts(plan, staging, actors=actors, use_gpu=use_gpu, say=say)
+        errors = _write_parts(plan, staging, actors=actors, use_gpu=use_gpu, log=log)
         predictions.write_manifest(
             staging,
             rows=plan.rows,
@@ -193,7 +193,7 @@ def predict(
             labels=plan.checkpoint.labels,
             checkpoint=plan.checkpoint.sha256,
             config={
-                "checkpoint": plan.checkpoint.place,
+                "checkpoint": plan.checkpoint.path,
                 "epoch": plan.checkpoint.epoch,
                 "batch_size": BATCH_SIZE,
                 "flip_at_test": plan.checkpoint.flip_at_test,
@@ -202,7 +202,7 @@ def predict(
             },
         )
     seconds = time.perf_counter() - start
-    say(f"{plan.rows:,} rows, {errors:,} with an error, {seconds:.1f} s")
+    log(f"{plan.rows:,} rows, {errors:,} with an error, {seconds:.1f} s")
     return plan.folder
 
 
@@ -213,22 +213,22 @@ def _staging(output: str) -> str:
     return storage.parent_of(output)
 
 
-def _count_actors(plan: Plan, num_actors: int, use_gpu: bool, say: Callable[[str], None]) -> int:
+def _count_actors(plan: Plan, num_actors: int, use_gpu: bool, log: Callable[[str], None]) -> int:
     kind, flag = ("GPU", "--use-gpu") if use_gpu else ("CPU", "--num-actors")
     demand = resources.Demand(each={kind: 1.0}, count=max(num_actors, 1), flags={kind: flag})
-    nodes = resources.check(demand, say=say)
+    nodes = resources.check(demand, log=log)
     return num_actors or max(min(resources.fitting(demand.each, nodes), len(plan.tasks)), 1)
 
 
 def _write_parts(
-    plan: Plan, staging: str, *, actors: int, use_gpu: bool, say: Callable[[str], None]
+    plan: Plan, staging: str, *, actors: int, use_gpu: bool, log: Callable[[str], None]
 ) -> int:
     """Lets Ray Data write every part; returns how many rows have an error."""
     import ray
 
     moment = datetime.datetime.now(datetime.UTC)
     predictor = _Predictor(
-        place=plan.checkpoint.place,
+        path=plan.checkpoint.path,
         row={"run": plan.run, "split": plan.split, "predicted_at": moment},
         source=plan.source,
         staging=staging,
@@ -250,7 +250,7 @@ def _write_parts(
         done, errors = done + row["rows"], errors + row["errors"]
         if time.monotonic() - said >= _PROGRESS_S:
             said = time.monotonic()
-            say(f"{done:,} of {plan.rows:,} images")
+            log(f"{done:,} of {plan.rows:,} images")
     return errors
 
 
@@ -260,13 +260,13 @@ class _Predictor:
     def __init__(
         self,
         *,
-        place: str,
+        path: str,
         row: dict[str, Any],
         source: sources.Source | None,
         staging: str,
         device: str,
     ) -> None:
-        self._place, self._device = place, torch.device(device)
+        self._place, self._device = path, torch.device(device)
         self._row, self._source, self._staging = row, source, staging
 
     @cached_property

@@ -39,7 +39,7 @@ _TRAINING = "training.safetensors"
 class Checkpoint:
     """What ``checkpoint.json`` says."""
 
-    place: str
+    path: str
     """The folder: local path or URI."""
     run: str
     """Name of the run that wrote it."""
@@ -107,9 +107,9 @@ class Checkpoint:
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """A tensor file's content, checked against its hash."""
-        content = storage.read_bytes(storage.join(self.place, name))
+        content = storage.read_bytes(storage.join(self.path, name))
         if hashlib.sha256(content).hexdigest() != self.files[name]:
-            raise UserError(f"{self.place}: {name} is damaged: its hash is not the recorded one")
+            raise UserError(f"{self.path}: {name} is damaged: its hash is not the recorded one")
         return safetensors.torch.load(content)
 
     def restore(self, model: nn.Module, average: nn.Module, optimizer: Any) -> None:
@@ -155,32 +155,32 @@ def save(
     storage.write_json(str(folder / INDEX), index)
 
 
-def read(place: str) -> Checkpoint:
+def read(path: str) -> Checkpoint:
     """Reads a checkpoint folder.
 
     Raises:
         UserError: where it is none, or not whole.
     """
     try:
-        value = storage.read_json(storage.join(place, INDEX))
+        value = storage.read_json(storage.join(path, INDEX))
         if value.pop("format") != FORMAT:
-            raise UserError(f"{place}: a checkpoint of another version of this project")
+            raise UserError(f"{path}: a checkpoint of another version of this project")
         for name in value["files"]:
-            if not storage.exists(storage.join(place, name)):
-                raise UserError(f"{place}: not a whole checkpoint: {name} is missing")
+            if not storage.exists(storage.join(path, name)):
+                raise UserError(f"{path}: not a whole checkpoint: {name} is missing")
         value["model"] = ModelConfig(**value["model"])
         value["normalizer"] = Normalizer(**value["normalizer"])
         value["labels"] = tuple(value["labels"])
-        return Checkpoint(place=place, **value)
+        return Checkpoint(path=path, **value)
     except FileNotFoundError as error:
-        raise UserError(f"{place}: not a checkpoint: {INDEX} is missing") from error
+        raise UserError(f"{path}: not a checkpoint: {INDEX} is missing") from error
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not UTF-8
-        raise UserError(f"{place}: {INDEX} is damaged: {error}") from error
+        raise UserError(f"{path}: {INDEX} is damaged: {error}") from error
 
 
-def find(place: str) -> Checkpoint:
+def find(path: str) -> Checkpoint:
     """The checkpoint at a place: the folder itself, or the best one of a run's folder.
 
     Of equally good ones it is the latest, as Ray Train keeps it. One whose weights are damaged
@@ -190,21 +190,21 @@ def find(place: str) -> Checkpoint:
     Raises:
         UserError: where there is none.
     """
-    place = storage.absolute(place)
-    if not storage.is_directory(place):
-        raise UserError(f"{place}: no checkpoint here: no such folder")
-    if storage.exists(storage.join(place, INDEX)):
-        return read(place)
-    found = in_run(place)
-    ranked = sorted(found, key=lambda one: (one.score, one.epoch, one.place), reverse=True)
+    path = storage.absolute(path)
+    if not storage.is_directory(path):
+        raise UserError(f"{path}: no checkpoint here: no such folder")
+    if storage.exists(storage.join(path, INDEX)):
+        return read(path)
+    found = in_run(path)
+    ranked = sorted(found, key=lambda one: (one.score, one.epoch, one.path), reverse=True)
     if best := _first_undamaged(ranked, MODEL):
         return best
-    raise UserError(f"{place}: no checkpoint here: give a checkpoint's or a run's folder")
+    raise UserError(f"{path}: no checkpoint here: give a checkpoint's or a run's folder")
 
 
-def latest(place: str) -> Checkpoint | None:
+def latest(path: str) -> Checkpoint | None:
     """Where a run's folder has it go on: its latest undamaged checkpoint, or None at the start."""
-    ranked = sorted(in_run(place), key=lambda one: (one.epoch, one.place), reverse=True)
+    ranked = sorted(in_run(path), key=lambda one: (one.epoch, one.path), reverse=True)
     return _first_undamaged(ranked, MODEL, _TRAINING)
 
 
@@ -218,11 +218,11 @@ def _first_undamaged(candidates: Sequence[Checkpoint], *names: str) -> Checkpoin
     return None
 
 
-def in_run(place: str) -> list[Checkpoint]:
+def in_run(path: str) -> list[Checkpoint]:
     """The whole checkpoints of a run's folder; what a crash left half written is passed over."""
     found = []
-    for name in storage.list_names(place):
-        folder = storage.join(place, name)
+    for name in storage.list_names(path):
+        folder = storage.join(path, name)
         if name.startswith("checkpoint_") and storage.exists(storage.join(folder, INDEX)):
             try:
                 found.append(read(folder))

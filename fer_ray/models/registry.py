@@ -285,17 +285,17 @@ def _load_published(model: nn.Module, weights: str) -> None:
         raise UserError(f"--weights: {weights} does not hold EfficientNet-B2's weights") from error
 
 
-def _read_weights(place: str) -> Any:
+def _read_weights(path: str) -> Any:
     """What a file of weights holds; nothing of it is run."""
     try:
-        if place.endswith(".safetensors"):
-            return safetensors.torch.load_file(place)
-        return torch.load(place, map_location="cpu", weights_only=True)
+        if path.endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"--weights: {place}: {error}") from error
+        raise UserError(f"--weights: {path}: {error}") from error
     except Exception as error:  # readers of damaged files raise nearly anything
         raise UserError(
-            f"--weights: {place} is damaged, or neither a .safetensors file nor one that "
+            f"--weights: {path} is damaged, or neither a .safetensors file nor one that "
             "torch.save wrote from a dict of tensors"
         ) from error
 

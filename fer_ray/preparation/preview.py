@@ -38,35 +38,35 @@ class Shown:
     """PNG as a data URI."""
 
 
-def check(place: str) -> str:
+def check(path: str) -> str:
     """The absolute place of the page.
 
     Raises:
         UserError: when it cannot be written.
     """
-    place = storage.absolute(place)
-    if storage.is_directory(place):
-        raise UserError(f"--preview: {place} is a folder; a file's name is wanted")
-    if not storage.name_of(place).lower().endswith((".html", ".htm")):
-        raise UserError(f"--preview: {place} does not end in .html")
-    if not storage.is_uri(place) and not Path(place).parent.is_dir():
-        raise UserError(f"--preview: there is no folder {Path(place).parent}")
-    if not storage.is_uri(place) and not os.access(Path(place).parent, os.W_OK):
-        raise UserError(f"--preview: {Path(place).parent} cannot be written to")
-    return place
+    path = storage.absolute(path)
+    if storage.is_directory(path):
+        raise UserError(f"--preview: {path} is a folder; a file's name is wanted")
+    if not storage.name_of(path).lower().endswith((".html", ".htm")):
+        raise UserError(f"--preview: {path} does not end in .html")
+    if not storage.is_uri(path) and not Path(path).parent.is_dir():
+        raise UserError(f"--preview: there is no folder {Path(path).parent}")
+    if not storage.is_uri(path) and not os.access(Path(path).parent, os.W_OK):
+        raise UserError(f"--preview: {Path(path).parent} cannot be written to")
+    return path
 
 
-def writer(place: str, say: Callable[[str], None]) -> Callable[[str, Ledger, dict[str, Any]], None]:
+def writer(path: str, log: Callable[[str], None]) -> Callable[[str, Ledger, dict[str, Any]], None]:
     """What `preparation.prepare` calls at its end, to write the page.
 
     Args:
-        place: of the page, from `check`.
-        say: receives a line with it.
+        path: of the page, from `check`.
+        log: receives a line with it.
     """
 
     def write(folder: str, ledger: Ledger, info: dict[str, Any]) -> None:
-        storage.write_bytes(place, render(folder, ledger, info).encode())
-        say(f"preview: {place}")
+        storage.write_bytes(path, render(folder, ledger, info).encode())
+        log(f"preview: {path}")
 
     return write
 
@@ -195,8 +195,8 @@ def _histogram(
         medians = []
         for number, split in enumerate(splits):
             counts = np.zeros(_BINS)
-            for place, count in ledger.rows(query, split):
-                counts[place] = count
+            for path, count in ledger.rows(query, split):
+                counts[path] = count
             shares = 100 * counts / counts.sum()
             colour = svg.series_colour(number)
             axes.stairs(shares, edges, color=colour, linewidth=2, label=split)

@@ -41,14 +41,14 @@ _LOOKED_FOR = 200
 def prepare(
     plan: Plan,
     *,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     finish: Callable[[str, Ledger, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Writes the prepared dataset, whole or not at all; Ray has to be started.
 
     Args:
         plan: what to do; it is used up.
-        say: receives lines of progress.
+        log: receives lines of progress.
         finish: called with the dataset's place, the ledger and the value of ``dataset.json``
             when all is written.
 
@@ -62,12 +62,12 @@ def prepare(
     start = time.monotonic()
     ledger = plan.ledger
     try:
-        resources.check(_DEMAND, say=say)
+        resources.check(_DEMAND, log=log)
         with storage.staged_directory(plan.output) as staging:
-            _write_parts(plan, staging, say)
+            _write_parts(plan, staging, log)
             _check_seen(plan)
             _check_train(ledger)
-            _settle(plan, staging, say)
+            _settle(plan, staging, log)
             _check_train(ledger)
             _verify_parts(ledger, staging, plan.output)
             dataset_summary.write_quarantine(ledger, staging)
@@ -75,9 +75,9 @@ def prepare(
             dataset_summary.write_duplicates(ledger, staging)
             storage.write_json(storage.join(staging, dataset.INFO_NAME), info)
         for line in (*dataset_summary.describe(info, ledger), *_warnings(plan, info)):
-            say(line)
+            log(line)
         rows = sum(split["rows"] for split in info["splits"].values())
-        say(f"{rows:,} images in {time.monotonic() - start:.1f} s")
+        log(f"{rows:,} images in {time.monotonic() - start:.1f} s")
         if finish:
             finish(plan.output, ledger, info)
     finally:
@@ -90,7 +90,7 @@ def _check_train(ledger: Ledger) -> None:
         raise UserError(f"--source: no train image can be used: {ledger.reasons()[0][0]}")
 
 
-def _write_parts(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
+def _write_parts(plan: Plan, staging: str, log: Callable[[str], None]) -> None:
     """Lets Ray Data write every part, and notes one result a file in the ledger."""
     counts = plan.ledger.counts()
     for split in counts:
@@ -105,7 +105,7 @@ def _write_parts(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
         done += table.num_rows
         if time.monotonic() - said >= _PROGRESS_S or done == total:
             said = time.monotonic()
-            say(f"{done:,} of {total:,} images, {said - start:.0f} s")
+            log(f"{done:,} of {total:,} images, {said - start:.0f} s")
     if done != total:
         raise JobFailed(f"{done:,} results for {total:,} files")
 
@@ -132,7 +132,7 @@ def _check_seen(plan: Plan) -> None:
         )
 
 
-def _settle(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
+def _settle(plan: Plan, staging: str, log: Callable[[str], None]) -> None:
     """Holds out and drops what is to be, now that every picture is known."""
     if plan.held_out:
         splitting.hold_out(plan.ledger, fraction=plan.held_out, seed=plan.seed)
@@ -141,7 +141,7 @@ def _settle(plan: Plan, staging: str, say: Callable[[str], None]) -> None:
     tasks = list(shards.move_tasks(plan.ledger))
     if not tasks:
         return
-    say(f"rewriting {len(tasks):,} parts without the rows that are moved or dropped")
+    log(f"rewriting {len(tasks):,} parts without the rows that are moved or dropped")
     if plan.held_out:
         storage.make_directory(storage.join(staging, "validation"))
     move = functools.partial(shards.move_rows, staging=staging)

@@ -17,9 +17,9 @@ import torch
 from fer_ray import storage
 from fer_ray.config.schema import (
     AUGMENTATIONS,
+    MAGNITUDES,
     NORMALIZATIONS,
     PRESETS,
-    STRENGTHS,
     TransformConfig,
     flag_of,
 )
@@ -52,17 +52,17 @@ _GAP = 2
 _GAP_GREY = 255
 
 
-def write(place: str) -> str:
+def write(path: str) -> str:
     """Writes the page, one HTML file without links; returns its absolute place.
 
     Raises:
         UserError: where a folder of that name is.
     """
-    place = storage.absolute(place)
-    if storage.is_directory(place):
-        raise UserError(f"--show-augmentations: {place} is a folder; a file's name is wanted")
-    storage.write_bytes(place, render().encode())
-    return place
+    path = storage.absolute(path)
+    if storage.is_directory(path):
+        raise UserError(f"--show-augmentations: {path} is a folder; a file's name is wanted")
+    storage.write_bytes(path, render().encode())
+    return path
 
 
 def render() -> str:
@@ -74,8 +74,8 @@ def render() -> str:
     shown = crowd[:FACES]
     docs = _docs()
     options = [
-        _option(name, strength_of(name), shown, fill) | {"doc": docs[name]}
-        for name in STRENGTHS
+        _option(name, magnitude_of(name), shown, fill) | {"doc": docs[name]}
+        for name in MAGNITUDES
         if name not in MIXING
     ]
     environment = jinja2.Environment(
@@ -96,7 +96,7 @@ def render() -> str:
     )
 
 
-def strength_of(name: str) -> float:
+def magnitude_of(name: str) -> float:
     """An option's strength in the preset `strong`, or where that has none, in another preset."""
     chosen = [PRESETS["strong"], *PRESETS.values()]
     return next(preset[name] for preset in chosen if name in preset)
@@ -132,19 +132,19 @@ def engines(config: TransformConfig, shown: np.ndarray, fill: int) -> dict[str, 
     return {engine: picture(np.stack(made)) for engine, made in rows.items()}
 
 
-def _only(**strengths: float) -> TransformConfig:
-    return TransformConfig(augmentation="none", **strengths)  # type: ignore[arg-type]
+def _only(**magnitudes: float) -> TransformConfig:
+    return TransformConfig(augmentation="none", **magnitudes)  # type: ignore[arg-type]
 
 
 def _flags() -> dict[str, str]:
     return {spec.name: flag_of(spec) for spec in dataclasses.fields(TransformConfig)}
 
 
-def _option(name: str, strength: float, shown: np.ndarray, fill: int) -> dict[str, Any]:
+def _option(name: str, magnitude: float, shown: np.ndarray, fill: int) -> dict[str, Any]:
     return {
         "name": name,
-        "flag": f"{_flags()[name]} {strength:g}",
-        "engines": engines(_only(**{name: strength}), shown, fill),
+        "flag": f"{_flags()[name]} {magnitude:g}",
+        "engines": engines(_only(**{name: magnitude}), shown, fill),
     }
 
 
@@ -161,8 +161,8 @@ def _preset(name: str, shown: np.ndarray, fill: int) -> dict[str, Any]:
 
 def _mixed(name: str, shown: np.ndarray) -> dict[str, Any]:
     """The faces, what each is mixed with, and the result; a batch of the faces alone."""
-    strength = strength_of(name)
-    config = _only(**{name: strength})
+    magnitude = magnitude_of(name)
+    config = _only(**{name: magnitude})
     drawn = [draw_mix(config, (_SEED, 0, step), len(shown), _SIZE) for step in range(STEPS)]
     plan = max(filter(None, drawn), key=lambda one: (one.own_share * (1 - one.own_share)).sum())
     mix = plan.of(slice(0, len(shown)), torch.device("cpu"))
@@ -170,7 +170,7 @@ def _mixed(name: str, shown: np.ndarray) -> dict[str, Any]:
     mixed = mix.apply(batch).squeeze(1).round().to(torch.uint8).numpy()
     return {
         "name": name,
-        "flag": f"{_flags()[name]} {strength:g}",
+        "flag": f"{_flags()[name]} {magnitude:g}",
         "picture": picture(np.stack([shown, shown[plan.partner], mixed])),
         "shares": ", ".join(f"{100 * share:.0f}\u00a0%" for share in plan.own_share),
     }

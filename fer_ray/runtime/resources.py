@@ -83,13 +83,13 @@ class Growth:
 
 
 def check(
-    demand: Demand, *, say: Callable[[str], None] = print, may_wait: bool = True
+    demand: Demand, *, log: Callable[[str], None] = print, may_wait: bool = True
 ) -> list[Mapping[str, float]]:
     """Refuses what the connected cluster can never give, and says what is waited for.
 
     Args:
         demand: what the job will ask Ray for.
-        say: takes a line where the job has to wait.
+        log: receives a line where the job has to wait.
         may_wait: whether a cluster may grow for it.
 
     Returns:
@@ -104,7 +104,7 @@ def check(
     has = [node["Resources"] for node in nodes]
     if fitting(demand.each, has) >= demand.count:
         if may_wait:
-            _say_what_is_taken(demand, say)
+            _say_what_is_taken(demand, log)
         return has
     lack = _lack(demand, has)
     growth = _growth(nodes) if may_wait else Growth()
@@ -114,10 +114,10 @@ def check(
         if most < demand.count:
             reason = _reason(demand, growth, most) if may_wait else ""
             raise UserError(f"{lack}{reason}{f'; {demand.hint}' if demand.hint else ''}")
-    say(f"{lack}: waiting for it to grow{doubt}")
+    log(f"{lack}: waiting for it to grow{doubt}")
     done = threading.Event()
     room = min(fitting(demand.each, has), demand.count)
-    follower = threading.Thread(target=_follow, args=(demand, room, done, say), daemon=True)
+    follower = threading.Thread(target=_follow, args=(demand, room, done, log), daemon=True)
     follower.start()
     _following.append((done, follower))
     return has
@@ -134,7 +134,7 @@ def stop_following() -> None:
         follower.join(_LAST_LOOK_S)
 
 
-def _follow(demand: Demand, before: int, done: threading.Event, say: Callable[[str], None]) -> None:
+def _follow(demand: Demand, before: int, done: threading.Event, log: Callable[[str], None]) -> None:
     """Says how the cluster grows, until the demand fits or the work is done."""
     import ray
 
@@ -145,7 +145,7 @@ def _follow(demand: Demand, before: int, done: threading.Event, say: Callable[[s
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             room = min(fitting(demand.each, nodes), demand.count)
             if room != before:
-                say(f"the cluster has changed: {room} of {demand.count} fit now")
+                log(f"the cluster has changed: {room} of {demand.count} fit now")
             before = room
 
 
@@ -216,7 +216,7 @@ def _reason(demand: Demand, growth: Growth, most: int) -> str:
     return " and does not grow by itself" if os.environ.get("RAY_ADDRESS") else ""
 
 
-def _say_what_is_taken(demand: Demand, say: Callable[[str], None]) -> None:
+def _say_what_is_taken(demand: Demand, log: Callable[[str], None]) -> None:
     from ray._private.state import available_resources_per_node  # there is no public one
 
     free: list[Mapping[str, float]] = []
@@ -225,7 +225,7 @@ def _say_what_is_taken(demand: Demand, say: Callable[[str], None]) -> None:
         if fitting(demand.each, free) >= demand.count:
             return
         time.sleep(pause)
-    say(f"{_shortest(demand, free)}: waiting for other jobs")
+    log(f"{_shortest(demand, free)}: waiting for other jobs")
 
 
 def _shortest(demand: Demand, free: Sequence[Mapping[str, float]]) -> str:
@@ -285,17 +285,17 @@ def _growth_by(session: str) -> Growth | None:
         given = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
         is_monitor = any(word.endswith("monitor.py") for word in words)
         if is_monitor and session in given.get("--logs-dir", "").split("/"):
-            place = given.get("--autoscaling-config")
-            return _settings(Path(place).expanduser()) if place else Growth()
+            path = given.get("--autoscaling-config")
+            return _settings(Path(path).expanduser()) if path else Growth()
     return None
 
 
-def _settings(place: Path) -> Growth:
+def _settings(path: Path) -> Growth:
     """The limits that an autoscaler's settings set, as `ray up` leaves them on the head."""
     import yaml
 
     try:
-        settings = yaml.safe_load(place.read_text())
+        settings = yaml.safe_load(path.read_text())
         most = int(settings["max_workers"])
         types = tuple(
             NodeType(

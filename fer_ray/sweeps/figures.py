@@ -287,15 +287,15 @@ def _axis(axes: Axes, height: float, given: Any, unit: str = "") -> None:
     axes.plot([0, 1], [height, height], color=GRID, linewidth=1.2, zorder=1)
     if isinstance(given, Mapping):
         ends = {0.0: given["low"], 1.0: given["high"]}
-        labels = {place: f"{sentences.value(end)} {unit}".strip() for place, end in ends.items()}
+        labels = {path: f"{sentences.value(end)} {unit}".strip() for path, end in ends.items()}
     else:
         labels = {_place(given, choice): short(str(choice), 18) for choice in given}
-    for number, (place, text) in enumerate(labels.items()):
-        axes.plot([place], [height], marker="|", markersize=6, color=MUTED, zorder=1)
-        side = "left" if place == 0 else "right" if place == 1 else "center"
+    for number, (path, text) in enumerate(labels.items()):
+        axes.plot([path], [height], marker="|", markersize=6, color=MUTED, zorder=1)
+        side = "left" if path == 0 else "right" if path == 1 else "center"
         lower = 0.42 if len(labels) > _CROWDED and number % 2 else 0.0
         style: dict[str, Any] = {"va": "top", "ha": side, "fontsize": 8, "color": INK, "zorder": 4}
-        axes.text(place, height + 0.14 + lower, text, **style)
+        axes.text(path, height + 0.14 + lower, text, **style)
 
 
 def _place(given: Any, value: Any) -> float:

@@ -91,8 +91,8 @@ class Halving:
         ended_early = trial.status in (FAILED, FINISHED)
         is_between = not trial.is_over and epochs not in (0, *self.rungs)
         self._entered[trial.number] = min(reached + (ended_early or is_between), len(self.rungs))
-        for place in range(reached):
-            self._results[place][trial.number] = trial.history[self.rungs[place] - 1][SCORE]
+        for path in range(reached):
+            self._results[path][trial.number] = trial.history[self.rungs[path] - 1][SCORE]
         if ended_early and reached < len(self.rungs):
             finished = trial.status == FINISHED and epochs > 0
             score = trial.history[-1][SCORE] if finished else -math.inf
@@ -129,8 +129,8 @@ class Halving:
         if self.is_over:
             return 0
         left, before, expected = 0, 0, self.num_trials
-        for place, rung in enumerate(self.rungs):
-            entered = sum(count > place for count in self._entered.values())
+        for path, rung in enumerate(self.rungs):
+            entered = sum(count > path for count in self._entered.values())
             expected = max(expected, entered)
             left += (expected - entered) * (rung - before)
             before, expected = rung, max(expected // REDUCTION, 1)
@@ -156,9 +156,9 @@ class Halving:
     def _broken_off(self) -> tuple[int, int] | None:
         """What an interruption left between two rungs, or at the end but not written down."""
         for number in self._idle():
-            place = self._entered[number] - 1
-            if place == len(self.rungs) - 1 or (place >= 0 and number not in self._results[place]):
-                return number, place
+            path = self._entered[number] - 1
+            if path == len(self.rungs) - 1 or (path >= 0 and number not in self._results[path]):
+                return number, path
         return None
 
     def _promoted(self) -> tuple[int, int] | None:
@@ -166,30 +166,30 @@ class Halving:
         found = None
         waiting = any(not self._entered[number] for number in self._idle())
         complete = len(self._entered) >= self.num_trials and not waiting
-        for place, results in enumerate(self._results[:-1]):
+        for path, results in enumerate(self._results[:-1]):
             on_their_way = any(
-                count == place + 1 and number not in results
+                count == path + 1 and number not in results
                 for number, count in self._entered.items()
             )
             complete = complete and not on_their_way
-            best = self._promotable(place, complete)
+            best = self._promotable(path, complete)
             if best is not None:
-                found, complete = (best, place + 1), False  # the next rung will grow
+                found, complete = (best, path + 1), False  # the next rung will grow
         return found
 
-    def _promotable(self, place: int, complete: bool) -> int | None:
+    def _promotable(self, path: int, complete: bool) -> int | None:
         """The best trial of a rung that may be promoted; of equally good ones the first."""
-        results = self._results[place]
+        results = self._results[path]
         num_places = len(results) // REDUCTION
-        num_promoted = sum(count > place + 1 for count in self._entered.values())
+        num_promoted = sum(count > path + 1 for count in self._entered.values())
         if num_promoted >= num_places and not complete:
             return None
         ranked = sorted(results, key=lambda number: (-results[number], number))[:num_places]
-        return next((number for number in ranked if self._is_paused_at(number, place)), None)
+        return next((number for number in ranked if self._is_paused_at(number, path)), None)
 
-    def _is_paused_at(self, number: int, place: int) -> bool:
+    def _is_paused_at(self, number: int, path: int) -> bool:
         is_idle = not self.trials[number].is_over and number not in self._training
-        return is_idle and self._entered[number] == place + 1
+        return is_idle and self._entered[number] == path + 1
 
     def _new(self) -> tuple[int, int] | None:
         """A trial that has not begun."""
@@ -205,7 +205,7 @@ class Halving:
         paused = self.paused()
         if self._training or finished or not paused:
             return None
-        place = max(self._entered[number] for number in paused) - 1
-        furthest = [number for number in paused if self._entered[number] == place + 1]
-        best = max(furthest, key=lambda number: (self._results[place][number], -number))
-        return best, place + 1
+        path = max(self._entered[number] for number in paused) - 1
+        furthest = [number for number in paused if self._entered[number] == path + 1]
+        best = max(furthest, key=lambda number: (self._results[path][number], -number))
+        return best, path + 1

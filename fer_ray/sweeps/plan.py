@@ -103,7 +103,7 @@ def plan(
     config: TrainConfig,
     *,
     sweep: str,
-    storage_place: str,
+    storage_path: str,
     run: str | None = None,
     num_trials: int | None = None,
     num_seeds: int | None = None,
@@ -115,7 +115,7 @@ def plan(
     Args:
         config: what all trials have in common.
         sweep: a preset or a file.
-        storage_place: the folder of all sweeps.
+        storage_path: the folder of all sweeps.
         run: the sweep's name; by default the preset's or the file's.
         num_trials: of a search.
         num_seeds: of a grid: from the configuration's seed on.
@@ -135,7 +135,7 @@ def plan(
         config = replace(config, scaling=replace(config.scaling, use_gpu=True))
         if config.scaling.num_workers > 1:
             raise UserError("--gpus-per-trial: with --num-workers each worker has a GPU: --use-gpu")
-    storage.check_bucket("--storage", storage.absolute(storage_place))
+    storage.check_bucket("--storage", storage.absolute(storage_path))
     config, info = training.check(config)
     seeds, count = _counted(space, config, num_trials, num_seeds)
     made = SweepPlan(
@@ -146,7 +146,7 @@ def plan(
         seeds=seeds,
         num_trials=count,
         train_fraction=train_fraction,
-        storage=storage.absolute(storage_place),
+        storage=storage.absolute(storage_path),
         run=run,
         limits=limits,
     )
@@ -220,6 +220,6 @@ def _has_own_values(plan: SweepPlan) -> bool:
     named = {name for arm in plan.space.arms for name in arm.options} | set(plan.space.ranges)
     optimizer = plan.config.optimizer
     own_rate = optimizer.learning_rate != DEFAULT_LEARNING_RATE[optimizer.optimizer]
-    return ("transforms.augmentation" in named and bool(overrides.own_strengths(plan.config))) or (
+    return ("transforms.augmentation" in named and bool(overrides.own_magnitudes(plan.config))) or (
         "optimizer.optimizer" in named and own_rate
     )

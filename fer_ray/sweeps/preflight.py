@@ -51,7 +51,7 @@ def wanted(plan: SweepPlan) -> dict[str, float]:
     return amounts
 
 
-def trials_at_once(plan: SweepPlan, say: Callable[[str], None]) -> int:
+def trials_at_once(plan: SweepPlan, log: Callable[[str], None]) -> int:
     """How many trials run side by side, once the cluster has grown as far as it may.
 
     A trial of one process has to fit a node; the workers of others may be spread. Trials that
@@ -70,13 +70,13 @@ def trials_at_once(plan: SweepPlan, say: Callable[[str], None]) -> int:
         flags={"CPU": "--cpus-per-worker", "GPU": flag},
         hint="less for each trial may fit",
     )
-    nodes = resources.check(demand, say=say)
+    nodes = resources.check(demand, log=log)
     now = max(resources.fitting(each, nodes) // scaling.num_workers, 1)
     most = plan.limits.max_concurrent or plan.num_trials
     if now < min(most, plan.num_trials):
         grown = resources.fitting_when_grown(each)
         if grown is None:
-            say(
+            log(
                 f"{now} trials fit at once; how far the cluster grows is not known here: "
                 "--max-concurrent N lets N of them wait for more nodes"
             )

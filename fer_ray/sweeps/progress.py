@@ -42,7 +42,7 @@ class Progress(Callback):
         base: TrainConfig,
         halving: Halving,
         *,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         """Begins where the records of earlier sittings end.
 
@@ -50,9 +50,9 @@ class Progress(Callback):
             sweep: the sweep's folder.
             base: its base settings.
             halving: knows all trials that are written down, and what there is to do.
-            say: takes lines that stay.
+            log: receives lines that stay.
         """
-        self._sweep, self._base, self._say = sweep, base, say
+        self._sweep, self._base, self._log = sweep, base, log
         self._halving = halving
         self._trials = dict(halving.trials)
         self._running: dict[int, dict[str, Any]] = {}
@@ -122,7 +122,7 @@ class Progress(Callback):
         if not came_to_it:  # the time budget is used up
             return
         self._erase()
-        self._say(line_of(trial))
+        self._log(line_of(trial))
         self._draw()
 
     def _free_workers(self, now: float) -> None:
@@ -146,7 +146,7 @@ class Progress(Callback):
             self._drawn = len(lines)
         else:
             for line in lines:
-                self._say(line)
+                self._log(line)
 
     def _erase(self) -> None:
         if self._drawn:

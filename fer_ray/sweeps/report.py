@@ -31,16 +31,16 @@ def place_of(sweep: str, output: str | None) -> str:
     Raises:
         UserError: where it would replace what is not a sweep's page.
     """
-    place = storage.absolute(output or sweep)
-    if not place.endswith(_PAGE):
-        if storage.exists(place) and not storage.is_directory(place):
-            raise UserError(f"--output: {place} is a file; a folder or an .html file is expected")
-        if storage.exists(storage.join(place, tables.MARKER)):
-            raise UserError(f"--output: {place} holds an evaluation, whose report would be lost")
-        place = storage.join(place, tables.REPORT)
-    if storage.is_directory(place):
-        raise UserError(f"--output: {place} is a folder")
-    return place
+    path = storage.absolute(output or sweep)
+    if not path.endswith(_PAGE):
+        if storage.exists(path) and not storage.is_directory(path):
+            raise UserError(f"--output: {path} is a file; a folder or an .html file is expected")
+        if storage.exists(storage.join(path, tables.MARKER)):
+            raise UserError(f"--output: {path} holds an evaluation, whose report would be lost")
+        path = storage.join(path, tables.REPORT)
+    if storage.is_directory(path):
+        raise UserError(f"--output: {path} is a folder")
+    return path
 
 
 def publish(sweep: str, output: str | None = None) -> tuple[dict[str, Any], str]:
@@ -57,10 +57,10 @@ def publish(sweep: str, output: str | None = None) -> tuple[dict[str, Any], str]
         UserError: where the folder is no sweep, or the output holds something else.
     """
     about, trials = store.read_sweep(sweep), store.read_trials(sweep)
-    place = place_of(sweep, output)
+    path = place_of(sweep, output)
     made = summary.of_trials(about, trials)
-    storage.write_bytes(place, render(made, trials).encode())
-    return made, place
+    storage.write_bytes(path, render(made, trials).encode())
+    return made, path
 
 
 def render(made: Mapping[str, Any], trials: pd.DataFrame) -> str:

@@ -25,12 +25,12 @@ from fer_ray.sweeps.space import GRID
 from fer_ray.sweeps.store import Trial
 
 
-def fit(plan: SweepPlan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+def fit(plan: SweepPlan, *, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Runs on the connected Ray cluster what of a sweep is left to run.
 
     Args:
         plan: from `plan`.
-        say: takes lines of progress.
+        log: receives lines of progress.
 
     Returns:
         The content of ``summary.json``.
@@ -41,37 +41,37 @@ def fit(plan: SweepPlan, *, say: Callable[[str], None] = print) -> dict[str, Any
     """
     from fer_ray.sweeps import summary
 
-    at_once = preflight.trials_at_once(plan, say)
+    at_once = preflight.trials_at_once(plan, log)
     _write_plan(plan)
     if plan.space.method == GRID:
         _create_grid(plan)
     halving = _halving(plan)
-    say(preflight.announcement(plan, halving, at_once))
+    log(preflight.announcement(plan, halving, at_once))
     try:
         if not halving.is_over:
-            _run_trials(plan, halving, at_once, say)
+            _run_trials(plan, halving, at_once, log)
         if halving.is_over:
-            _leave_behind(plan, halving, say)
+            _leave_behind(plan, halving, log)
     finally:
         trials = store.write_trials(plan.folder, plan.config)
         made = summary.write(plan.folder)
         left = plan.num_trials - sum(trial.is_over for trial in trials)
         if left:
-            say(f"{left} trials are not over: the same command goes on with them")
+            log(f"{left} trials are not over: the same command goes on with them")
     return made
 
 
 def _write_plan(plan: SweepPlan) -> None:
     """Writes ``sweep.json``; it remembers the numbers of seeds at which there was a result."""
-    place = storage.join(plan.folder, store.SWEEP)
+    path = storage.join(plan.folder, store.SWEEP)
     looks: list[int] = []
-    if storage.exists(place):
-        before = storage.read_json(place)
+    if storage.exists(path):
+        before = storage.read_json(path)
         looks, count = before.get("fewer_seeds_before", []), len(before["seeds"])
         over = any(trial.status == store.FINISHED for trial in store.read_all(plan.folder))
         if over and count < len(plan.seeds) and count not in looks:
             looks = [*looks, count]
-    storage.write_json(place, {**plan.to_dict(), "fewer_seeds_before": looks})
+    storage.write_json(path, {**plan.to_dict(), "fewer_seeds_before": looks})
 
 
 def _create_grid(plan: SweepPlan) -> None:
@@ -94,17 +94,17 @@ def _halving(plan: SweepPlan) -> Halving:
     return Halving(places, plan.num_trials, store.read_all(plan.folder))
 
 
-def _leave_behind(plan: SweepPlan, halving: Halving, say: Callable[[str], None]) -> None:
+def _leave_behind(plan: SweepPlan, halving: Halving, log: Callable[[str], None]) -> None:
     """Ends what was not promoted: nothing else can change that any more."""
     from fer_ray.sweeps.progress import line_of
 
     for number, reason in halving.left_behind().items():
         store.end(plan.folder, number, store.STOPPED, reason)
-        say(line_of(store.read_trial(plan.folder, number)))
+        log(line_of(store.read_trial(plan.folder, number)))
 
 
 def _run_trials(
-    plan: SweepPlan, halving: Halving, at_once: int, say: Callable[[str], None]
+    plan: SweepPlan, halving: Halving, at_once: int, log: Callable[[str], None]
 ) -> None:
     """One sitting of Ray Tune. Its own state is not kept: the records are enough."""
     from ray import tune
@@ -113,7 +113,7 @@ def _run_trials(
 
     _quieten_tune()
     limits, scaling = plan.limits, plan.config.scaling
-    shown = progress.Progress(plan.folder, plan.config, halving, say=say)
+    shown = progress.Progress(plan.folder, plan.config, halving, log=log)
     callbacks: list[Any] = [shown]
     if limits.tensorboard:
         callbacks.append(progress.TensorBoard(str(Path(plan.folder) / "tensorboard")))

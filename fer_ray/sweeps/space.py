@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fer_ray.config import overrides
-from fer_ray.config.schema import NORMALIZATIONS, PRESETS, STRENGTHS, TrainConfig
+from fer_ray.config.schema import MAGNITUDES, NORMALIZATIONS, PRESETS, TrainConfig
 from fer_ray.errors import UserError, unknown
 from fer_ray.models import registry
 
@@ -144,23 +144,23 @@ def _augmentation(base: TrainConfig) -> Space:
     without any."""
     preset = base.transforms.augmentation
     arms = [Arm(name=f"augmentation={preset}", options={})]
-    for strength in STRENGTHS:
-        value = 0.0 if getattr(base.transforms, strength) else _usual(strength)
-        arms.append(Arm(name=f"{strength}={value:g}", options={f"transforms.{strength}": value}))
+    for magnitude in MAGNITUDES:
+        value = 0.0 if getattr(base.transforms, magnitude) else _usual(magnitude)
+        arms.append(Arm(name=f"{magnitude}={value:g}", options={f"transforms.{magnitude}": value}))
     if preset != "none":
         # what the base has beyond its preset would stay
-        own = [name for name, value in overrides.own_strengths(base).items() if value]
+        own = [name for name, value in overrides.own_magnitudes(base).items() if value]
         nothing = {"transforms.augmentation": "none", **dict.fromkeys(own, 0.0)}
         arms.append(Arm(name="augmentation=none", options=nothing))
     return Space(name="augmentation", method=GRID, arms=tuple(arms))
 
 
-def _usual(strength: str) -> float:
+def _usual(magnitude: str) -> float:
     """The strength that a preset gives an option, the strong one's if it has it."""
     return next(
-        PRESETS[preset][strength]
+        PRESETS[preset][magnitude]
         for preset in ("strong", "standard", "notebook")
-        if strength in PRESETS[preset]
+        if magnitude in PRESETS[preset]
     )
 
 
@@ -184,8 +184,8 @@ def _search(base: TrainConfig) -> Space:
         "mixup": 0.4,
         "cutmix": 1.0,
     }
-    for strength in STRENGTHS:
-        ranges[f"transforms.{strength}"] = Range(low=0.0, high=highest[strength])
+    for magnitude in MAGNITUDES:
+        ranges[f"transforms.{magnitude}"] = Range(low=0.0, high=highest[magnitude])
     rate = base.optimizer.learning_rate
     assert rate is not None
     ranges["optimizer.learning_rate"] = Range(low=rate / 10, high=min(rate * 3, 100.0), log=True)

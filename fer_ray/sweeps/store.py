@@ -118,12 +118,12 @@ def end(sweep: str, number: int, status: str, reason: str | None = None) -> None
     What was written first stays: a trial that ended while its stop was on the way has ended.
     """
     folder = folder_of(sweep, number)
-    place = storage.join(folder, _END)
-    if not storage.exists(place):
+    path = storage.join(folder, _END)
+    if not storage.exists(path):
         # the time is for whoever looks; nothing is computed from it
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         ended = {"status": status, "reason": reason, "at": at, "ran_on": _ran_on(folder)}
-        storage.write_json(place, ended)
+        storage.write_json(path, ended)
     for name in storage.list_names(folder):
         if name.startswith(("checkpoint_", ".checkpoint_", "workers")):
             storage.remove(storage.join(folder, name))
@@ -155,11 +155,11 @@ def save(
         write: writes the checkpoint into a local folder.
     """
     name = f"checkpoint_{epoch:06d}"
-    place = storage.join(folder, name)
-    if storage.is_uri(place):
-        _upload(place, write)
+    path = storage.join(folder, name)
+    if storage.is_uri(path):
+        _upload(path, write)
     else:
-        with storage.staged_directory(place) as unfinished:
+        with storage.staged_directory(path) as unfinished:
             write(Path(unfinished))
     write_history(storage.join(folder, _HISTORY), history)
     for other in storage.list_names(folder):
@@ -167,15 +167,15 @@ def save(
             storage.remove(storage.join(folder, other))
 
 
-def _upload(place: str, write: Callable[[Path], None]) -> None:
+def _upload(path: str, write: Callable[[Path], None]) -> None:
     """Object stores cannot rename: the index, without which a checkpoint is none, goes last."""
     with tempfile.TemporaryDirectory() as temporary:
         write(Path(temporary))
-        fs, path = storage.filesystem(place)
-        fs.create_dir(path, recursive=True)
+        fs, inner = storage.filesystem(path)
+        fs.create_dir(inner, recursive=True)
         files = sorted(Path(temporary).iterdir(), key=lambda file: file.name == checkpoint.INDEX)
         for file in files:
-            pafs.copy_files(str(file), f"{path}/{file.name}", destination_filesystem=fs)
+            pafs.copy_files(str(file), f"{inner}/{file.name}", destination_filesystem=fs)
 
 
 def resume(folder: str) -> Checkpoint | None:
@@ -278,7 +278,7 @@ def read_sweep(sweep: str) -> dict[str, Any]:
 
 
 def _checked(sweep: str, name: str) -> str:
-    place = storage.absolute(sweep)
-    if not storage.exists(storage.join(place, name)):
-        raise UserError(f"{place}: not a sweep: {name} is missing; a folder of jobs/tune.py's run")
-    return place
+    path = storage.absolute(sweep)
+    if not storage.exists(storage.join(path, name)):
+        raise UserError(f"{path}: not a sweep: {name} is missing; a folder of jobs/tune.py's run")
+    return path

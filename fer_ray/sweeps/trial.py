@@ -19,7 +19,7 @@ from fer_ray.runtime import environment, process
 from fer_ray.sweeps import store
 from fer_ray.training import loop, ray_trainer, worker
 from fer_ray.training.feed import Images, MemoryFeed
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 from fer_ray.training.telemetry import Telemetry
 
 ERROR = "error.txt"
@@ -73,7 +73,7 @@ def _alone(
     process.keep_freed_memory()
     torch.set_num_threads(process.num_threads(config.scaling))
     device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
-    group = Group(device=device)
+    group = ProcessGroup(device=device)
     info: DatasetInfo = settings["info"]
     images = [Images.known(*ray.get(settings["images"][name])) for name in worker.SPLITS]
     feed = MemoryFeed(config, info, *images, group=group)
@@ -84,7 +84,7 @@ def _alone(
         tune.report(_reported(history[-1]))
 
     name = _name(sweep, number)
-    with Telemetry(run=name, rank=0, folder=folder, device=device) as watch:
+    with Telemetry(run=name, rank=0, folder=folder, device=device) as callback:
         loop.train(
             config,
             info,
@@ -95,8 +95,8 @@ def _alone(
             provenance=environment.describe(device),
             resume=store.resume(folder),
             until=until,
-            say=None,
-            watch=watch,
+            log=None,
+            callback=callback,
         )
 
 
@@ -118,7 +118,7 @@ def _with_workers(
 
     folder = store.folder_of(sweep, number)
     given: dict[str, Any] = {"config": config.to_dict(), "run": _name(sweep, number)}
-    given |= {"folder": folder, "until": until, "say": False, "note_group": True}
+    given |= {"folder": folder, "until": until, "log": False, "note_group": True}
     free_workers(sweep, number)  # of this trial's process before, if it was killed
     failure = storage.join(folder, worker.FAILURE)
     storage.remove(failure)
@@ -128,7 +128,7 @@ def _with_workers(
             {**given, "images": settings["images"]},
             # who stops the trial removes its workers: they must not be replaced
             replace(config.scaling, max_failures=0),
-            storage_place=storage.parent_of(folder),
+            storage_path=storage.parent_of(folder),
             run=storage.name_of(folder),
             failed="its workers failed",
             callbacks=[TuneReportCallback()],
@@ -152,9 +152,9 @@ def free_workers(sweep: str, number: int) -> None:
     from ray import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    place = storage.join(store.folder_of(sweep, number), worker.PLACEMENT_GROUP)
-    if storage.exists(place):
-        found = PlacementGroupID(bytes.fromhex(storage.read_json(place)["id"]))
+    path = storage.join(store.folder_of(sweep, number), worker.PLACEMENT_GROUP)
+    if storage.exists(path):
+        found = PlacementGroupID(bytes.fromhex(storage.read_json(path)["id"]))
         remove_placement_group(PlacementGroup(found))
 
 
@@ -177,6 +177,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _keep_traceback(sweep: str, number: int) -> None:
-    place = storage.join(store.folder_of(sweep, number), ERROR)
+    path = storage.join(store.folder_of(sweep, number), ERROR)
     with contextlib.suppress(OSError):
-        storage.write_bytes(place, traceback.format_exc().encode())
+        storage.write_bytes(path, traceback.format_exc().encode())

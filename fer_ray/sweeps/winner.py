@@ -61,13 +61,13 @@ def read(folder: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: where there is no summary, or no trial had finished.
     """
-    place = storage.join(storage.absolute(folder), store.SUMMARY)
-    if not storage.exists(place):
+    path = storage.join(storage.absolute(folder), store.SUMMARY)
+    if not storage.exists(path):
         raise UserError(
             f"--from-sweep: {folder}: {store.SUMMARY} is missing; a folder of jobs/tune.py's "
             "run is expected"
         )
-    made = storage.read_json(place)
+    made = storage.read_json(path)
     if not isinstance(made, dict) or "winner" not in made:
         raise UserError(f"--from-sweep: {folder}: {store.SUMMARY} is not of a sweep")
     if made["winner"] is None:

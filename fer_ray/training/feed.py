@@ -18,7 +18,7 @@ import torch
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo
 from fer_ray.data.labels import UNKNOWN_LABEL
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms import DeviceAugmenter, LibraryAugmenter, Mix, MixPlan, draw_mix
 from fer_ray.transforms.albumentations_engine import fill_of
 
@@ -112,7 +112,7 @@ class MemoryFeed:
         train: Images,
         validation: Images,
         *,
-        group: Group,
+        group: ProcessGroup,
     ) -> None:
         self._config, self._group = config, group
         self._input_size = config.model.input_size or info.image_size

@@ -23,7 +23,7 @@ from fer_ray.models.checkpoint import Checkpoint
 from fer_ray.models.forward import Forward
 from fer_ray.training import batch_norm, optimization
 from fer_ray.training.feed import Batch, Feed
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms import Normalizer, histogram, moments, needs_statistics
 
 PROGRESS_EVERY_S = 15.0
@@ -33,7 +33,7 @@ Report = Callable[[list[dict[str, Any]], Callable[[Path], None]], None]
 """Takes the history so far and a function that writes a checkpoint into a folder."""
 
 
-class Watch(Protocol):
+class Callback(Protocol):
     """Who is told how training goes, on every worker."""
 
     def step(self, epoch: int, step: int, images: int, loss: torch.Tensor) -> None:
@@ -48,14 +48,14 @@ def train(
     info: DatasetInfo,
     feed: Feed,
     *,
-    group: Group,
+    group: ProcessGroup,
     run: str,
     report: Report,
     provenance: dict[str, Any] | None = None,
     resume: Checkpoint | None = None,
     until: int | None = None,
-    say: Callable[[str], None] | None = None,
-    watch: Watch | None = None,
+    log: Callable[[str], None] | None = None,
+    callback: Callback | None = None,
 ) -> None:
     """Trains to the end of the schedule, or until it is stopped early.
 
@@ -69,12 +69,12 @@ def train(
         report: called by every worker after each epoch.
         resume: a checkpoint of the same run to go on from.
         until: the epoch after which to pause; None: none.
-        say: takes a line now and then within a long epoch; None: nobody wants to know.
-        watch: is told of every step and epoch.
+        log: receives a line now and then within a long epoch; None: nobody wants to know.
+        callback: is told of every step and epoch.
     """
     labels = {"run": run, "provenance": provenance or {}}
     trainer = Trainer(config, info, feed, group=group, labels=labels, resume=resume)
-    trainer.say, trainer.watch = say, watch
+    trainer.log, trainer.callback = log, callback
     trainer.fit(report, until)
 
 
@@ -87,13 +87,13 @@ class Trainer:
         info: DatasetInfo,
         feed: Feed,
         *,
-        group: Group,
+        group: ProcessGroup,
         labels: dict[str, Any],
         resume: Checkpoint | None,
     ) -> None:
         self.config, self.info, self.group, self.labels = config, info, group, labels
-        self.say: Callable[[str], None] | None = None
-        self.watch: Watch | None = None
+        self.log: Callable[[str], None] | None = None
+        self.callback: Callback | None = None
         self.feed, self.steps_per_epoch = feed, feed.steps_per_epoch
         self.history = list(resume.history) if resume else []
         self.forward = Forward(
@@ -167,8 +167,8 @@ class Trainer:
                     "ended_at": self._now(),
                 }
             )
-            if self.watch:
-                self.watch.epoch((epoch + 1) * self.steps_per_epoch, self.history[-1])
+            if self.callback:
+                self.callback.epoch((epoch + 1) * self.steps_per_epoch, self.history[-1])
             report(self.history, self.save)
 
     def _now(self) -> str:
@@ -204,9 +204,9 @@ class Trainer:
             confusion.scatter_add_(0, cells, torch.ones_like(cells))  # `bincount` makes a GPU wait
             bad_step = torch.where((bad_step < 0) & ~finite, step, bad_step)
             self._progress(epoch, step)
-            if self.watch:
+            if self.callback:
                 at = epoch * self.steps_per_epoch + step + 1
-                self.watch.step(epoch + 1, at, len(logits), loss)
+                self.callback.step(epoch + 1, at, len(logits), loss)
             if (step + 1) % check_every == 0 or step + 1 == self.steps_per_epoch:
                 self._check_finite(epoch, int(bad_step))
         return self._summarize(loss_sum.item(), confusion.cpu().numpy())
@@ -292,11 +292,11 @@ class Trainer:
     def _progress(self, epoch: int, step: int) -> None:
         """Says where a long epoch stands, from the first worker, now and then."""
         now = time.monotonic()
-        if self.say is None or self.group.rank or now - self._last_said < PROGRESS_EVERY_S:
+        if self.log is None or self.group.rank or now - self._last_said < PROGRESS_EVERY_S:
             return
         self._last_said = now
         epochs, steps = self.config.schedule.epochs, self.steps_per_epoch
-        self.say(f"epoch {epoch + 1}/{epochs}, step {step + 1}/{steps}")
+        self.log(f"epoch {epoch + 1}/{epochs}, step {step + 1}/{steps}")
 
     def _check_finite(self, epoch: int, bad_step: int) -> None:
         if bad_step >= 0:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class ProcessGroup:
     """Where this worker stands among the others; alone by default."""
 
     rank: int = 0

@@ -16,7 +16,7 @@ def run_trainer(
     settings: dict[str, Any],
     scaling: ScalingConfig,
     *,
-    storage_place: str,
+    storage_path: str,
     run: str,
     failed: str,
     callbacks: Sequence[Any] = (),
@@ -27,7 +27,7 @@ def run_trainer(
         work: what each worker runs.
         settings: what it is given.
         scaling: how many workers there are, and what each reserves.
-        storage_place: the folder of all runs.
+        storage_path: the folder of all runs.
         run: the name of this one.
         failed: what a failure's message begins with.
         callbacks: of Ray Train, called in its controller.
@@ -40,7 +40,7 @@ def run_trainer(
 
     from fer_ray.training.gloo import GlooConfig
 
-    _remove_damaged_snapshot(storage.join(storage_place, run))
+    _remove_damaged_snapshot(storage.join(storage_path, run))
     resources = {"CPU": scaling.cpus_per_worker, "GPU": 1.0 if scaling.use_gpu else 0.0}
     trainer = _trainer_class()(
         work,
@@ -51,7 +51,7 @@ def run_trainer(
             resources_per_worker={kind: amount for kind, amount in resources.items() if amount},
         ),
         torch_config=TorchConfig("nccl") if scaling.use_gpu else GlooConfig("gloo"),
-        run_config=_run_config(ray_train, storage_place, run, scaling.max_failures, callbacks),
+        run_config=_run_config(ray_train, storage_path, run, scaling.max_failures, callbacks),
     )
     try:
         trainer.fit()
@@ -105,11 +105,11 @@ def _trainer_class() -> type:
 
 
 def _run_config(
-    ray_train: Any, storage_place: str, run: str, max_failures: int, callbacks: Sequence[Any]
+    ray_train: Any, storage_path: str, run: str, max_failures: int, callbacks: Sequence[Any]
 ) -> Any:
     return ray_train.RunConfig(
         name=run,
-        storage_path=storage_place,
+        storage_path=storage_path,
         callbacks=list(callbacks),
         logging_config=ray_train.LoggingConfig(log_level="ERROR"),
         failure_config=ray_train.FailureConfig(max_failures=max_failures),

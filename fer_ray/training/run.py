@@ -58,7 +58,7 @@ class Plan:
         return storage.exists(storage.join(self.folder, RESULT))
 
 
-def plan(config: TrainConfig, *, storage_place: str, run: str) -> Plan:
+def plan(config: TrainConfig, *, storage_path: str, run: str) -> Plan:
     """Checks a run's input, without Ray.
 
     Raises:
@@ -67,10 +67,10 @@ def plan(config: TrainConfig, *, storage_place: str, run: str) -> Plan:
     """
     storage.check_name("--run", run)
     config, info = check(config)
-    place = storage.absolute(storage_place)
-    storage.check_bucket("--storage", place)
-    resumes = _check_same(config, info, storage.join(place, run))
-    return Plan(config=config, info=info, storage=place, run=run, resumes=resumes)
+    path = storage.absolute(storage_path)
+    storage.check_bucket("--storage", path)
+    resumes = _check_same(config, info, storage.join(path, run))
+    return Plan(config=config, info=info, storage=path, run=run, resumes=resumes)
 
 
 def check(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo]:
@@ -82,12 +82,12 @@ def check(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo]:
     Raises:
         UserError: where it is missing or does not suit them.
     """
-    config = _with_absolute_places(config)
+    config = _with_absolute_paths(config)
     info = read_info(config.data)
     for split in SPLITS:
         labelled = info.split(split).rows - info.split(split).unlabelled
         if not labelled:
-            raise UserError(f"--data: {info.place} has no labelled images in its {split} split")
+            raise UserError(f"--data: {info.path} has no labelled images in its {split} split")
     batch = config.schedule.global_batch_size
     rows = info.split("train").rows - info.split("train").unlabelled
     if batch > rows:
@@ -98,7 +98,7 @@ def check(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo]:
     return config, info
 
 
-def _with_absolute_places(config: TrainConfig) -> TrainConfig:
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Workers run in another directory."""
     model, weights = config.model, config.model.weights
     if weights and weights != "imagenet":
@@ -125,12 +125,12 @@ def _check_same(config: TrainConfig, info: DatasetInfo, folder: str) -> bool:
     return True
 
 
-def fit(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+def fit(plan: Plan, *, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Trains on the Ray cluster that is connected, or resumes, or finds the run finished.
 
     Args:
         plan: from `plan`.
-        say: takes lines of progress.
+        log: receives lines of progress.
 
     Returns:
         The content of ``run.json``; its ``train_s`` are the seconds of all epochs, its ``wall_s``
@@ -140,9 +140,9 @@ def fit(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
         JobFailed: where the loss is no longer finite, or workers were lost too often.
     """
     if plan.is_finished:
-        say(f"run {plan.run} is finished already")
+        log(f"run {plan.run} is finished already")
         return storage.read_json(storage.join(plan.folder, RESULT))
-    _check_resources(plan.config, say)
+    _check_resources(plan.config, log)
     streams = decide_loading(plan)
     feed = _what_to_feed(plan, streams)
     storage.write_json(
@@ -154,7 +154,7 @@ def fit(plan: Plan, *, say: Callable[[str], None] = print) -> dict[str, Any]:
         },
     )
     start = time.perf_counter()
-    say(_announcement(plan, streams))
+    log(_announcement(plan, streams))
     _run_workers(plan, feed)
     result = _result(plan, wall_s=time.perf_counter() - start)
     storage.write_json(storage.join(plan.folder, RESULT), result)
@@ -176,7 +176,7 @@ def _announcement(plan: Plan, streams: bool) -> str:
     )
 
 
-def _check_resources(config: TrainConfig, say: Callable[[str], None]) -> None:
+def _check_resources(config: TrainConfig, log: Callable[[str], None]) -> None:
     """Refuses what this cluster can never schedule, instead of waiting for ever."""
     scaling = config.scaling
     demand = resources.Demand(
@@ -185,7 +185,7 @@ def _check_resources(config: TrainConfig, say: Callable[[str], None]) -> None:
         flags={"CPU": "--num-workers", "GPU": "--use-gpu"},
         hint="fewer workers or a lower --cpus-per-worker fit",
     )
-    resources.check(demand, say=say)
+    resources.check(demand, log=log)
 
 
 def decide_loading(plan: Plan) -> bool:
@@ -243,14 +243,14 @@ def _what_to_feed(plan: Plan, streams: bool) -> dict[str, Any]:
 
 def _check_pieces(plan: Plan, found: dict[str, list[Piece]]) -> None:
     """Refuses to resume a stream whose row groups were cut anew: its order would be another."""
-    place = storage.join(plan.folder, _ROW_GROUPS)
+    path = storage.join(plan.folder, _ROW_GROUPS)
     rows = {name: [piece.end for piece in parts] for name, parts in found.items()}
-    if plan.resumes and storage.exists(place) and storage.read_json(place) != rows:
+    if plan.resumes and storage.exists(path) and storage.read_json(path) != rows:
         raise UserError(
-            f"--data: {plan.info.place} was prepared anew with other row groups since run "
+            f"--data: {plan.info.path} was prepared anew with other row groups since run "
             f"{plan.run!r} began to stream it: give another --run"
         )
-    storage.write_json(place, rows)
+    storage.write_json(path, rows)
 
 
 def _run_workers(plan: Plan, feed: dict[str, Any]) -> None:
@@ -262,7 +262,7 @@ def _run_workers(plan: Plan, feed: dict[str, Any]) -> None:
             worker.work,
             settings,
             plan.config.scaling,
-            storage_place=plan.storage,
+            storage_path=plan.storage,
             run=plan.run,
             failed=f"run {plan.run} failed (the same command resumes it)",
         )
@@ -290,7 +290,7 @@ def _result(plan: Plan, *, wall_s: float) -> dict[str, Any]:
         "model": asdict(plan.config.model),
         "best": best.metrics,
         "last": last.metrics,
-        "best_checkpoint": storage.name_of(best.place),
+        "best_checkpoint": storage.name_of(best.path),
         "checkpoint_sha256": best.sha256,
         "epochs": last.epoch,
         "train_s": sum(row["seconds"] for row in last.history),

@@ -30,7 +30,7 @@ from fer_ray.training.feed import (
     as_tensor,
     library_augmenter,
 )
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms import LibraryAugmenter, draw_mix
 
 _BATCHES_AHEAD = 4
@@ -52,7 +52,7 @@ class StreamFeed:
         info: DatasetInfo,
         found: dict[str, list[Piece]],
         *,
-        group: Group,
+        group: ProcessGroup,
         spare_cpus: float,
     ) -> None:
         """Keeps what to read.

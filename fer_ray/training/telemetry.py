@@ -189,8 +189,8 @@ class _Lines:
     Nor does storage that fails: what cannot be written is kept for the next time.
     """
 
-    def __init__(self, place: str) -> None:
-        self._place = place
+    def __init__(self, path: str) -> None:
+        self._place = path
         self._waiting: list[str] = []
         self._uploaded: list[str] = []
         self._uploaded_at = -math.inf

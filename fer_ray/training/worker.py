@@ -21,7 +21,7 @@ from fer_ray.runtime import environment
 from fer_ray.runtime.process import keep_freed_memory, num_threads, out_of_memory
 from fer_ray.training import loop
 from fer_ray.training.feed import Feed, Images, MemoryFeed
-from fer_ray.training.process_group import Group
+from fer_ray.training.process_group import ProcessGroup
 from fer_ray.training.stream_feed import StreamFeed
 from fer_ray.training.telemetry import Telemetry
 
@@ -52,35 +52,37 @@ def work(settings: dict[str, Any]) -> None:
     torch.set_num_threads(num_threads(config.scaling))
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    say = _say if rank == 0 and settings.get("say", True) else None
+    log = _log if rank == 0 and settings.get("log", True) else None
     if rank == 0 and settings.get("note_group"):
         _note_group(settings["folder"])
-    group = Group(rank=rank, size=context.get_world_size(), device=ray.train.torch.get_device())
+    group = ProcessGroup(
+        rank=rank, size=context.get_world_size(), device=ray.train.torch.get_device()
+    )
     info = read_info(config.data)
     feed = _feed(settings, config, info, group)
     if rank == 0:  # that of an attempt before; the others wait for the checkpoint's name
         storage.remove(storage.join(settings["folder"], FAILURE))
     resume = _last_checkpoint(settings["folder"], group)
-    if resume and say:
-        say(f"going on after epoch {resume.epoch}")
+    if resume and log:
+        log(f"going on after epoch {resume.epoch}")
     if resume and rank == 0:  # a crash may have come between the checkpoint and its row
         write_history(storage.join(settings["folder"], HISTORY), resume.history)
-    watch = Telemetry(
+    callback = Telemetry(
         run=settings["run"], rank=rank, folder=settings["folder"], device=group.device
     )
-    with _noting_failure(settings["folder"], rank), watch:
+    with _noting_failure(settings["folder"], rank), callback:
         loop.train(
             config,
             info,
             feed,
             group=group,
             run=settings["run"],
-            report=_reporter(rank, settings["folder"], config.schedule.epochs, say),
+            report=_reporter(rank, settings["folder"], config.schedule.epochs, log),
             provenance=environment.describe(group.device),
             resume=resume,
             until=settings.get("until"),
-            say=say,
-            watch=watch,
+            log=log,
+            callback=callback,
         )
 
 
@@ -103,15 +105,15 @@ def _note_failure(folder: str, reason: str) -> None:
     storage.write_json(storage.join(folder, FAILURE), {"reason": reason})
 
 
-def _last_checkpoint(folder: str, group: Group) -> Checkpoint | None:
+def _last_checkpoint(folder: str, group: ProcessGroup) -> Checkpoint | None:
     """The latest whole one of the run, on every worker the one that the first finds.
 
     Ray Train's own list lacks what its controller had not heard of when a host was lost, or is
     lost itself. And a worker of before may still be writing while this is asked.
     """
     found = checkpoint.latest(folder) if group.rank == 0 else None
-    place = group.agree(found.place if found else "")
-    return checkpoint.read(place) if place else None
+    path = group.agree(found.path if found else "")
+    return checkpoint.read(path) if path else None
 
 
 def _note_group(folder: str) -> None:
@@ -122,7 +124,9 @@ def _note_group(folder: str) -> None:
         storage.write_json(storage.join(folder, PLACEMENT_GROUP), {"id": group.id.hex()})
 
 
-def _feed(settings: dict[str, Any], config: TrainConfig, info: DatasetInfo, group: Group) -> Feed:
+def _feed(
+    settings: dict[str, Any], config: TrainConfig, info: DatasetInfo, group: ProcessGroup
+) -> Feed:
     import ray
 
     if "pieces" in settings:
@@ -133,7 +137,7 @@ def _feed(settings: dict[str, Any], config: TrainConfig, info: DatasetInfo, grou
 
 
 def _reporter(
-    rank: int, folder: str, epochs: int, say: Callable[[str], None] | None
+    rank: int, folder: str, epochs: int, log: Callable[[str], None] | None
 ) -> Callable[..., None]:
     """What a worker does after each epoch: the first one hands its checkpoint to Ray Train."""
     import ray.train
@@ -148,14 +152,14 @@ def _reporter(
             ray.train.report(row, checkpoint=kept)
         if rank == 0:
             write_history(storage.join(folder, HISTORY), history)
-        if say is None:
+        if log is None:
             return
         train, validation = (
             f"loss {row[f'{split}_loss']:.4f}, accuracy {row[f'{split}_accuracy']:.2%}, "
             f"macro-F1 {row[f'{split}_macro_f1']:.4f}"
             for split in SPLITS
         )
-        say(
+        log(
             f"epoch {row['epoch']}/{epochs}: train {train}; validation {validation}; "
             f"{row['images_per_s']:,.0f} images/s, {row['seconds']:.1f} s"
         )
@@ -163,5 +167,5 @@ def _reporter(
     return report
 
 
-def _say(message: str) -> None:
+def _log(message: str) -> None:
     print(message, flush=True)

@@ -193,10 +193,10 @@ def _neighbours(
 
     (length,) int32, int32, float32. Beyond the outer centres both are the tile at the end.
     """
-    place = torch.arange(length, dtype=torch.float32, device=device) * (1.0 / side) - 0.5
-    before = place.floor()
+    path = torch.arange(length, dtype=torch.float32, device=device) * (1.0 / side) - 0.5
+    before = path.floor()
     first, second = (tile.clamp(0, num_tiles - 1).int() for tile in (before, before + 1))
-    return first, second, place - before
+    return first, second, path - before
 
 
 def _extend(images: torch.Tensor, num_tiles: int) -> torch.Tensor:

@@ -82,11 +82,11 @@ def draw(config: TransformConfig, starts: np.ndarray, height: int, width: int) -
     """
     draws = _Draws(starts)
 
-    def strength(name: str) -> float:
+    def magnitude(name: str) -> float:
         return getattr(config, name)
 
     def symmetric(name: str) -> np.ndarray | None:
-        limit = strength(name)
+        limit = magnitude(name)
         return draws.between(name, -limit, limit) if limit else None
 
     brightness, contrast = symmetric("brightness"), symmetric("contrast")
@@ -94,9 +94,9 @@ def draw(config: TransformConfig, starts: np.ndarray, height: int, width: int) -
         warps=_warps(config, draws, height, width),
         brightness=None if brightness is None else 255.0 * brightness,
         contrast=None if contrast is None else 1.0 + contrast,
-        blur=_sometimes(draws, "blur", BLUR_SHARE, LEAST_SIGMA, strength("blur")),
-        noise=_sometimes(draws, "noise", NOISE_SHARE, 0.0, 255.0 * strength("noise")),
-        erased=_erased(strength("erasing"), draws, height, width),
+        blur=_sometimes(draws, "blur", BLUR_SHARE, LEAST_SIGMA, magnitude("blur")),
+        noise=_sometimes(draws, "noise", NOISE_SHARE, 0.0, 255.0 * magnitude("noise")),
+        erased=_erased(magnitude("erasing"), draws, height, width),
     )
 
 

@@ -16,24 +16,24 @@ from fer_ray.errors import UserError, first_line
 __all__ = ["NOT_THERE", "Entry", "ReadError", "Source", "first_line", "list_files", "open_files"]
 
 
-def open_files(place: str, *, flag: str = "--source") -> Source:
+def open_files(path: str, *, flag: str = "--source") -> Source:
     """Opens a folder or a zip.
 
     Args:
-        place: local path or URI.
+        path: local path or URI.
         flag: who named it, for messages.
 
     Raises:
         UserError: when it is not there, or neither a folder nor a zip.
     """
-    place = storage.absolute(place)
-    if storage.is_directory(place):
-        return FolderSource(place)
-    if not storage.exists(place):
-        raise UserError(f"{flag}: {place} does not exist")
-    if not storage.name_of(place).lower().endswith(".zip"):
-        raise UserError(f"{flag}: {place} is neither a folder nor a .zip")
-    return ZipSource(place)
+    path = storage.absolute(path)
+    if storage.is_directory(path):
+        return FolderSource(path)
+    if not storage.exists(path):
+        raise UserError(f"{flag}: {path} does not exist")
+    if not storage.name_of(path).lower().endswith(".zip"):
+        raise UserError(f"{flag}: {path} is neither a folder nor a .zip")
+    return ZipSource(path)
 
 
 REPEATED = "another file or row has the same path"

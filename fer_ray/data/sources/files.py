@@ -46,7 +46,7 @@ class Source(Protocol):
 
     kind: str
     """``folder``, ``zip`` or ``table``."""
-    place: str
+    path: str
     """Absolute local path or URI."""
 
     def entries(self) -> Iterator[Entry]:

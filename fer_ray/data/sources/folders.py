@@ -26,8 +26,8 @@ class FolderSource:
 
     kind = "folder"
 
-    def __init__(self, place: str) -> None:
-        self.place = place
+    def __init__(self, path: str) -> None:
+        self.path = path
 
     def entries(self) -> Iterator[Entry]:
         """Every file, folder by folder; pipes, broken links and bad names with a reason."""
@@ -37,7 +37,7 @@ class FolderSource:
             yield from walk(fs, root)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
-                f"--source: {self.place} cannot be listed: {first_line(error)}"
+                f"--source: {self.path} cannot be listed: {first_line(error)}"
             ) from error
 
     def read(self, path: str, at: bytes) -> bytes:
@@ -45,10 +45,8 @@ class FolderSource:
         try:
             return read_file(*self._filesystem, path)
         except (OSError, pa.ArrowException, ValueError) as error:
-            if not storage.is_directory(self.place):
-                raise UserError(
-                    f"--source: {self.place} is gone, or not on all machines"
-                ) from error
+            if not storage.is_directory(self.path):
+                raise UserError(f"--source: {self.path} is gone, or not on all machines") from error
             raise read_error(error) from error
 
     def fingerprint(self, listing: Iterator[tuple[str, int]]) -> str:
@@ -60,11 +58,11 @@ class FolderSource:
 
     @cached_property
     def _filesystem(self) -> tuple[pafs.FileSystem, str]:
-        fs, root = storage.filesystem(self.place)
+        fs, root = storage.filesystem(self.path)
         return fs, root.rstrip("/")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"place": self.place}
+        return {"path": self.path}
 
 
 def read_file(fs: pafs.FileSystem, root: str, path: str) -> bytes:

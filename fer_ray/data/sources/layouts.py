@@ -134,11 +134,11 @@ def find(source: Source) -> Layout:
         elif not junk_reason(entry.path):
             seen.take(entry.path)
     if seen.train_tops:
-        return Layout(top=_one_top(source.place, seen.train_tops), has_splits=True)
+        return Layout(top=_one_top(source.path, seen.train_tops), has_splits=True)
     tops = seen.tops()
     if len(tops) == 1 and not seen.other_split:
         return Layout(top=tops[0], has_splits=False)
-    raise UserError(f"--source: {source.place} has no train images: {EXPECTED}; {_found(seen)}")
+    raise UserError(f"--source: {source.path} has no train images: {EXPECTED}; {_found(seen)}")
 
 
 def located(source: Source, layout: Layout) -> Iterator[Entry]:
@@ -190,13 +190,13 @@ def _label(folder: str) -> str:
     return unicodedata.normalize("NFC", folder)
 
 
-def _one_top(place: str, found: set[tuple[str, ...]]) -> tuple[str, ...]:
+def _one_top(path: str, found: set[tuple[str, ...]]) -> tuple[str, ...]:
     """The folders above ``train``: the fewest."""
     fewest = min(map(len, found))
     tops = sorted(top for top in found if len(top) == fewest)
     if len(tops) > 1:
         names = " and ".join("/".join((*top, "train")) for top in tops[:2])
-        raise UserError(f"--source: {place} has more than one train folder: {names}")
+        raise UserError(f"--source: {path} has more than one train folder: {names}")
     return tops[0]
 
 

@@ -47,19 +47,17 @@ class PixelRows:
 
     has_splits = True
 
-    def __init__(self, place: str, given: str) -> None:
-        self.place, self.given = place, given
+    def __init__(self, path: str, given: str) -> None:
+        self.path, self.given = path, given
 
     def entries(self) -> Iterator[Entry]:
         """Every row with its split and label, or with what is wrong about it."""
         try:
-            for number, offset, size, line in _lines(self.place):
+            for number, offset, size, line in _lines(self.path):
                 if number > 1 and line.strip():
                     yield self._entry(number, offset, size, line)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"--source: {self.place} cannot be read: {first_line(error)}"
-            ) from error
+            raise UserError(f"--source: {self.path} cannot be read: {first_line(error)}") from error
 
     def grey(self, entry_path: str, at: bytes) -> np.ndarray:
         """One picture, (side, side) uint8.
@@ -77,7 +75,7 @@ class PixelRows:
 
     def describe(self, listing: Iterator[tuple[str, int]]) -> dict[str, Any]:
         """What ``dataset.json`` says about the source."""
-        return {"kind": "pixels", "path": self.given, "sha256": hash_file(self.place)}
+        return {"kind": "pixels", "path": self.given, "sha256": hash_file(self.path)}
 
     def _entry(self, number: int, offset: int, size: int, line: bytes) -> Entry:
         path = f"line-{number:07d}"
@@ -102,18 +100,18 @@ class PixelRows:
 
     @cached_property
     def _columns(self) -> list[str]:
-        return columns_of(self.place)
+        return columns_of(self.path)
 
     @cached_property
     def _file(self) -> pa.NativeFile:
-        fs, path = storage.filesystem(self.place)
+        fs, path = storage.filesystem(self.path)
         try:
             return fs.open_input_file(path)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"--source: {self.place} is gone, or not on all machines") from error
+            raise UserError(f"--source: {self.path} is gone, or not on all machines") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"place": self.place, "given": self.given}
+        return {"path": self.path, "given": self.given}
 
 
 def parse_pixels(text: str) -> np.ndarray:
@@ -151,14 +149,14 @@ def _cells(line: bytes) -> list[str]:
         return []
 
 
-def _lines(place: str) -> Iterator[tuple[int, int, int, bytes]]:
+def _lines(path: str) -> Iterator[tuple[int, int, int, bytes]]:
     """Number from 1, offset, length and content of each line, without its end.
 
     In bounded memory: of a line that is too long for a picture only the beginning is kept.
     """
-    fs, path = storage.filesystem(place)
+    fs, inner = storage.filesystem(path)
     number, offset, rest, dropped = 1, 0, b"", 0
-    with fs.open_input_stream(path) as stream:
+    with fs.open_input_stream(inner) as stream:
         while block := stream.read(_BLOCK):
             *whole, rest = (rest + block).split(b"\n")
             for line in whole:

@@ -40,17 +40,17 @@ class TableSource:
 
     kind = "table"
 
-    def __init__(self, place: str) -> None:
-        self.place = place
+    def __init__(self, path: str) -> None:
+        self.path = path
 
     @cached_property
     def has_splits(self) -> bool:
         """Whether the table says which split a picture belongs to."""
-        return "split" in columns_of(self.place)
+        return "split" in columns_of(self.path)
 
     def entries(self) -> Iterator[Entry]:
         """One entry a row."""
-        for number, row in enumerate(_rows(self.place), start=1):
+        for number, row in enumerate(_rows(self.path), start=1):
             yield _entry(number, row, has_splits=self.has_splits)
 
     def read(self, path: str, at: bytes) -> bytes:
@@ -63,75 +63,73 @@ class TableSource:
                 return read_file(pafs.LocalFileSystem(), "", path)
             return read_file(*self._folder, path)
         except (OSError, pa.ArrowException, UserError, ValueError) as error:
-            if not storage.exists(self.place):
-                raise UserError(
-                    f"--source: {self.place} is gone, or not on all machines"
-                ) from error
+            if not storage.exists(self.path):
+                raise UserError(f"--source: {self.path} is gone, or not on all machines") from error
             raise read_error(error) from error
 
     def fingerprint(self, listing: Iterator[tuple[str, int]]) -> str:
         """Hash of the table's bytes; the pictures' own are in ``data_sha256``."""
-        return hash_file(self.place)
+        return hash_file(self.path)
 
     @cached_property
     def _folder(self) -> tuple[pafs.FileSystem, str]:
-        return storage.filesystem(storage.parent_of(self.place))
+        return storage.filesystem(storage.parent_of(self.path))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"place": self.place}
+        return {"path": self.path}
 
 
-def columns_of(place: str) -> list[str]:
+def columns_of(path: str) -> list[str]:
     """The names of a table's columns, in lower case and without blanks around.
 
     Raises:
         UserError: when it is no such table.
     """
     try:
-        fs, path = storage.filesystem(place)
-        if is_parquet(place):
-            with fs.open_input_file(path) as file:
+        fs, inner = storage.filesystem(path)
+        if is_parquet(path):
+            with fs.open_input_file(inner) as file:
                 names = pq.read_schema(file).names
         else:
-            with fs.open_input_stream(path) as stream:
+            with fs.open_input_stream(inner) as stream:
                 head = stream.read(2**16)
             if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UserError(f"--source: {place} is UTF-16: save it as UTF-8")
+                raise UserError(f"--source: {path} is UTF-16: save it as UTF-8")
             text = io.StringIO(head.decode("utf-8-sig", "replace"))
             names = next(csv.reader(text), [])
     except (OSError, pa.ArrowException, csv.Error) as error:
-        raise UserError(f"--source: {place} cannot be read: {first_line(error)}") from error
+        raise UserError(f"--source: {path} cannot be read: {first_line(error)}") from error
     found = [str(name).strip().lower() for name in names]
     for name in (*COLUMNS, "split"):
         if found.count(name) > 1:
-            raise UserError(f"--source: {place} has more than one column {name}")
+            raise UserError(f"--source: {path} has more than one column {name}")
     return found
 
 
-def is_parquet(place: str) -> bool:
+def is_parquet(path: str) -> bool:
     """Whether a place is that of a Parquet file, by its name."""
-    return storage.name_of(place).lower().endswith(".parquet")
+    return storage.name_of(path).lower().endswith(".parquet")
 
 
-def _rows(place: str) -> Iterator[dict[str, Any]]:
+def _rows(path: str) -> Iterator[dict[str, Any]]:
     """The rows of a table, columns by their names in lower case; in bounded memory."""
-    fs, path = storage.filesystem(place)
-    names = columns_of(place)
+    fs, inner = storage.filesystem(path)
+    names = columns_of(path)
     try:
-        if is_parquet(place):
-            with fs.open_input_file(path) as file:
+        if is_parquet(path):
+            with fs.open_input_file(inner) as file:
                 for batch in pq.ParquetFile(file).iter_batches(_ROWS):
                     for values in zip(*(column.to_pylist() for column in batch.columns)):
                         yield dict(zip(names, values))
             return
-        with fs.open_input_stream(path) as stream:
+        with fs.open_input_stream(inner) as stream:
             text = io.TextIOWrapper(stream, "utf-8-sig", errors="backslashreplace", newline="")
             reader = csv.reader(text)
             next(reader, None)
             for row in reader:
                 if any("\n" in cell or "\r" in cell for cell in row):
                     raise UserError(
-                        f"--source: {place}, before line {reader.line_num + 1}: a cell spans "
+                        f"--source: {path}, before line {reader.line_num + 1}: a cell spans "
                         "several lines, as after a quote that is not closed"
                     )
                 if row:
@@ -139,7 +137,7 @@ def _rows(place: str) -> Iterator[dict[str, Any]]:
                     reason = f"it has {len(row)} cells, the header has {len(names)}"
                     yield {**dict(zip(names, row)), **({_REASON: reason} if strange else {})}
     except (OSError, pa.ArrowException, csv.Error) as error:
-        raise UserError(f"--source: {place} cannot be read: {first_line(error)}") from error
+        raise UserError(f"--source: {path} cannot be read: {first_line(error)}") from error
 
 
 def _entry(number: int, row: dict[str, Any], *, has_splits: bool) -> Entry:

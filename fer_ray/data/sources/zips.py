@@ -73,8 +73,8 @@ class ZipSource:
 
     kind = "zip"
 
-    def __init__(self, place: str) -> None:
-        self.place = place
+    def __init__(self, path: str) -> None:
+        self.path = path
 
     def entries(self) -> Iterator[Entry]:
         """Every file, in the order of the zip's directory."""
@@ -89,7 +89,7 @@ class ZipSource:
                 raise _Damaged(f"its directory has {count:,} entries and says {directory.count:,}")
         except (OSError, pa.ArrowException, _Damaged, struct.error) as error:
             raise UserError(
-                f"--source: {self.place} is not a readable zip: {first_line(error)}"
+                f"--source: {self.path} is not a readable zip: {first_line(error)}"
             ) from error
 
     def read(self, path: str, at: bytes) -> bytes:
@@ -121,12 +121,12 @@ class ZipSource:
 
     def fingerprint(self, listing: Iterator[tuple[str, int]]) -> str:
         """Hash of the zip's bytes."""
-        return hash_file(self.place)
+        return hash_file(self.path)
 
     @cached_property
     def _read_at(self) -> Callable[[int, int], bytes]:
         """Reads so many bytes from a place on."""
-        if storage.is_uri(self.place):
+        if storage.is_uri(self.path):
             return self._file.read_at
         descriptor = self._local.fileno()  # a third of the time of pyarrow's
         return lambda length, offset: os.pread(descriptor, length, offset)
@@ -134,31 +134,31 @@ class ZipSource:
     @cached_property
     def _local(self) -> io.FileIO:
         try:
-            return io.FileIO(self.place)
+            return io.FileIO(self.path)
         except OSError as error:
             raise UserError(
-                f"--source: {self.place} is not a readable zip: {first_line(error)}"
+                f"--source: {self.path} is not a readable zip: {first_line(error)}"
             ) from error
 
     @cached_property
     def _file(self) -> pa.NativeFile:
-        fs, path = storage.filesystem(self.place)
+        fs, path = storage.filesystem(self.path)
         try:
             return fs.open_input_file(path)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
-                f"--source: {self.place} is not a readable zip: {first_line(error)}"
+                f"--source: {self.path} is not a readable zip: {first_line(error)}"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"place": self.place}
+        return {"path": self.path}
 
 
-def hash_file(place: str) -> str:
+def hash_file(path: str) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    fs, path = storage.filesystem(place)
+    fs, inner = storage.filesystem(path)
     digest = hashlib.sha256()
-    with fs.open_input_stream(path) as stream:
+    with fs.open_input_stream(inner) as stream:
         while block := stream.read(2**22):
             digest.update(block)
     return digest.hexdigest()
@@ -189,12 +189,12 @@ def _find_directory(file: pa.NativeFile) -> _Directory:
 def _find_end(tail: bytes) -> int:
     """Where the record at the zip's end begins: one whose comment ends the file, else the last."""
     places = [m.start() for m in re.finditer(re.escape(_END_MARK), tail)]
-    places = [place for place in places if len(tail) - place >= _END.size]
+    places = [path for path in places if len(tail) - path >= _END.size]
     if not places:
         raise _Damaged("it has no directory at its end: cut off, or no zip at all")
-    for place in places:
-        if place + _END.size + _END.unpack_from(tail, place)[-1] == len(tail):
-            return place
+    for path in places:
+        if path + _END.size + _END.unpack_from(tail, path)[-1] == len(tail):
+            return path
     return places[-1]
 
 
@@ -202,12 +202,12 @@ def _read_end64(file: pa.NativeFile, locator_at: int, stated: int) -> tuple[int,
     """Place of the 64-bit record; count, length and offset of the directory that it tells."""
     nearest = locator_at - _END64.size
     # bytes before the zip move the record from where the locator says it is
-    for place in (nearest, stated):
+    for path in (nearest, stated):
         # what is stated may be beyond any file, and beyond what a file system takes
-        block = file.read_at(_END64.size, place) if 0 <= place <= nearest else b""
+        block = file.read_at(_END64.size, path) if 0 <= path <= nearest else b""
         if block.startswith(_END64_MARK):
             *_, count, length, offset = _END64.unpack(block)
-            return place, count, length, offset
+            return path, count, length, offset
     raise _Damaged("its 64-bit directory is not where it says")
 
 
