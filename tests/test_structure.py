@@ -15,7 +15,8 @@ JOBS = sorted((ROOT / "jobs").glob("*.py"))
 
 LEVELS = [
     ["errors"],
-    ["storage", "metrics"],
+    ["storage", "registry"],
+    ["metrics"],
     ["config"],
     ["data"],
     ["runtime"],
