@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import dataclasses
-import inspect
 import logging
 import math
 import os
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fer_ray import storage
-from fer_ray.config.schema import MAGNITUDES, SECTIONS, Section, TrainConfig, flag_of
 from fer_ray.errors import JobFailed, UserError, unknown
 from fer_ray.runtime import resources as capacity
 
@@ -29,7 +24,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Names defaults, but only where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", False):
+        if action.default is None or action.default is False or action.default == "":
             return action.help
         return super()._get_help_string(action)
 
@@ -102,80 +97,20 @@ def number(above: float, maximum: float | None = None) -> Callable[[str], float]
     return convert
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds a flag for every field of the training configuration, helped by its docstring."""
-    for title, section in SECTIONS.items():
-        group = parser.add_argument_group(title)
-        docs = _field_docs(section)
-        for spec in dataclasses.fields(section):
-            settings: dict[str, Any] = {"help": docs[spec.name].replace("%", "%%")}
-            if isinstance(spec.default, bool):
-                settings["action"] = argparse.BooleanOptionalAction
-            elif "allowed" in spec.metadata:
-                settings["metavar"] = "|".join(spec.metadata["allowed"])
-            else:
-                settings["type"] = _parser_of(str(spec.type))
-                settings["metavar"] = str(spec.type).split(" ")[0].upper()
-            flag = flag_of(spec)
-            group.add_argument(flag, dest=f"{title}.{spec.name}", default=spec.default, **settings)
+def winner_of(sweep: str | None) -> tuple[str | None, dict[str, Any] | None]:
+    """The name for the run of a sweep's winner and its settings; None and None without a sweep.
 
-
-def take_sweep(parser: argparse.ArgumentParser) -> str | None:
-    """Makes the settings of a sweep's winner the defaults, where ``--from-sweep`` is given.
-
-    Another ``--augmentation`` or ``--optimizer`` beside it brings its own strengths or rate, as
-    it does without a sweep.
-
-    Returns:
-        The name of the winner's run; None without a sweep.
+    Args:
+        sweep: the sweep's folder, as given with ``--from-sweep``.
 
     Raises:
         UserError: where the folder is no sweep, or has no winner.
     """
-    first, _ = parser.parse_known_args()
-    if not first.from_sweep:
-        return None
+    if not sweep:
+        return None, None
     from fer_ray.sweeps import winner
 
-    name, settings = winner.read(first.from_sweep)
-    # a second look, now that the defaults are the winner's, tells what was given besides
-    parser.set_defaults(**settings)
-    given = vars(parser.parse_known_args()[0])
-    if given["transforms.augmentation"] != settings["transforms.augmentation"]:
-        parser.set_defaults(**{f"transforms.{magnitude}": None for magnitude in MAGNITUDES})
-    if given["optimizer.optimizer"] != settings["optimizer.optimizer"]:
-        parser.set_defaults(**{"optimizer.learning_rate": None})
-    return name
-
-
-def config_from_flags(arguments: argparse.Namespace, *, data: str) -> TrainConfig:
-    """The training configuration that `add_config_flags`'s flags describe.
-
-    Raises:
-        UserError: for a value that is not allowed.
-    """
-    given = vars(arguments)
-    sections = {
-        title: {spec.name: given[f"{title}.{spec.name}"] for spec in dataclasses.fields(section)}
-        for title, section in SECTIONS.items()
-    }
-    return TrainConfig.from_dict({"data": data, **sections})
-
-
-def _parser_of(annotation: str) -> Callable[[str], Any]:
-    return {"int": int, "float": float, "float | None": float, "str": str}[annotation]
-
-
-def _field_docs(section: type[Section]) -> dict[str, str]:
-    """The string that stands under each field of a dataclass."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
-    assert isinstance(body, ast.ClassDef)
-    docs = {}
-    for item, following in zip(body.body, body.body[1:]):
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            assert isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            docs[item.target.id] = str(following.value.value)
-    return docs
+    return winner.read(sweep)
 
 
 def run(main: Callable[[], None]) -> None:

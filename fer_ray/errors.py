@@ -25,10 +25,15 @@ def unknown(what: str, given: object, allowed: Iterable[str]) -> UserError:
     Returns:
         The error to raise; it lists the allowed names and the nearest one.
     """
+    return UserError(f"{what}: {not_one_of(given, allowed)}")
+
+
+def not_one_of(given: object, allowed: Iterable[str]) -> str:
+    """Why a name is refused: the allowed names, and the nearest of them."""
     names = list(allowed)
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return UserError(f"{what}: {str(given)!r} is not one of {', '.join(names)}{hint}")
+    return f"{str(given)!r} is not one of {', '.join(names)}{hint}"
 
 
 class JobFailed(RuntimeError):

@@ -18,7 +18,7 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fer_ray.errors import UserError, first_line, unknown
 
@@ -29,17 +29,25 @@ Entry = TypeVar("Entry")
 
 
 class Registry(Generic[Entry]):
-    """The choices of one kind, by name, in the order in which they were registered."""
+    """The choices of one kind, by name."""
 
-    def __init__(self, flag: str, package: str | None = None) -> None:
+    def __init__(
+        self,
+        flag: str,
+        package: str | None = None,
+        *,
+        order: Callable[[Entry], Any] | None = None,
+    ) -> None:
         """Starts empty; nothing is imported before the first look-up.
 
         Args:
             flag: the flag or setting that takes one of the names, for error messages.
-            package: dotted name of the package whose modules register what the project ships;
-                None where the module that holds the registry does so itself.
+            package: dotted name of the module that registers what the project ships, or of a
+                package whose modules do; None where it is the module that holds the registry.
+            order: gives what entries are sorted by; by default they stand in the order in which
+                they were registered.
         """
-        self._flag, self._package = flag, package
+        self._flag, self._package, self._order = flag, package, order
         self._entries: dict[str, Entry] = {}
         self._is_loaded = False
 
@@ -67,9 +75,8 @@ class Registry(Generic[Entry]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names: what the project ships first, then that of plugins."""
-        self._load()
-        return tuple(self._entries)
+        """All names, in order."""
+        return tuple(name for name, _ in self.items())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -88,13 +95,21 @@ class Registry(Generic[Entry]):
         """
         self._load()
         if name not in self._entries:
-            raise unknown(self._flag, name, self._entries)
+            raise unknown(self._flag, name, self.names)
         return self._entries[name]
 
     def items(self) -> list[tuple[str, Entry]]:
         """Names and entries, in order."""
         self._load()
-        return list(self._entries.items())
+        entries = list(self._entries.items())
+        if self._order is not None:
+            order = self._order
+            entries.sort(key=lambda item: order(item[1]))
+        return entries
+
+    def values(self) -> list[Entry]:
+        """The entries, in order."""
+        return [entry for _, entry in self.items()]
 
     def _load(self) -> None:
         if self._is_loaded:
@@ -102,8 +117,9 @@ class Registry(Generic[Entry]):
         self._is_loaded = True  # before the imports, whose modules may look names up
         if self._package:
             package = importlib.import_module(self._package)
-            for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda one: one.name):
-                importlib.import_module(f"{self._package}.{module.name}")
+            modules = pkgutil.iter_modules(getattr(package, "__path__", []))
+            for name in sorted(module.name for module in modules):
+                importlib.import_module(f"{self._package}.{name}")
         load_plugins()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from fer_ray import cli
+from fer_ray.config import flags
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,13 +28,13 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=cli.integer(1), default=5, help="rounds of each side")
     add("--round-s", type=cli.number(0.0), default=3.0, help="seconds of a round, about")
     add("--show-augmentations", metavar="FILE.html", help="only write this page of pictures")
-    cli.add_config_flags(made)
+    flags.add_config_flags(made)
     return made
 
 
 def main() -> None:
     arguments = parser().parse_args()
-    config = cli.config_from_flags(arguments, data=arguments.data)
+    config = flags.config_from_flags(arguments, data=arguments.data)
 
     if arguments.show_augmentations:
         from fer_ray.reporting import augmentation_page

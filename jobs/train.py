@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from fer_ray import cli
+from fer_ray.config import flags
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,15 +20,14 @@ def parser() -> argparse.ArgumentParser:
     add("--storage", default="results/runs", metavar="DIR", help="folder of runs")
     add("--from-sweep", metavar="DIR", help="with the settings of its winner")
     add("--list-models", action=cli.ListModels, help="print what each costs")
-    cli.add_config_flags(made)
+    flags.add_config_flags(made)
     return made
 
 
 def main() -> None:
-    made = parser()
-    winner = cli.take_sweep(made)
-    arguments = made.parse_args()
-    config = cli.config_from_flags(arguments, data=arguments.data)
+    arguments = parser().parse_args()
+    winner, settings = cli.winner_of(arguments.from_sweep)
+    config = flags.config_from_flags(arguments, data=arguments.data, base=settings)
 
     from fer_ray.training import run as training
 

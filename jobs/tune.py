@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from fer_ray import cli
+from fer_ray.config import flags as config_flags
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,14 +27,14 @@ def parser() -> argparse.ArgumentParser:
     add("--gpus-per-trial", type=cli.number(0.0, 64.0), default=0.0, help="such as 0.25")
     add("--time-budget-s", type=cli.number(0.0), default=0.0, help="then stop, to go on later")
     add("--tensorboard", action="store_true", help="write TensorBoard's files too")
-    cli.add_config_flags(made)
+    config_flags.add_config_flags(made)
     made.set_defaults(**{"scaling.num_workers": 1})  # one process a trial
     return made
 
 
 def main() -> None:
     flags = parser().parse_args()
-    config = cli.config_from_flags(flags, data=flags.data)
+    config = config_flags.config_from_flags(flags, data=flags.data)
 
     from fer_ray.sweeps import plan as planning
     from fer_ray.sweeps import run as tuning

@@ -9,9 +9,10 @@ import cv2
 import numpy as np
 from scipy import ndimage, stats
 
-from fer_ray.config.schema import TransformConfig
+from fer_ray.config.transforms import TransformConfig
 from fer_ray.training.feed import as_tensor
-from fer_ray.transforms import DeviceAugmenter, LibraryAugmenter
+from fer_ray.transforms.albumentations_engine import AlbumentationsAugmenter
+from fer_ray.transforms.device_engine import DeviceAugmenter
 
 ENGINES = ("albumentations", "device")
 COUNT, SIDE, FILL = 1200, 48, 255
@@ -29,7 +30,7 @@ def augment(engine, images, samples=None, *, seed=0, epoch=0, fill=FILL, **setti
     if engine == "device":
         augmenter = DeviceAugmenter(config, seed=seed, fill=fill)
         return augmenter(as_tensor(images), samples, epoch).numpy()
-    library = LibraryAugmenter(config, seed=seed, fill=fill, image_size=images.shape[1])
+    library = AlbumentationsAugmenter(config, seed=seed, fill=fill, image_size=images.shape[1])
     return library(images, samples, epoch)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from fer_ray import cli
+from fer_ray.config import flags
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = re.compile(r"(?:^|/)jobs/(\w+)\.py$")
@@ -61,7 +61,7 @@ def check(command: list[str]) -> argparse.Namespace:
     """
     found = JOB.search(command[0])
     assert found, command
-    flags = parser_of(found[1]).parse_args(command[1:])
-    if "model.name" in vars(flags):
-        cli.config_from_flags(flags, data=flags.data or "data")
-    return flags
+    arguments = parser_of(found[1]).parse_args(command[1:])
+    if "model.name" in vars(arguments):
+        flags.config_from_flags(arguments, data=arguments.data or "data")
+    return arguments

@@ -56,10 +56,17 @@ def config(**sections: dict[str, Any]) -> TrainConfig:
     """A configuration that trains within a second: width 4, batch 8, float32."""
     values: dict[str, Any] = {
         "model": {"width": 4},
-        "schedule": {"epochs": 2, "global_batch_size": 8, "precision": "float32"},
-        "optimizer": {"warmup_epochs": 0.5, "learning_rate": 0.05},
+        "schedule": {
+            "epochs": 2,
+            "global_batch_size": 8,
+            "warmup_epochs": 0.5,
+            "precision": "float32",
+        },
+        "optimizer": {"learning_rate": 0.05},
         "scaling": {"num_workers": 1},
     }
+    if sections.get("model", {}).get("name", "custom_cnn") != "custom_cnn":
+        del values["model"]["width"]
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return TrainConfig.from_dict({"data": "/nowhere", **values})

@@ -186,7 +186,7 @@ def _drawn(given: Any, random: np.random.Generator) -> Any:
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Every setting by dotted name."""
     values = overrides.values_of(config)
-    return {name: values[column] for column, name in overrides.COLUMNS.items()}
+    return {name: values[column] for column, name in overrides.columns().items()}
 
 
 def saved(

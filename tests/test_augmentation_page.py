@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from fer_ray.config.schema import AUGMENTATIONS, MAGNITUDES, NORMALIZATIONS
+from fer_ray.config.registries import NORMALIZATIONS
+from fer_ray.config.transforms import PRESETS, magnitude_settings
 from fer_ray.reporting import augmentation_page
 
 
@@ -17,11 +18,12 @@ def page() -> str:
 
 
 def test_the_page_shows_every_option_preset_and_normalization(page):
-    for name in (*MAGNITUDES, *AUGMENTATIONS):
+    options = [setting.field for setting in magnitude_settings()]
+    for name in (*options, *PRESETS):
         assert page.count(f'id="{name}"') == 1, name
     for name in NORMALIZATIONS:
         assert f"--normalization {name}<" in page
-    by_both = len(MAGNITUDES) - len(augmentation_page.MIXING) + len(AUGMENTATIONS)
+    by_both = len(options) - 2 + len(PRESETS)  # without mixup and cutmix
     for engine in ("albumentations", "device"):
         assert page.count(f"<figcaption>{engine}</figcaption>") == by_both
 
@@ -42,18 +44,13 @@ def test_the_page_has_pictures_that_differ_by_what_was_done(page):
     assert len(set(by_name.values())) == len(by_name) - 1
 
 
-def test_a_picture_holds_the_faces_in_rows():
+def test_a_sheet_holds_the_faces_in_rows():
     import base64
 
     import cv2
 
-    shown = augmentation_page.faces(4).reshape(2, 2, 48, 48)
-    content = base64.b64decode(augmentation_page.picture(shown).split(",")[1])
+    shown = augmentation_page.synthetic_faces(4).reshape(2, 2, 48, 48)
+    content = base64.b64decode(augmentation_page.sheet(shown).split(",")[1])
     sheet = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE)
     assert sheet.shape == (98, 98)
     assert np.array_equal(sheet[50:, :48], shown[1, 0])
-
-
-def test_strengths_are_those_of_the_preset_strong():
-    assert augmentation_page.magnitude_of("rotation") == 15.0
-    assert augmentation_page.magnitude_of("zoom") == 0.12

@@ -5,39 +5,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fer_ray import cli
-from fer_ray.config.schema import (
-    MAGNITUDES,
-    SECTIONS,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-    differences,
-    flag_of,
-)
+from fer_ray.config import flags, overrides
+from fer_ray.config.fields import Setting
+from fer_ray.config.model import model_config
+from fer_ray.config.schema import SECTIONS, OptimizerConfig, TrainConfig, differences
 from fer_ray.errors import UserError
 
 
-def flags(*arguments: str) -> TrainConfig:
+def config_of(*arguments: str) -> TrainConfig:
+    """The configuration that flags of jobs/train.py give."""
     parser = cli.JobParser(prog="train.py")
-    cli.add_config_flags(parser)
-    return cli.config_from_flags(parser.parse_args(arguments), data="/data")
+    flags.add_config_flags(parser)
+    return flags.config_from_flags(parser.parse_args(arguments), data="/data")
+
+
+def all_settings() -> list[Setting]:
+    return [*overrides.settings().values(), *SECTIONS["scaling"].settings()]
 
 
 def test_defaults_of_the_flags_are_those_of_the_configuration():
-    assert flags() == TrainConfig(data="/data")
+    assert config_of() == TrainConfig(data="/data")
 
 
-def test_every_field_has_a_flag_and_a_docstring():
+def test_every_setting_has_a_flag_whose_help_names_its_range_and_its_default():
     parser = cli.JobParser(prog="train.py")
-    cli.add_config_flags(parser)
+    flags.add_config_flags(parser)
     helped = {action.dest: action.help for action in parser._actions}
-    for title, section in SECTIONS.items():
-        for spec in dataclasses.fields(section):
-            assert helped[f"{title}.{spec.name}"], f"{title}.{spec.name} has no docstring"
+    for setting in all_settings():
+        assert setting.doc and setting.doc.replace("%", "%%") in helped[setting.name]
+        assert setting.bounds in helped[setting.name], setting.name
+    assert "(at least 1; default" not in helped["schedule.patience"]
+    assert "(from 0 to 100000; default: 0)" in helped["schedule.patience"]
+    assert "(default: on)" in helped["schedule.flip_at_test"]
+    assert "0.0 for custom_cnn, 0.3 for efficientnet_b2" in helped["model.dropout"]
 
 
 def test_flags_reach_their_section():
-    config = flags("--model", "efficientnet_b2", "--learning-rate", "0.5", "--no-flip-at-test")
+    config = config_of("--model", "efficientnet_b2", "--learning-rate", "0.5", "--no-flip-at-test")
     assert config.model.name == "efficientnet_b2"
     assert config.optimizer.learning_rate == 0.5
     assert not config.schedule.flip_at_test
@@ -62,29 +66,29 @@ def test_a_configuration_survives_the_way_to_a_worker(epochs, optimizer, rate):
     assert again.schedule.epochs == epochs
 
 
-def other_than_default(spec: dataclasses.Field) -> object:
-    if "allowed" in spec.metadata:
-        return spec.metadata["allowed"][-1 if spec.default == spec.metadata["allowed"][0] else 0]
-    if isinstance(spec.default, bool):
-        return not spec.default
-    if isinstance(spec.default, str):
+def other_than_default(setting: Setting) -> object:
+    if setting.allowed is not None:
+        names = list(setting.allowed)
+        return names[-1 if setting.default == names[0] else 0]
+    if setting.type is bool:
+        return not setting.default
+    if setting.type is str:
         return "file.pth"
-    low, high = spec.metadata["low"], spec.metadata["high"] or 50
-    return (type(spec.default) if spec.default is not None else float)(max(low, high / 4) or 1)
+    return setting.type(max(setting.low, (setting.high or 50) / 4) or 1)
 
 
 def test_every_flag_reaches_its_field():
     """--optimizer once did not: its section has the same name."""
-    for title, section in SECTIONS.items():
-        for spec in dataclasses.fields(section):
-            value, flag = other_than_default(spec), flag_of(spec)
-            given = [flag, str(value)]
-            if isinstance(value, bool):
-                given = [flag if value else flag.replace("--", "--no-", 1)]
-            extra = ["--epochs", "60000"] if spec.name == "warmup_epochs" else []
-            extra += ["--global-batch-size", "60000"] if spec.name == "num_workers" else []
-            found = getattr(getattr(flags(*given, *extra), title), spec.name)
-            assert found == value and found != spec.default, flag
+    for setting in all_settings():
+        value = other_than_default(setting)
+        given = [setting.flag, str(value)]
+        if isinstance(value, bool):
+            given = [setting.flag if value else setting.flag.replace("--", "--no-", 1)]
+        extra = ["--epochs", "60000"] if setting.field == "warmup_epochs" else []
+        extra += ["--global-batch-size", "60000"] if setting.field == "num_workers" else []
+        extra += ["--model", setting.owners[0]] if setting.owners else []
+        section = getattr(config_of(*given, *extra), setting.section).to_dict()
+        assert section[setting.field] == value != setting.default, setting.flag
 
 
 def test_the_learning_rate_follows_the_optimizer_unless_given():
@@ -109,7 +113,7 @@ def test_the_learning_rate_follows_the_optimizer_unless_given():
 )
 def test_impossible_values_name_flag_value_and_what_is_allowed(arguments, message):
     with pytest.raises(UserError) as raised:
-        flags(*arguments)
+        config_of(*arguments)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -117,7 +121,7 @@ def test_impossible_values_name_flag_value_and_what_is_allowed(arguments, messag
 @pytest.mark.parametrize("arguments", [["--epochs", "many"], ["--epoch", "3"], ["stray"]])
 def test_unknown_flags_and_wrong_types_end_in_one_line_and_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as raised:
-        flags(*arguments)
+        config_of(*arguments)
     assert raised.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -129,20 +133,43 @@ def test_unknown_keys_are_refused():
 
 def test_differences_leave_out_where_the_work_runs():
     one = TrainConfig(data="/data").to_dict()
-    other = flags("--num-workers", "7", "--width", "8").to_dict()
-    assert differences(one, other) == ["model.width: 0 -> 8"]
+    other = config_of("--num-workers", "7", "--width", "8").to_dict()
+    assert differences(one, other) == ["model.width: 32 -> 8"]
 
 
 def test_a_section_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        ModelConfig().width = 3
+        model_config().width = 3  # type: ignore[attr-defined]
 
 
-def test_strengths_are_the_presets_unless_given_and_survive_a_round_trip():
-    config = flags("--augmentation", "strong", "--blur", "0")
-    assert config.transforms.blur == 0 and config.transforms.mixup == 0.2
+def test_magnitudes_are_the_presets_unless_given_and_survive_a_round_trip():
+    config = config_of("--augmentation", "strong", "--blur", "0")
+    magnitudes = config.transforms.magnitudes
+    assert magnitudes["blur"] == 0 and magnitudes["mixup"] == 0.2
     assert TrainConfig.from_dict(config.to_dict()) == config
-    plain = config.transforms.with_preset("none")
-    assert all(getattr(plain, name) == 0 for name in MAGNITUDES)
-    # replacing the name alone keeps them: that is what `with_preset` is for
-    assert dataclasses.replace(config.transforms, augmentation="none").mixup == 0.2
+    assert hash(TrainConfig.from_dict(config.to_dict())) == hash(config)
+    assert not any(config.transforms.with_preset("none").magnitudes.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "sequential_cnn", "--width", "8"], "--width: --model sequential_cnn has no"),
+        (
+            ["--head", "hidden"],
+            "--head: --model custom_cnn has no such option",
+        ),
+        (["--weights", "imagenet"], "--weights: --model custom_cnn has no such option"),
+    ],
+)
+def test_an_option_of_another_model_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        config_of(*arguments)
+
+
+def test_width_and_depth_follow_the_setting_unless_given():
+    full = config_of("--model-setting", "full").model
+    assert (full.width, full.depth) == (64, 2)
+    assert config_of("--model-setting", "full", "--width", "8").model.width == 8
+    changed = overrides.changed(config_of("--width", "8"), {"model.setting": "full"})
+    assert (changed.model.width, changed.model.depth) == (8, 2)

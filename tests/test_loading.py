@@ -9,7 +9,10 @@ from fer_ray.data.labels import UNKNOWN_LABEL
 from fer_ray.training import feed as loading
 from fer_ray.training.feed import Batch, Images, MemoryFeed
 from fer_ray.training.process_group import ProcessGroup
-from fer_ray.transforms import DeviceAugmenter, LibraryAugmenter, albumentations_engine, histogram
+from fer_ray.transforms import albumentations_engine
+from fer_ray.transforms.albumentations_engine import AlbumentationsAugmenter
+from fer_ray.transforms.device_engine import DeviceAugmenter
+from fer_ray.transforms.normalization import histogram
 
 ENGINES = ("device", "albumentations")
 
@@ -160,7 +163,9 @@ def test_images_are_changed_by_their_index_in_the_split(engine):
     settings = config(engine=engine, augmentation="standard", seed=4)
     train = small.split(50)
     (feed,) = feeds(settings, train=train)
-    library = LibraryAugmenter(settings.transforms, seed=4, fill=round(0.3 * 255), image_size=12)
+    library = AlbumentationsAugmenter(
+        settings.transforms, seed=4, fill=round(0.3 * 255), image_size=12
+    )
     device = DeviceAugmenter(settings.transforms, seed=4, fill=round(0.3 * 255))
     samples = np.arange(50)
     if engine == "device":

@@ -14,7 +14,7 @@ from fer_ray.config.schema import TrainConfig
 from fer_ray.models import checkpoint
 from fer_ray.training import loop
 from fer_ray.training.process_group import ProcessGroup
-from fer_ray.transforms import Normalizer
+from fer_ray.transforms.normalization import Normalizer
 
 
 def trainer(config: TrainConfig, *, train=48, validation=21, group=None, resume=None):

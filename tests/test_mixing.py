@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fer_ray.config.schema import TransformConfig
+from fer_ray.config.transforms import TransformConfig
 from fer_ray.training.feed import Batch
 from fer_ray.training.optimization import summed_loss
 from fer_ray.training.process_group import ProcessGroup
-from fer_ray.transforms import Mix, MixPlan, draw_mix
+from fer_ray.transforms.mixing import Mix, MixPlan, draw_mix
 
 CPU = torch.device("cpu")
 magnitudes = st.one_of(st.just(0.0), st.floats(0, 10), st.sampled_from([1e-300, 1e-6, 10.0]))
@@ -41,7 +41,7 @@ def test_shares_and_boxes_are_in_bounds(mixup, cutmix, count, size, seed):
         return
     found = plan(count, mixup=mixup, cutmix=cutmix, key=(seed, 1, 2), size=size)
     assert sorted(found.partner) == list(range(count))
-    for share in (found.own_share, found.blend):
+    for share in (found.own_fraction, found.blend):
         assert np.isfinite(share).all() and (share >= 0).all() and (share <= 1).all()
     left, top, right, bottom = found.box.T
     assert (found.box >= 0).all() and (found.box <= size).all()
@@ -49,7 +49,9 @@ def test_shares_and_boxes_are_in_bounds(mixup, cutmix, count, size, seed):
     # an image is blended or has a rectangle, never both, and its target's share is that of pixels
     cut = areas(found) > 0
     assert (found.blend[cut] == 1).all()
-    assert np.array_equal(found.own_share, np.where(cut, 1 - areas(found) / size**2, found.blend))
+    assert np.array_equal(
+        found.own_fraction, np.where(cut, 1 - areas(found) / size**2, found.blend)
+    )
     if mixup == 0:
         assert (found.blend == 1).all()
     if cutmix == 0:
@@ -59,9 +61,9 @@ def test_shares_and_boxes_are_in_bounds(mixup, cutmix, count, size, seed):
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_mixup_draws_its_share_from_a_beta_distribution(alpha):
     found = plan(4000, mixup=alpha)
-    assert stats.kstest(found.own_share, stats.beta(alpha, alpha).cdf).pvalue > 0.01
-    assert stats.kstest(found.own_share, stats.beta(alpha * 1.5, alpha * 1.5).cdf).pvalue < 0.01
-    assert abs(np.corrcoef(found.own_share, found.partner)[0, 1]) < 0.06
+    assert stats.kstest(found.own_fraction, stats.beta(alpha, alpha).cdf).pvalue > 0.01
+    assert stats.kstest(found.own_fraction, stats.beta(alpha * 1.5, alpha * 1.5).cdf).pvalue < 0.01
+    assert abs(np.corrcoef(found.own_fraction, found.partner)[0, 1]) < 0.06
 
 
 def published_box(size: int, share: float, random: np.random.RandomState) -> list[int]:
@@ -87,7 +89,7 @@ def test_cutmix_draws_its_rectangles_as_published(alpha):
             other = np.where((other - expected[:, column - 2]) % 2, other - 1, other)
         assert stats.ks_2samp(one, other, method="asymp").statistic < 0.05
     cut = 1 - areas(found) / size**2
-    assert np.array_equal(found.own_share, cut)
+    assert np.array_equal(found.own_fraction, cut)
     width, height = expected[:, 2] - expected[:, 0], expected[:, 3] - expected[:, 1]
     assert cut.mean() == pytest.approx(1 - (width * height).mean() / size**2, abs=0.03)
 
@@ -98,7 +100,7 @@ def test_with_both_it_is_half_of_each():
     assert blended.mean() == pytest.approx(0.5, abs=0.03)
     assert cut.mean() == pytest.approx(0.5, abs=0.03)
     assert not (blended & cut).any()
-    assert stats.kstest(found.own_share[blended], "uniform").pvalue > 0.01
+    assert stats.kstest(found.own_fraction[blended], "uniform").pvalue > 0.01
 
 
 def test_the_key_decides_and_the_order_of_the_images_is_drawn_from_another():
@@ -130,7 +132,7 @@ def test_a_worker_gets_its_images_and_the_partners_that_it_lacks(count, data):
     assert needed[part.partner.numpy()].tolist() == found.partner[own].tolist()
     assert part.partner.dtype == part.box.dtype == torch.int64
     assert part.blend.shape == (len(mine), 1, 1, 1) and part.box.shape == (len(mine), 4)
-    assert np.array_equal(part.own_share.numpy(), found.own_share[own].astype(np.float32))
+    assert np.array_equal(part.own_fraction.numpy(), found.own_fraction[own].astype(np.float32))
     # and mixes them as one worker would mix the whole
     batch = torch.rand(count, 1, 12, 12)
     whole = found.of(slice(0, count), CPU).apply(batch)
@@ -143,9 +145,9 @@ def test_targets_are_mixed_in_the_same_shares_as_pixels(magnitude):
     mix = plan(count, **magnitude).of(slice(0, count), CPU)
     levels = torch.rand(count)
     mixed = mix.apply(levels.view(-1, 1, 1, 1).expand(-1, 3, 12, 12).contiguous())
-    expected = mix.own_share * levels + (1 - mix.own_share) * levels[mix.partner]
+    expected = mix.own_fraction * levels + (1 - mix.own_fraction) * levels[mix.partner]
     torch.testing.assert_close(mixed.mean((1, 2, 3)), expected)
-    assert (mix.own_share < 0.9).float().mean() > 0.2
+    assert (mix.own_fraction < 0.9).float().mean() > 0.2
 
 
 def by_hand() -> Mix:
@@ -154,7 +156,7 @@ def by_hand() -> Mix:
         partner=torch.tensor([1, 0, 0]),
         blend=torch.tensor([0.25, 1.0, 1.0]).view(-1, 1, 1, 1),
         box=torch.tensor([[0, 0, 0, 0], [1, 0, 3, 1], [0, 0, 0, 0]]),
-        own_share=torch.tensor([0.25, 7 / 9, 1.0]),
+        own_fraction=torch.tensor([0.25, 7 / 9, 1.0]),
     )
 
 
@@ -180,20 +182,20 @@ def test_the_mixed_loss_is_that_of_mixed_targets(smoothing, weights):
     logits, targets = torch.randn(3, 3, dtype=torch.float64), torch.tensor([2, 0, 1, 1])
     mix, scale, total = by_hand(), weights or [1.0, 1.0, 1.0], 0.0
     for k, logs in enumerate(logits.log_softmax(1).tolist()):
-        share, partner = mix.own_share[k].item(), mix.partner[k]
+        share, partner = mix.own_fraction[k].item(), mix.partner[k]
         for part, target in ((share, targets[k]), (1 - share, targets[partner])):
             for label in range(3):
                 wanted = (1 - smoothing) * float(label == target) + smoothing / 3
                 total -= part * wanted * scale[label] * logs[label]
     weight = None if weights is None else torch.tensor(weights, dtype=torch.float64)
-    mix = replace(mix, own_share=mix.own_share.double())
+    mix = replace(mix, own_fraction=mix.own_fraction.double())
     found = summed_loss(logits, targets, label_smoothing=smoothing, weights=weight, mix=mix)
     assert found.item() == pytest.approx(total)
 
 
 def test_a_loss_mixed_with_the_own_target_is_the_plain_one():
     logits, targets = torch.randn(3, 3), torch.tensor([2, 0, 1])
-    alone = replace(by_hand(), own_share=torch.ones(3))
+    alone = replace(by_hand(), own_fraction=torch.ones(3))
     arguments = {"label_smoothing": 0.1, "weights": torch.tensor([1.0, 2.0, 3.0])}
     plain = summed_loss(logits, targets, **arguments)
     torch.testing.assert_close(summed_loss(logits, targets, **arguments, mix=alone), plain)
@@ -208,7 +210,7 @@ def mixed(feed_batches: list[list[Batch]]) -> list[tuple[torch.Tensor, ...]]:
             assert batch.mix is not None
             images = batch.mix.apply(batch.images.unsqueeze(1).float())
             own = batch.targets[: len(images)]
-            found.append((images, own, batch.targets[batch.mix.partner], batch.mix.own_share))
+            found.append((images, own, batch.targets[batch.mix.partner], batch.mix.own_fraction))
         steps.append(tuple(torch.cat(columns) for columns in zip(*found)))
     return steps
 

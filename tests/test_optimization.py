@@ -6,19 +6,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fer_ray.config.schema import OptimizerConfig
+from fer_ray.config.schema import OptimizerConfig, ScheduleConfig
 from fer_ray.training import optimization
 
+STEPS = 20
 
-def rates(config: OptimizerConfig, *, epochs: int = 10, steps: int = 20) -> list[float]:
+
+def rates(**settings) -> list[float]:
+    """The learning rate of each step of ten epochs whose peak is 0.4."""
+    schedule = ScheduleConfig(epochs=10, **settings)
     return [
-        optimization.learning_rate(step, steps_per_epoch=steps, epochs=epochs, config=config)
-        for step in range(epochs * steps)
+        optimization.learning_rate(step, steps_per_epoch=STEPS, peak=0.4, schedule=schedule)
+        for step in range(10 * STEPS)
     ]
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_zero():
-    found = rates(OptimizerConfig(learning_rate=0.4, warmup_epochs=2))
+    found = rates(warmup_epochs=2)
     assert found[:40] == sorted(found[:40]) and found[40:] == sorted(found[40:], reverse=True)
     assert found[40] == pytest.approx(0.4) and max(found) == found[40]
     assert 0 < found[0] < 0.02 and found[-1] < 0.001
@@ -26,7 +30,35 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero():
 
 
 def test_without_warm_up_the_first_step_has_the_peak():
-    assert rates(OptimizerConfig(learning_rate=0.4, warmup_epochs=0))[0] == 0.4
+    assert rates(warmup_epochs=0)[0] == 0.4
+
+
+def test_step_and_constant_keep_the_peak_and_step_divides_it_by_ten_twice():
+    constant = rates(warmup_epochs=1, learning_rate_schedule="constant")
+    assert constant[STEPS:] == [0.4] * 180 and constant[:STEPS] == sorted(constant[:STEPS])
+    step = rates(warmup_epochs=1, learning_rate_schedule="step")
+    assert step[STEPS:100] == [0.4] * 80
+    assert step[100:150] == [pytest.approx(0.04)] * 50
+    assert step[150:] == [pytest.approx(0.004)] * 50
+
+
+def test_one_cycle_is_that_of_torch_up_to_its_end():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    torchs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.4, total_steps=10 * STEPS, final_div_factor=1e9, cycle_momentum=False
+    )
+    expected = []
+    for _ in range(10 * STEPS):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        torchs.step()
+    found = rates(warmup_epochs=0, learning_rate_schedule="one-cycle")
+    # torch reaches its peak and its end a step earlier
+    assert np.allclose(found[:60], expected[:60], atol=0.01)
+    assert np.allclose(found, expected, atol=0.01) and max(found) == pytest.approx(0.4)
+    longer = rates(warmup_epochs=5, learning_rate_schedule="one-cycle")
+    assert np.argmax(longer) == 100
 
 
 @given(st.lists(st.integers(0, 500), min_size=2, max_size=9).filter(any))

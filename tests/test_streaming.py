@@ -137,7 +137,7 @@ def test_validation_is_whole_in_order_and_unchanged(data):
 
 
 def test_a_histogram_counts_every_pixel(data):
-    from fer_ray.transforms import histogram
+    from fer_ray.transforms.normalization import histogram
 
     counts = sum(feed(settings(), data, rank, 2).histogram(histogram) for rank in (0, 1))
     expected = np.bincount(load_split(data, "train").images.ravel(), minlength=256)

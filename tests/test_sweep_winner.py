@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,21 +9,22 @@ import sweep_samples as samples
 from sweep_samples import BASE, CLAHE, MINMAX, saved, table
 
 from fer_ray import cli
+from fer_ray.config import flags
 from fer_ray.config.schema import TrainConfig
 from fer_ray.errors import UserError
 from fer_ray.sweeps import store, summary, winner
 from fer_ray.sweeps.space import Arm
 
 
-def trained(monkeypatch, *flags: str) -> tuple[str | None, TrainConfig]:
+def trained(*arguments: object) -> tuple[str | None, TrainConfig]:
     """The run's name and the settings that jobs/train.py would take."""
     parser = cli.JobParser()
     parser.add_argument("--data", required=True)
     parser.add_argument("--from-sweep")
-    cli.add_config_flags(parser)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "data/faces", *map(str, flags)])
-    name = cli.take_sweep(parser)
-    return name, cli.config_from_flags(parser.parse_args(), data="data/faces")
+    flags.add_config_flags(parser)
+    parsed = parser.parse_args(["--data", "data/faces", *map(str, arguments)])
+    name, settings = cli.winner_of(parsed.from_sweep)
+    return name, flags.config_from_flags(parsed, data="data/faces", base=settings)
 
 
 def write_winner(folder: Path, chosen: dict) -> Path:
@@ -36,52 +36,50 @@ def write_winner(folder: Path, chosen: dict) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["grid", "search"])
-def test_the_winners_settings_and_its_command_are_the_same_run(kind: str, request, monkeypatch):
+def test_the_winners_settings_and_its_command_are_the_same_run(kind: str, request):
     folder = request.getfixturevalue(kind)
     made = summary.write(str(folder))
-    name, config = trained(monkeypatch, "--from-sweep", folder)
+    name, config = trained("--from-sweep", folder)
     assert name == f"{folder.name}-winner"
     assert samples.settings_of(config) == made["winner"]["settings"]
     words_ = made["winner"]["command"].split()
     assert words_[:4] == [".venv/bin/python", "jobs/train.py", "--data", "data/faces"]
     assert words_[4:6] == ["--run", name]
-    _, pasted = trained(monkeypatch, *words_[6:])
+    _, pasted = trained(*words_[6:])
     assert pasted == config
 
 
-def test_flags_that_are_given_win(tmp_path: Path, monkeypatch):
+def test_flags_that_are_given_win(tmp_path: Path):
     folder = write_winner(tmp_path, {"transforms.flip": 0.25, "optimizer.learning_rate": 0.05})
-    flags = ("--from-sweep", folder, "--epochs", 9, "--flip", 0.125)
-    _, config = trained(monkeypatch, *flags)
-    assert (config.schedule.epochs, config.transforms.flip) == (9, 0.125)
+    arguments = ("--from-sweep", folder, "--epochs", 9, "--flip", 0.125)
+    _, config = trained(*arguments)
+    assert (config.schedule.epochs, config.transforms.magnitudes["flip"]) == (9, 0.125)
     assert (config.optimizer.learning_rate, config.model.width) == (0.05, 12)
-    _, config = trained(monkeypatch, "--from-sweep", folder)
+    _, config = trained("--from-sweep", folder)
     assert (config.schedule.epochs, config.schedule.seed) == (samples.EPOCHS, 0)
 
 
-def test_another_preset_or_optimizer_brings_its_own(tmp_path: Path, monkeypatch):
+def test_another_preset_or_optimizer_brings_its_own(tmp_path: Path):
     chosen = {
         "transforms.blur": 0.5,
         "transforms.flip": 0.25,
         "optimizer.learning_rate": 0.05,
     }
     folder = write_winner(tmp_path, chosen)
-    _, config = trained(
-        monkeypatch, "--from-sweep", folder, "--augmentation", "strong", "--blur", "0.75"
-    )
+    _, config = trained("--from-sweep", folder, "--augmentation", "strong", "--blur", "0.75")
     strong = TrainConfig(data="data/faces").transforms.with_preset("strong")
-    assert config.transforms.flip == 0.5 and config.transforms.blur == 0.75
-    assert config.transforms.mixup == strong.mixup and config.optimizer.learning_rate == 0.05
-    _, config = trained(monkeypatch, "--from-sweep", folder, "--optimizer", "adamw")
-    assert config.optimizer.learning_rate == 0.001 and config.transforms.flip == 0.25
-    _, config = trained(
-        monkeypatch, "--from-sweep", folder, "--optimizer", "adamw", "--learning-rate", "0.01"
-    )
+    magnitudes = config.transforms.magnitudes
+    assert magnitudes["flip"] == 0.5 and magnitudes["blur"] == 0.75
+    assert magnitudes["mixup"] == strong.magnitudes["mixup"]
+    assert config.optimizer.learning_rate == 0.05
+    _, config = trained("--from-sweep", folder, "--optimizer", "adamw")
+    assert config.optimizer.learning_rate == 0.001 and config.transforms.magnitudes["flip"] == 0.25
+    _, config = trained("--from-sweep", folder, "--optimizer", "adamw", "--learning-rate", "0.01")
     assert config.optimizer.learning_rate == 0.01
 
 
-def test_without_a_sweep_nothing_changes(monkeypatch):
-    name, config = trained(monkeypatch)
+def test_without_a_sweep_nothing_changes():
+    name, config = trained()
     assert name is None and config == TrainConfig(data="data/faces")
 
 

@@ -89,8 +89,9 @@ def test_a_sitting_has_a_file_of_its_own_and_pandas_reads_them(tmp_path):
 
 def test_how_a_worker_failed_is_its_last_line(tmp_path):
     with pytest.raises(loop.NotFinite):
-        rate = {"learning_rate": 100.0, "clip_grad_norm": 0.0, "warmup_epochs": 0}
-        train(str(tmp_path), model={"name": "sequential_cnn"}, optimizer=rate)
+        rate = {"learning_rate": 100.0, "clip_grad_norm": 0.0}
+        model, schedule = {"name": "sequential_cnn"}, {"warmup_epochs": 0}
+        train(str(tmp_path), model=model, optimizer=rate, schedule=schedule)
     last = lines(str(tmp_path))[-1]
     assert last["event"] == "failed" and last["message"].startswith("NotFinite: the loss or its")
 

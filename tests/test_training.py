@@ -221,7 +221,8 @@ def test_a_loss_that_is_not_finite_ends_the_job_with_its_step(data, tmp_path):
     hopeless = config(
         data,
         model={"name": "sequential_cnn"},
-        optimizer={"learning_rate": 100.0, "clip_grad_norm": 0.0, "warmup_epochs": 0},
+        optimizer={"learning_rate": 100.0, "clip_grad_norm": 0.0},
+        schedule={"warmup_epochs": 0},
     )
     start = time.monotonic()
     with pytest.raises(JobFailed, match=r"not finite at step \d+ \(epoch 1\)"):

@@ -24,13 +24,16 @@ from augmentation_probes import (
 )
 from scipy import ndimage
 
-from fer_ray.config.schema import AUGMENTATIONS, MAGNITUDES, PRESETS, TransformConfig
+from fer_ray.config.registries import AUGMENTATIONS
+from fer_ray.config.transforms import PRESETS, TransformConfig, magnitude_settings
 from fer_ray.models.forward import resize
-from fer_ray.transforms import DeviceAugmenter, keyed_random, sampling
+from fer_ray.transforms import keyed_random
+from fer_ray.transforms.device_engine import DeviceAugmenter, draw_warps
+from fer_ray.transforms.operation import Draws, PixelChange
 
 
 def test_every_option_has_a_probe():
-    assert set(PROBES) == set(SETTINGS) == set(MAGNITUDES) - set(UNMIXED)
+    assert set(PROBES) == set(SETTINGS) == {s.field for s in magnitude_settings()} - set(UNMIXED)
 
 
 @pytest.mark.parametrize(("option", "magnitude"), [*SETTINGS.items(), *OTHERS])
@@ -122,7 +125,7 @@ def changed(engine: str, preset: str, **other: float) -> tuple[np.ndarray, np.nd
     return augment(engine, before, **settings), before
 
 
-@pytest.mark.parametrize("preset", [name for name in AUGMENTATIONS if PRESETS[name]])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if PRESETS[name]])
 def test_both_engines_make_the_same_of_a_preset(preset):
     """An image interpolated once and one interpolated twice differ in their gradients."""
     one, other = (changed(engine, preset) for engine in ENGINES)
@@ -156,9 +159,16 @@ def test_another_strength_in_a_preset_would_be_seen(preset, other):
 # The device engine's pictures, given what was drawn.
 
 
-def drawn(count: int, **settings: float) -> sampling.Parameters:
-    config = TransformConfig(augmentation="none", **settings)
-    return sampling.draw(config, keyed_random.streams(0, 0, np.arange(count)), SIDE, SIDE)
+def drawn(count: int, **settings: float) -> dict[str, np.ndarray]:
+    """What is drawn for each image: the warps, and the parameters of each change that is on."""
+    magnitudes = TransformConfig(augmentation="none", **settings).magnitudes
+    draws = Draws(keyed_random.streams(0, 0, np.arange(count)))
+    warps = draw_warps(magnitudes, draws, SIDE, SIDE)
+    parameters = {f"warp {number}": warp for number, warp in enumerate(warps)}
+    for name, augmentation in AUGMENTATIONS.items():
+        if isinstance(augmentation, PixelChange) and augmentation.is_on(magnitudes):
+            parameters[name] = augmentation.sample(magnitudes, draws, SIDE, SIDE)
+    return parameters
 
 
 @pytest.mark.parametrize(
@@ -174,7 +184,7 @@ def test_warped_pixels_are_those_of_opencv(settings):
     before = textures(40, smooth=2.0)
     result = augment("device", before, **settings)
     expected = before
-    for warps in drawn(40, **settings).warps:
+    for warps in drawn(40, **settings).values():
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         expected = [
             cv2.warpAffine(
@@ -189,7 +199,7 @@ def test_warped_pixels_are_those_of_opencv(settings):
 def test_crops_are_those_of_opencv_but_for_the_edge():
     before = textures(40, smooth=2.0)
     result = augment("device", before, crop=0.7)
-    for image, shown, warp in zip(before, result, drawn(40, crop=0.7).warps[0]):
+    for image, shown, warp in zip(before, result, drawn(40, crop=0.7)["warp 0"]):
         size = np.rint(np.diag(warp[:, :2]) * SIDE).astype(int)
         left, top = np.rint(warp[:, 2] - np.diag(warp[:, :2]) / 2 + 0.5).astype(int)
         cut = image[top : top + size[1], left : left + size[0]]
@@ -216,7 +226,7 @@ def test_flips_and_shifts_move_whole_pixels_and_reflect_at_the_border(engine):
 def test_blurred_pixels_are_those_of_a_gaussian_kernel():
     before = textures(40, smooth=0.5)
     result = augment("device", before, blur=2.0)
-    for image, shown, sigma in zip(before, result, drawn(40, blur=2.0).blur):
+    for image, shown, sigma in zip(before, result, drawn(40, blur=2.0)["blur"]):
         reach = int(3.5 * sigma)
         expected = image.astype(float)
         if reach:
@@ -231,7 +241,7 @@ def test_blurred_pixels_are_those_of_a_gaussian_kernel():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("preset", AUGMENTATIONS)
+@pytest.mark.parametrize("preset", list(PRESETS))
 def test_augmentation_is_keyed_by_seed_epoch_and_sample(engine, preset):
     change = functools.partial(augment, engine, augmentation=preset)
     count = 60
@@ -271,7 +281,7 @@ def test_a_batch_of_another_size_gives_the_same_bits():
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("preset", AUGMENTATIONS)
+@pytest.mark.parametrize("preset", list(PRESETS))
 def test_the_input_stays_as_it_is_and_may_lie_anyhow(engine, preset):
     change = functools.partial(augment, engine, augmentation=preset)
     before = textures(20)
@@ -341,20 +351,15 @@ def test_choices_of_one_image_are_independent_of_each_other(engine):
     assert abs(found).max() < 0.12
 
 
-def columns(found: sampling.Parameters) -> dict[str, np.ndarray]:
+def columns(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """All that was drawn, as one row a quantity and a column an image."""
-    assert found.erased is not None
-    values = {f"warp {k}": warp.reshape(-1, 6).T for k, warp in enumerate(found.warps)}
-    values["erased"] = found.erased.T
-    for name in ("brightness", "contrast", "blur", "noise"):
-        values[name] = getattr(found, name)[None]
-    return values
+    return {name: values.reshape(len(values), -1).T for name, values in found.items()}
 
 
 def test_what_is_drawn_for_an_image_is_independent_of_all_else():
     magnitudes = {"flip": 0.5, "brightness": 0.2, "contrast": 0.2, "blur": 1.0, "noise": 0.1}
     found = columns(drawn(6000, rotation=20.0, translation=0.2, erasing=0.5, **magnitudes))
-    warp, box = found.pop("warp 0"), found.pop("erased")
+    warp, box = found.pop("warp 0"), found.pop("erasing")
     rows = [*np.concatenate([*found.values()]), np.sign(warp[0]), warp[3], box[2] > 0]
     # neighbouring samples too, whose keys differ by 1
     rows += [row[np.arange(1, 6001) % 6000] for row in rows]
@@ -373,16 +378,16 @@ def test_noise_is_not_made_of_the_numbers_that_decide_the_rest():
 
 def test_switching_an_option_on_does_not_change_what_the_others_draw():
     whole = drawn(50, **SETTINGS)
-    for name in ("brightness", "contrast", "blur", "noise", "erased"):
-        option = "erasing" if name == "erased" else name
+    for option in ("brightness", "contrast", "blur", "noise", "erasing"):
         alone = drawn(50, **{option: SETTINGS[option]})
-        assert np.array_equal(getattr(alone, name), getattr(whole, name))
-    flipped = drawn(50, flip=0.5).warps[0][:, 0, 0] < 0
-    assert np.array_equal(flipped, whole.warps[0][:, 0, 0] < 0)
-    assert np.array_equal(drawn(50, crop=SETTINGS["crop"]).warps[0], whole.warps[1])
-    turned = drawn(50, rotation=SETTINGS["rotation"]).warps[0]
+        assert np.array_equal(alone[option], whole[option])
+    first = whole["warp 0"]
+    flipped = drawn(50, flip=0.5)["warp 0"][:, 0, 0] < 0
+    assert np.array_equal(flipped, first[:, 0, 0] < 0)
+    assert np.array_equal(drawn(50, crop=SETTINGS["crop"])["warp 0"], whole["warp 1"])
+    turned = drawn(50, rotation=SETTINGS["rotation"])["warp 0"]
     angle = np.arctan2(turned[:, 1, 0], turned[:, 1, 1])
-    assert np.allclose(angle, np.arctan2(whole.warps[0][:, 1, 0], whole.warps[0][:, 1, 1]))
+    assert np.allclose(angle, np.arctan2(first[:, 1, 0], first[:, 1, 1]))
     # the noise itself, not only how strong it is
     grey = np.full((50, SIDE, SIDE), 100, np.uint8)
     noise = augment("device", grey, noise=0.05).astype(int) - grey
@@ -392,7 +397,7 @@ def test_switching_an_option_on_does_not_change_what_the_others_draw():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("preset", AUGMENTATIONS)
+@pytest.mark.parametrize("preset", list(PRESETS))
 def test_augmentation_on_a_gpu_is_that_on_the_cpu_but_for_rounding(preset):
     before, samples = torch.from_numpy(textures(200)), np.arange(200)
     augmenter = DeviceAugmenter(TransformConfig(augmentation=preset), seed=0, fill=120)

@@ -162,7 +162,7 @@ space.optimizer.ema_decay = [0.0]
 def swept(data, tmp_path_factory):
     """A grid of which one arm's loss cannot stay finite, and what it said."""
     folder, said = tmp_path_factory.mktemp("sweeps"), []
-    settings = config(data, model={"name": "sequential_cnn"}, optimizer={"warmup_epochs": 0})
+    settings = config(data, model={"name": "sequential_cnn"}, schedule={"warmup_epochs": 0})
     made = plan(data, folder, HALF, num_seeds=2, config=settings, limits={"tensorboard": True})
     summary = tuning.fit(made, log=said.append)
     return Path(made.folder), summary, said, settings
@@ -298,8 +298,7 @@ def test_another_sweep_under_the_same_name_is_refused_and_shown(swept, data):
     longer = config(
         data,
         model={"name": "sequential_cnn"},
-        optimizer={"warmup_epochs": 0},
-        schedule={"epochs": 3},
+        schedule={"warmup_epochs": 0, "epochs": 3},
     )
     with pytest.raises(UserError, match=r"schedule\.epochs: 2 -> 3"):
         plan(data, folder.parent, HALF, num_seeds=3, config=longer)

@@ -25,8 +25,7 @@ from fer_ray.data.row_groups import pieces
 from fer_ray.models.forward import Forward, resize
 from fer_ray.training.feed import Feed, Images
 from fer_ray.training.stream_feed import StreamFeed
-from fer_ray.transforms import LibraryAugmenter
-from fer_ray.transforms.albumentations_engine import fill_of
+from fer_ray.transforms.albumentations_engine import AlbumentationsAugmenter, fill_of
 
 FILES = 2048
 """JPEGs in the folder of the usual way: fewer than memory caches, more than a few batches."""
@@ -231,7 +230,7 @@ class Files(Dataset):
             Image.fromarray(pixels).save(inner, quality=_JPEG_QUALITY)
             paths.append(str(inner))
         info, config = path.info, path.config
-        library = LibraryAugmenter(
+        library = AlbumentationsAugmenter(
             config.transforms, seed=0, fill=fill_of(info.pixel_mean), image_size=info.image_size
         )
         return cls(

@@ -103,8 +103,9 @@ def threads_of(config: TrainConfig) -> int:
 def for_measuring(config: TrainConfig, **schedule: Any) -> TrainConfig:
     """A configuration whose weights stay finite and whose run is as short as it can be."""
     values = config.to_dict()
-    values["optimizer"] |= {"learning_rate": _LEARNING_RATE, "warmup_epochs": 1.0}
-    values["schedule"] |= {"epochs": EPOCHS, "patience": 0, "time_limit_s": 0.0, **schedule}
+    values["optimizer"] |= {"learning_rate": _LEARNING_RATE}
+    short = {"warmup_epochs": 1.0, "epochs": EPOCHS, "patience": 0, "time_limit_s": 0.0}
+    values["schedule"] |= {**short, **schedule}
     return TrainConfig.from_dict(values)
 
 

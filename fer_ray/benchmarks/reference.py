@@ -7,7 +7,6 @@ fer_ray.benchmarks.reference table`` writes the table between the README's marke
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from fer_ray import cli, storage
 from fer_ray.benchmarks import reference_sweeps, targets
-from fer_ray.config.schema import ModelConfig
+from fer_ray.config.model import model_config
 from fer_ray.errors import UserError
 from fer_ray.models import registry
 
@@ -111,11 +110,11 @@ def table(reference: Path) -> str:
 
 
 def _cells(run: dict[str, Any], score: dict[str, Any]) -> list[str]:
-    model = ModelConfig(**run["model"])
+    model = model_config(**run["model"])
     size = model.input_size or 48
-    plain = dataclasses.replace(model, weights="")
+    plain = model.with_fresh_weights()
     cost = registry.cost(registry.build(plain, num_classes=7, image_size=48), size)
-    name = f"`{model.name}`" + (f" ({model.setting})" if model.name == "custom_cnn" else "")
+    name = f"`{model.name}`"
     notebook = _NOTEBOOK.get(run["run"])
     return [
         name,

@@ -89,9 +89,7 @@ def plan(
         info = read_info(config.data)
         _check_data(info, keys)
         config, labels, size = replace(config, data=info.path), len(info.labels), info.image_size
-    if config.model.weights not in ("", "imagenet"):
-        weights = storage.absolute(config.model.weights)
-        config = replace(config, model=replace(config.model, weights=weights))
+    config = replace(config, model=config.model.with_absolute_files())
     registry.check(config.model, num_classes=labels, image_size=size)
     output = storage.absolute(output) if output else ""
     _check_output(output)
@@ -311,7 +309,7 @@ def _beside(plan: Plan, found: dict[str, Any], info: DatasetInfo) -> dict[str, A
     """What the numbers are made of, and what was measured on what."""
     model = plan.config.model
     size = model.input_size or info.image_size
-    fresh = replace(model, weights="")
+    fresh = model.with_fresh_weights()
     network = registry.build(fresh, num_classes=len(info.labels), image_size=info.image_size)
     cost = registry.cost(network, size)
     scaling = plan.config.scaling

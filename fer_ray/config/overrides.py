@@ -8,50 +8,60 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import functools
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from fer_ray.config.schema import (
-    DEFAULT_LEARNING_RATE,
-    MAGNITUDES,
-    PRESETS,
-    SECTIONS,
-    TrainConfig,
-    check_field,
-    flag_of,
-)
-from fer_ray.errors import UserError, unknown
+from fer_ray.config.fields import Setting
+from fer_ray.config.registries import AUGMENTATIONS, LR_SCHEDULES, MODELS, NORMALIZATIONS
+from fer_ray.config.schema import RESULT_SECTIONS, SECTIONS, TrainConfig
+from fer_ray.errors import UserError
 
-_RESULT_SECTIONS = ("model", "transforms", "optimizer", "schedule")
 
-FIELDS: dict[str, dataclasses.Field] = {
-    f"{section}.{spec.name}": spec
-    for section in _RESULT_SECTIONS
-    for spec in dataclasses.fields(SECTIONS[section])
-}
-"""Every setting that decides a run's result, by its dotted name, in the order of the flags."""
+def settings() -> dict[str, Setting]:
+    """Every setting that decides a run's result, by dotted name, in the order of the flags.
+
+    The options of all registered networks are among them; `Setting.owners` says whose they are.
+    """
+    registries = (MODELS, AUGMENTATIONS, NORMALIZATIONS, LR_SCHEDULES)
+    return _settings(tuple(registry.names for registry in registries))
+
+
+@functools.lru_cache(maxsize=8)
+def _settings(registered: tuple[tuple[str, ...], ...]) -> dict[str, Setting]:
+    """`registered` is what the result depends on: names may be registered at any time."""
+    found = {setting.name: setting for setting in SECTIONS["model"].settings()}
+    for model in MODELS:
+        for setting in MODELS[model].settings():
+            if setting.name not in found:
+                found[setting.name] = dataclasses.replace(setting, owners=(model,))
+            elif owners := found[setting.name].owners:
+                known = found[setting.name]
+                found[setting.name] = dataclasses.replace(known, owners=(*owners, model))
+    for section in RESULT_SECTIONS[1:]:
+        found |= {setting.name: setting for setting in SECTIONS[section].settings()}
+    assert len({setting.column for setting in found.values()}) == len(found)
+    return found
 
 
 def column_of(name: str) -> str:
     """The column of a dotted name: its flag without dashes at the front, underscores within."""
-    return flag_of(FIELDS[name])[2:].replace("-", "_")
+    return settings()[name].column
 
 
-COLUMNS: dict[str, str] = {column_of(name): name for name in FIELDS}
-"""The dotted name of every column."""
-assert len(COLUMNS) == len(FIELDS)
+def columns() -> dict[str, str]:
+    """The dotted name of every column."""
+    return {setting.column: name for name, setting in settings().items()}
 
 
 def values_of(config: TrainConfig) -> dict[str, Any]:
-    """Every setting's value, by column."""
+    """Every setting's value, by column; None for options of other networks."""
     values = config.to_dict()
-    found = {}
-    for column, name in COLUMNS.items():
-        section, field = name.split(".")
-        found[column] = values[section][field]
-    return found
+    return {
+        setting.column: values[setting.section].get(setting.field)
+        for setting in settings().values()
+    }
 
 
 def check_name(where: str, name: str) -> str:
@@ -60,13 +70,15 @@ def check_name(where: str, name: str) -> str:
     Raises:
         UserError: with the nearest right name.
     """
-    if name in FIELDS:
+    if name in settings():
         return name
     # whoever forgets or mistakes the section means the setting
     last = name.rsplit(".", 1)[-1]
-    by_word = {**COLUMNS, **{other.split(".")[1]: other for other in FIELDS}}
+    by_word = {**columns(), **{other.split(".")[1]: other for other in settings()}}
     near = difflib.get_close_matches(last, by_word, n=1)
-    hint = f": did you mean {by_word[near[0]]!r}?" if near else f"; they are {', '.join(FIELDS)}"
+    hint = (
+        f": did you mean {by_word[near[0]]!r}?" if near else f"; they are {', '.join(settings())}"
+    )
     raise UserError(f"{where}: {name!r} is not a setting{hint}")
 
 
@@ -76,67 +88,65 @@ def check_value(where: str, name: str, value: Any) -> Any:
     Raises:
         UserError: with what is allowed and the nearest allowed value.
     """
-    spec = FIELDS[name]
-    if value is None:  # would be a flag that is not given: its value depends on others
+    if value is None:  # stands for a flag that is not given: its value depends on others
         raise UserError(f"{where}: {name}: null is not a value")
-    if isinstance(spec.default, bool) and not isinstance(value, bool):
-        raise UserError(f"{where}: {name}: {value!r} is not true or false")
-    if str(spec.type) == "str" and not isinstance(value, str):
-        raise unknown(f"{where}: {name}", value, spec.metadata.get("allowed") or ["text"])
-    try:
-        check_field(spec, value)
-    except UserError as error:
-        reason = str(error).removeprefix(f"{flag_of(spec)}: ")
-        raise UserError(f"{where}: {name}: {reason}{_nearest(spec, value)}") from error
+    if reason := settings()[name].refusal(value):
+        raise UserError(f"{where}: {name}: {reason}")
     return value
 
 
-def _nearest(spec: dataclasses.Field, value: Any) -> str:
-    if "low" not in spec.metadata or isinstance(value, bool) or not isinstance(value, int | float):
-        return ""
-    low, high = spec.metadata["low"], spec.metadata["high"]
-    near = max(min(value, math.inf if high is None else high), low)
-    if "float" not in str(spec.type):
-        near = round(near)
-    return f"; the nearest allowed is {near:g}"
-
-
-def changed(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
+def changed(
+    config: TrainConfig, options: Mapping[str, Any], *, keep_own: bool = True
+) -> TrainConfig:
     """The configuration with some settings changed.
 
-    Another augmentation preset brings its own strengths, and another optimizer its own default
-    rate, but for those that are among the options too, and those in which the configuration
-    differs from its own preset and optimizer: whoever set them wants them in every trial.
+    What follows from other settings follows anew: another augmentation preset brings its own
+    magnitudes and another optimizer its own learning rate, except for those among the options,
+    and those in which the configuration differs from its own preset and optimizer: whoever set
+    them wants them in every trial.
 
     Args:
         config: all settings.
         options: values by dotted name.
+        keep_own: whether what differs from the own preset is kept under another one.
 
     Raises:
         UserError: for an unknown name, or a value that is not allowed.
     """
-    values = config.to_dict()
-    if "transforms.augmentation" in options:
-        kept = own_magnitudes(config)
-        values["transforms"] |= {
-            magnitude: None for magnitude in MAGNITUDES if f"transforms.{magnitude}" not in kept
-        }
-    usual = _default(config, "optimizer.learning_rate", FIELDS["optimizer.learning_rate"])
-    if "optimizer.optimizer" in options and config.optimizer.learning_rate == usual:
-        values["optimizer"]["learning_rate"] = None
+    values: dict[str, Any] = config.to_dict()
+    for section in RESULT_SECTIONS:
+        derived = getattr(config, section).derived()
+        own = [field for field in derived if values[section][field] != derived[field]]
+        for field in derived.keys() - set(own):
+            del values[section][field]
+        if own and not keep_own:
+            decisive = values[section].keys() - derived.keys()
+            if any(
+                options.get(f"{section}.{field}", values[section][field]) != values[section][field]
+                for field in decisive & _deciding(section)
+            ):
+                for field in own:
+                    del values[section][field]
+    if options.get("model.name", config.model.name) != config.model.name:
+        values["model"] = {"input_size": config.model.input_size}
     for name, value in options.items():
         section, field = check_name("options", name).split(".")
         values[section][field] = value
     return TrainConfig.from_dict(values)
 
 
+def _deciding(section: str) -> set[str]:
+    """Fields from which others of the section follow."""
+    return {"transforms": {"augmentation"}, "optimizer": {"optimizer"}}.get(section, set())
+
+
 def own_magnitudes(config: TrainConfig) -> dict[str, float]:
-    """The strengths of augmentation that are not those of the preset, by dotted name."""
-    found = {f"transforms.{name}": getattr(config.transforms, name) for name in MAGNITUDES}
+    """The magnitudes of augmentation that are not those of the preset, by dotted name."""
+    preset = config.transforms.derived()
     return {
-        name: value
-        for name, value in found.items()
-        if value != _default(config, name, FIELDS[name])
+        f"transforms.{name}": value
+        for name, value in config.transforms.magnitudes.items()
+        if value != preset[name]
     }
 
 
@@ -146,26 +156,22 @@ def as_flags(config: TrainConfig) -> list[str]:
     Where the run works (workers, GPUs) is left to whoever runs it.
     """
     flags = []
-    for name, spec in FIELDS.items():
-        section, field = name.split(".")
-        value = getattr(getattr(config, section), field)
-        if value == _default(config, name, spec):
-            continue
-        if isinstance(value, bool):
-            flags.append(flag_of(spec) if value else flag_of(spec).replace("--", "--no-", 1))
-        else:
-            text = value if isinstance(value, str) else repr(value)
-            flags += [flag_of(spec), text]
+    for section in RESULT_SECTIONS:
+        part = getattr(config, section)
+        values = part.to_dict()
+        defaults = {setting.field: setting.default for setting in part.settings()}
+        # a network's own class has its own name for default, the flag has the default network's
+        defaults |= {setting.field: setting.default for setting in SECTIONS[section].settings()}
+        defaults |= part.derived()
+        for setting in part.settings():
+            value = values[setting.field]
+            if value == defaults[setting.field]:
+                continue
+            if setting.type is bool:
+                flags.append(setting.flag if value else f"--no-{setting.flag[2:]}")
+            else:
+                flags += [setting.flag, value if isinstance(value, str) else repr(value)]
     return flags
-
-
-def _default(config: TrainConfig, name: str, spec: dataclasses.Field) -> Any:
-    """What a setting is when its flag is not given but the others are."""
-    if name == "optimizer.learning_rate":
-        return DEFAULT_LEARNING_RATE[config.optimizer.optimizer]
-    if spec.name in MAGNITUDES and name.startswith("transforms."):
-        return PRESETS[config.transforms.augmentation].get(spec.name, 0.0)
-    return spec.default
 
 
 def as_command(config: TrainConfig, *, run: str) -> str:

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from fer_ray import storage
-from fer_ray.config.schema import ModelConfig
+from fer_ray.config.model import ModelConfig, model_config
 from fer_ray.errors import UserError
 from fer_ray.models import registry
 from fer_ray.models.forward import Forward
-from fer_ray.transforms import Normalizer
+from fer_ray.transforms.normalization import Normalizer
 
 FORMAT = 1
 SCORE = "validation_accuracy"
@@ -79,7 +79,7 @@ class Checkpoint:
     @property
     def sha256(self) -> str:
         """Identifies what the checkpoint predicts: its weights and all that goes around them."""
-        around = [asdict(self.model), self.labels, self.image_size, asdict(self.normalizer)]
+        around = [self.model.to_dict(), self.labels, self.image_size, asdict(self.normalizer)]
         text = json.dumps([self.files[MODEL], *around, self.flip_at_test, self.bfloat16])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -100,7 +100,7 @@ class Checkpoint:
             UserError: where the weights' file is not the one that was written.
         """
         # the weights come from the checkpoint: nothing is to be downloaded for them
-        config = ModelConfig(**{**asdict(self.model), "weights": ""})
+        config = self.model.with_fresh_weights()
         network = registry.build(config, num_classes=len(self.labels), image_size=self.image_size)
         network.load_state_dict(self.load_tensors(MODEL))
         return network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
@@ -168,7 +168,7 @@ def read(path: str) -> Checkpoint:
         for name in value["files"]:
             if not storage.exists(storage.join(path, name)):
                 raise UserError(f"{path}: not a whole checkpoint: {name} is missing")
-        value["model"] = ModelConfig(**value["model"])
+        value["model"] = model_config(**value["model"])
         value["normalizer"] = Normalizer(**value["normalizer"])
         value["labels"] = tuple(value["labels"])
         return Checkpoint(path=path, **value)
@@ -233,7 +233,5 @@ def in_run(path: str) -> list[Checkpoint]:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Dataclasses as dicts, so that JSON takes them."""
-    return {
-        key: asdict(value) if hasattr(value, "__dataclass_fields__") else value
-        for key, value in values.items()
-    }
+    model, normalizer = values["model"].to_dict(), asdict(values["normalizer"])
+    return {**values, "model": model, "normalizer": normalizer}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fer_ray.transforms import Mix, Normalizer
+from fer_ray.transforms.mixing import Mix
+from fer_ray.transforms.normalization import Normalizer
 
 
 @dataclass(frozen=True, kw_only=True)

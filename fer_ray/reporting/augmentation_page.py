@@ -1,13 +1,8 @@
-"""A page of pictures: what each option, preset and normalization does, engine beside engine."""
+"""A page of images: what each augmentation, preset and normalization does, engine by engine."""
 
 from __future__ import annotations
 
-import ast
 import base64
-import dataclasses
-import importlib.resources
-import inspect
-import textwrap
 from typing import Any
 
 import cv2
@@ -15,80 +10,63 @@ import numpy as np
 import torch
 
 from fer_ray import storage
-from fer_ray.config.schema import (
-    AUGMENTATIONS,
-    MAGNITUDES,
-    NORMALIZATIONS,
-    PRESETS,
-    TransformConfig,
-    flag_of,
-)
+from fer_ray.config.registries import AUGMENTATIONS, NORMALIZATIONS
+from fer_ray.config.transforms import PRESETS, TransformConfig
 from fer_ray.data import synthetic
 from fer_ray.errors import UserError
-from fer_ray.transforms import (
-    DeviceAugmenter,
-    LibraryAugmenter,
-    Normalizer,
-    draw_mix,
-    histogram,
-    moments,
-)
-from fer_ray.transforms.albumentations_engine import fill_of
+from fer_ray.reporting import html
+from fer_ray.transforms.albumentations_engine import AlbumentationsAugmenter, fill_of
+from fer_ray.transforms.device_engine import DeviceAugmenter
+from fer_ray.transforms.mixing import draw_mix
+from fer_ray.transforms.normalization import Normalizer, histogram, moments
+from fer_ray.transforms.operation import Augmentation, Mixing, Option
 
 FACES = 6
-"""Columns of every picture: drawn faces of different expressions."""
+"""Columns of every sheet: synthetic faces of different expressions."""
 SAMPLES = 3
-"""Rows of samples: as many epochs."""
+"""Rows of samples: one for each epoch."""
 STEPS = 20
-"""Of so many batches, the one that is mixed most is shown: beta draws are often near 0 or 1."""
-MIXING = ("mixup", "cutmix")
-"""Options that neither engine does: they mix whole batches after normalization."""
+"""Batches of which the most mixed one is shown: beta draws are often near 0 or 1."""
 
 _SIZE = 48
 _SEED = 0
-_CROWD = 64
-"""Faces from which mean and deviation are taken."""
+_NUM_FOR_STATISTICS = 64
+"""Faces from which mean and standard deviation are computed."""
 _GAP = 2
 _GAP_GREY = 255
 
 
 def write(path: str) -> str:
-    """Writes the page, one HTML file without links; returns its absolute place.
+    """Writes the page, one HTML file without links; returns its absolute path.
 
     Raises:
         UserError: where a folder of that name is.
     """
     path = storage.absolute(path)
     if storage.is_directory(path):
-        raise UserError(f"--show-augmentations: {path} is a folder; a file's name is wanted")
+        raise UserError(f"--show-augmentations: {path} is a folder: give the name of a file")
     storage.write_bytes(path, render().encode())
     return path
 
 
 def render() -> str:
     """The page as HTML; the same at every call."""
-    import jinja2
-
-    crowd = faces(_CROWD)
-    fill = fill_of(crowd.mean() / 255)
-    shown = crowd[:FACES]
-    docs = _docs()
-    options = [
-        _option(name, magnitude_of(name), shown, fill) | {"doc": docs[name]}
-        for name in MAGNITUDES
-        if name not in MIXING
-    ]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    templates = importlib.resources.files("fer_ray.reporting") / "templates"
-    source = templates / "augmentation_page.html.j2"
-    return environment.from_string(source.read_text("utf-8")).render(
-        original=picture(shown[None]),
-        options=options,
-        presets=[_preset(name, shown, fill) for name in AUGMENTATIONS],
-        mixing=[_mixed(name, shown) | {"doc": docs[name]} for name in MIXING],
-        normalizations=[_normalized(name, shown, crowd) for name in NORMALIZATIONS],
+    many = synthetic_faces(_NUM_FOR_STATISTICS)
+    fill = fill_of(many.mean() / 255)
+    faces = many[:FACES]
+    options = [(entry, option) for entry in AUGMENTATIONS.values() for option in entry.options]
+    return html.render(
+        "augmentation_page.html.j2",
+        {},
+        original=sheet(faces[None]),
+        options=[
+            _option(entry, option, faces, fill)
+            for entry, option in options
+            if not isinstance(entry, Mixing)
+        ],
+        mixing=[_mixed(option, faces) for entry, option in options if isinstance(entry, Mixing)],
+        presets=[_preset(name, faces, fill) for name in PRESETS],
+        normalizations=[_normalized(name, faces, many) for name in NORMALIZATIONS],
         samples=SAMPLES,
         steps=STEPS,
         seed=_SEED,
@@ -96,112 +74,98 @@ def render() -> str:
     )
 
 
-def magnitude_of(name: str) -> float:
-    """An option's strength in the preset `strong`, or where that has none, in another preset."""
-    chosen = [PRESETS["strong"], *PRESETS.values()]
-    return next(preset[name] for preset in chosen if name in preset)
-
-
-def faces(count: int) -> np.ndarray:
-    """(count, S, S) uint8 drawn faces, the expressions in turn."""
+def synthetic_faces(count: int) -> np.ndarray:
+    """(count, S, S) uint8 synthetic faces, the expressions in turn."""
     labels = len(synthetic.EXPRESSIONS)
-    drawn = [synthetic.draw(index % labels, _SEED, index, _SIZE) for index in range(count)]
-    return np.stack(drawn)
+    return np.stack([synthetic.draw(index % labels, _SEED, index, _SIZE) for index in range(count)])
 
 
-def picture(rows: np.ndarray) -> str:
+def sheet(rows: np.ndarray) -> str:
     """Faces (rows, columns, S, S) uint8 in one PNG, as a data URI."""
     padded = np.pad(
         rows, [(0, 0), (0, 0), (0, _GAP), (0, _GAP)], constant_values=_GAP_GREY
     ).transpose(0, 2, 1, 3)
-    sheet = padded.reshape(padded.shape[0] * padded.shape[1], -1)[:-_GAP, :-_GAP]
-    encoded = cv2.imencode(".png", np.ascontiguousarray(sheet))[1].tobytes()
+    pixels = padded.reshape(padded.shape[0] * padded.shape[1], -1)[:-_GAP, :-_GAP]
+    encoded = cv2.imencode(".png", np.ascontiguousarray(pixels))[1].tobytes()
     return f"data:image/png;base64,{base64.b64encode(encoded).decode()}"
 
 
-def engines(config: TransformConfig, shown: np.ndarray, fill: int) -> dict[str, str]:
-    """A picture of samples by each engine, by its name; a row an epoch."""
-    samples = np.arange(len(shown))
-    library = LibraryAugmenter(config, seed=_SEED, fill=fill, image_size=_SIZE)
+def _engines(config: TransformConfig, faces: np.ndarray, fill: int) -> dict[str, str]:
+    """A sheet of samples by engine; a row an epoch."""
+    samples = np.arange(len(faces))
     device = DeviceAugmenter(config, seed=_SEED, fill=fill)
-    images = torch.from_numpy(shown)
-    rows = {
-        "albumentations": [library(shown, samples, epoch) for epoch in range(SAMPLES)],
-        "device": [device(images, samples, epoch).numpy() for epoch in range(SAMPLES)],
-    }
-    return {engine: picture(np.stack(made)) for engine, made in rows.items()}
+    images = torch.from_numpy(faces)
+    rows = {"device": [device(images, samples, epoch).numpy() for epoch in range(SAMPLES)]}
+    on = [entry for entry in AUGMENTATIONS.values() if entry.is_on(config.magnitudes)]
+    if all(entry.in_albumentations for entry in on):
+        library = AlbumentationsAugmenter(config, seed=_SEED, fill=fill, image_size=_SIZE)
+        rows["albumentations"] = [library(faces, samples, epoch) for epoch in range(SAMPLES)]
+    return {engine: sheet(np.stack(rows[engine])) for engine in sorted(rows)}
 
 
-def _only(**magnitudes: float) -> TransformConfig:
-    return TransformConfig(augmentation="none", **magnitudes)  # type: ignore[arg-type]
+def _flag(name: str, magnitude: float) -> str:
+    return f"--{name.replace('_', '-')} {magnitude:g}"
 
 
-def _flags() -> dict[str, str]:
-    return {spec.name: flag_of(spec) for spec in dataclasses.fields(TransformConfig)}
-
-
-def _option(name: str, magnitude: float, shown: np.ndarray, fill: int) -> dict[str, Any]:
+def _option(
+    augmentation: Augmentation, option: Option, faces: np.ndarray, fill: int
+) -> dict[str, Any]:
+    config = TransformConfig.from_dict({"augmentation": "none", option.name: option.usual})
     return {
-        "name": name,
-        "flag": f"{_flags()[name]} {magnitude:g}",
-        "engines": engines(_only(**{name: magnitude}), shown, fill),
+        "name": option.name,
+        "flag": _flag(option.name, option.usual),
+        "doc": option.doc.replace("`", ""),
+        "engines": _engines(config, faces, fill),
     }
 
 
-def _preset(name: str, shown: np.ndarray, fill: int) -> dict[str, Any]:
-    flags = _flags()
+def _preset(name: str, faces: np.ndarray, fill: int) -> dict[str, Any]:
+    mixing = {
+        option.name
+        for entry in AUGMENTATIONS.values()
+        if isinstance(entry, Mixing)
+        for option in entry.options
+    }
     return {
         "name": name,
         "flag": f"--augmentation {name}",
-        "doc": ", ".join(f"{flags[key]} {value:g}" for key, value in PRESETS[name].items()),
-        "mixes": [key for key in MIXING if key in PRESETS[name]],
-        "engines": engines(TransformConfig(augmentation=name), shown, fill),
+        "doc": ", ".join(_flag(key, value) for key, value in PRESETS[name].items()),
+        "mixes": [key for key in PRESETS[name] if key in mixing],
+        "engines": _engines(TransformConfig(augmentation=name), faces, fill),
     }
 
 
-def _mixed(name: str, shown: np.ndarray) -> dict[str, Any]:
+def _mixed(option: Option, faces: np.ndarray) -> dict[str, Any]:
     """The faces, what each is mixed with, and the result; a batch of the faces alone."""
-    magnitude = magnitude_of(name)
-    config = _only(**{name: magnitude})
-    drawn = [draw_mix(config, (_SEED, 0, step), len(shown), _SIZE) for step in range(STEPS)]
-    plan = max(filter(None, drawn), key=lambda one: (one.own_share * (1 - one.own_share)).sum())
-    mix = plan.of(slice(0, len(shown)), torch.device("cpu"))
-    batch = torch.from_numpy(shown).unsqueeze(1).float()
+    config = TransformConfig.from_dict({"augmentation": "none", option.name: option.usual})
+    plans = [draw_mix(config, (_SEED, 0, step), len(faces), _SIZE) for step in range(STEPS)]
+    plan = max(
+        filter(None, plans), key=lambda plan: (plan.own_fraction * (1 - plan.own_fraction)).sum()
+    )
+    mix = plan.of(slice(0, len(faces)), torch.device("cpu"))
+    batch = torch.from_numpy(faces).unsqueeze(1).float()
     mixed = mix.apply(batch).squeeze(1).round().to(torch.uint8).numpy()
+    percent = [f"{100 * fraction:.0f}\u00a0%" for fraction in plan.own_fraction]
     return {
-        "name": name,
-        "flag": f"{_flags()[name]} {magnitude:g}",
-        "picture": picture(np.stack([shown, shown[plan.partner], mixed])),
-        "shares": ", ".join(f"{100 * share:.0f}\u00a0%" for share in plan.own_share),
+        "name": option.name,
+        "flag": _flag(option.name, option.usual),
+        "doc": option.doc.replace("`", ""),
+        "image": sheet(np.stack([faces, faces[plan.partner], mixed])),
+        "fractions": ", ".join(percent),
     }
 
 
-def _normalized(name: str, shown: np.ndarray, crowd: np.ndarray) -> dict[str, str]:
-    """What the network sees, the numbers made grey again."""
+def _normalized(name: str, faces: np.ndarray, many: np.ndarray) -> dict[str, str]:
+    """What the network sees, its numbers drawn as grey levels."""
     plain = Normalizer(normalization=name, mean=0.0, std=1.0)
-    mean, std = moments(histogram(plain.pixel_stage(torch.from_numpy(crowd))))
-    numbers = Normalizer(normalization=name, mean=mean, std=std)(torch.from_numpy(shown))
-    centred = name.endswith("dataset") or name == "standardize"
-    grey = (numbers + 3.0) / 6.0 if centred else numbers
+    mean, std = moments(histogram(plain.pixel_stage(torch.from_numpy(many))))
+    numbers = Normalizer(normalization=name, mean=mean, std=std)(torch.from_numpy(faces))
+    is_centred = bool(numbers.min() < 0)
+    grey = (numbers + 3.0) / 6.0 if is_centred else numbers
     pixels = (grey.clamp(0, 1) * 255).round().to(torch.uint8).squeeze(1).numpy()
     return {
         "name": name,
         "flag": f"--normalization {name}",
-        "range": "-3 is black, 3 is white" if centred else "0 is black, 1 is white",
-        "picture": picture(pixels[None]),
-    }
-
-
-def _docs() -> dict[str, str]:
-    """The string under each field of `TransformConfig`."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(TransformConfig))).body
-    assert isinstance(body, ast.ClassDef)
-    return {
-        item.target.id: following.value.value.replace("`", "")
-        for item, following in zip(body.body, body.body[1:])
-        if isinstance(item, ast.AnnAssign)
-        and isinstance(item.target, ast.Name)
-        and isinstance(following, ast.Expr)
-        and isinstance(following.value, ast.Constant)
-        and isinstance(following.value.value, str)
+        "range": "-3 is black, 3 is white" if is_centred else "0 is black, 1 is white",
+        "image": sheet(pixels[None]),
     }

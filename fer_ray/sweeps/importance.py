@@ -55,7 +55,7 @@ def distribution(name: str, given: Mapping[str, Any] | Sequence[Any]) -> Any:
     if not isinstance(given, Mapping):
         return CategoricalDistribution(list(given))
     log, step = given.get("log", False), given.get("step")
-    if "int" in str(overrides.FIELDS[name].type):
+    if overrides.settings()[name].type is int:
         low, high = int(given["low"]), int(given["high"])
         return IntDistribution(low, high, log=log, step=int(step or 1))
     return FloatDistribution(float(given["low"]), float(given["high"]), log=log, step=step)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from fer_ray.config import overrides
-from fer_ray.config.schema import MAGNITUDES, NORMALIZATIONS, PRESETS, TrainConfig
+from fer_ray.config.fields import Setting
+from fer_ray.config.registries import AUGMENTATIONS, NORMALIZATIONS
+from fer_ray.config.schema import TrainConfig
 from fer_ray.errors import UserError, unknown
-from fer_ray.models import registry
 
 GRID, SEARCH = "grid", "search"
 METHODS = (GRID, SEARCH)
@@ -31,7 +32,6 @@ _FIXED = {
     "schedule.time_limit_s": "is the same for all trials: use --time-limit-s",
     "schedule.loading": "cannot be varied: the trials of a sweep share the images in memory",
     "schedule.shuffle_buffer": "cannot be varied: the trials of a sweep do not stream",
-    "model.weights": "is the same for all trials: use --weights",
 }
 """Settings that no space varies, and why."""
 _MOST_ARMS = 10_000
@@ -102,7 +102,7 @@ class Space:
         """Of a search, the largest numbers of the settings of the network, by dotted name."""
         found: dict[str, Any] = {}
         for name, given in self.ranges.items():
-            if name.startswith("model.") and "low" in overrides.FIELDS[name].metadata:
+            if name.startswith("model.") and overrides.settings()[name].is_number:
                 found[name] = given.high if isinstance(given, Range) else max(given)
         return found
 
@@ -134,8 +134,11 @@ def load(what: str, base: TrainConfig) -> Space:
 def _normalization(base: TrainConfig) -> Space:
     """Every normalization; the baseline divides by 255 and does no more."""
     name = "transforms.normalization"
-    ordered = sorted(NORMALIZATIONS, key=lambda one: one != "none")
-    arms = tuple(Arm(name=f"normalization={one}", options={name: one}) for one in ordered)
+    ordered = sorted(NORMALIZATIONS, key=lambda normalization: normalization != "none")
+    arms = tuple(
+        Arm(name=f"normalization={normalization}", options={name: normalization})
+        for normalization in ordered
+    )
     return Space(name="normalization", method=GRID, arms=arms)
 
 
@@ -144,9 +147,11 @@ def _augmentation(base: TrainConfig) -> Space:
     without any."""
     preset = base.transforms.augmentation
     arms = [Arm(name=f"augmentation={preset}", options={})]
-    for magnitude in MAGNITUDES:
-        value = 0.0 if getattr(base.transforms, magnitude) else _usual(magnitude)
-        arms.append(Arm(name=f"{magnitude}={value:g}", options={f"transforms.{magnitude}": value}))
+    for augmentation in AUGMENTATIONS.values():
+        for option in augmentation.options:
+            value = 0.0 if base.transforms.magnitudes[option.name] else option.usual
+            options = {f"transforms.{option.name}": value}
+            arms.append(Arm(name=f"{option.name}={value:g}", options=options))
     if preset != "none":
         # what the base has beyond its preset would stay
         own = [name for name, value in overrides.own_magnitudes(base).items() if value]
@@ -155,46 +160,30 @@ def _augmentation(base: TrainConfig) -> Space:
     return Space(name="augmentation", method=GRID, arms=tuple(arms))
 
 
-def _usual(magnitude: str) -> float:
-    """The strength that a preset gives an option, the strong one's if it has it."""
-    return next(
-        PRESETS[preset][magnitude]
-        for preset in ("strong", "standard", "notebook")
-        if magnitude in PRESETS[preset]
-    )
-
-
 def _search(base: TrainConfig) -> Space:
-    """Normalization, every augmentation from nothing to more than `strong`, and the optimizer.
-
-    The ranges are wide around what the presets and defaults have; they are this project's own.
-    """
-    ranges: dict[str, Range | Choices] = {"transforms.normalization": NORMALIZATIONS}
-    highest = {
-        "flip": 0.5,  # more is the same as less
-        "rotation": 30.0,
-        "translation": 0.2,
-        "zoom": 0.25,
-        "crop": 0.5,
-        "brightness": 0.3,
-        "contrast": 0.4,
-        "blur": 1.5,
-        "noise": 0.08,
-        "erasing": 0.8,
-        "mixup": 0.4,
-        "cutmix": 1.0,
-    }
-    for magnitude in MAGNITUDES:
-        ranges[f"transforms.{magnitude}"] = Range(low=0.0, high=highest[magnitude])
-    rate = base.optimizer.learning_rate
-    assert rate is not None
-    ranges["optimizer.learning_rate"] = Range(low=rate / 10, high=min(rate * 3, 100.0), log=True)
-    ranges["optimizer.weight_decay"] = Range(low=1e-5, high=1e-2, log=True)
-    ranges["optimizer.label_smoothing"] = Range(low=0.0, high=0.2)
-    if base.model.name == "custom_cnn":
-        width = base.model.width or registry.CUSTOM_CNN_SETTINGS[base.model.setting][0]
-        ranges["model.width"] = Range(low=max(width // 2, 1), high=min(width * 3 // 2, 512))
+    """Normalization, and every setting of the base that says how it is searched: magnitudes
+    from 0 to more than `strong` has, the optimizer, the size of the network."""
+    values = base.to_dict()
+    ranges: dict[str, Range | Choices] = {"transforms.normalization": NORMALIZATIONS.names}
+    for section in ("transforms", "optimizer", "model"):
+        for setting in getattr(base, section).settings():
+            if setting.search:
+                ranges[setting.name] = _searched(setting, values[section][setting.field])
     return Space(name="search", method=SEARCH, ranges=ranges)
+
+
+def _searched(setting: Setting, value: float) -> Range:
+    """The range of a setting around the base's value, within what is allowed."""
+    search = setting.search
+    assert search is not None and setting.low is not None
+    low, high = search.low, search.high
+    if search.factors:
+        low, high = (factor * value for factor in search.factors)
+    assert low is not None and high is not None
+    low, high = max(low, setting.low), high if setting.high is None else min(high, setting.high)
+    if setting.type is int:
+        low, high = int(low), int(high)
+    return Range(low=low, high=high, log=search.log)
 
 
 def _from_file(path: Path) -> Space:
@@ -245,6 +234,9 @@ def _parsed(where: str, name: str, given: Any) -> Range | Choices:
     overrides.check_name(where, name)
     if name in _FIXED:
         raise UserError(f"{where}: {name} {_FIXED[name]}")
+    setting = overrides.settings()[name]
+    if setting.is_file:
+        raise UserError(f"{where}: {name} is the same for all trials: use {setting.flag}")
     if isinstance(given, Mapping):
         return _range(where, name, given)
     if not isinstance(given, Sequence) or isinstance(given, str):
@@ -264,7 +256,7 @@ def _range(where: str, name: str, given: Mapping[str, Any]) -> Range:
             raise unknown(f"{where}: {name}", key, _FIELDS_OF_A_RANGE)
     if "low" not in given or "high" not in given:
         raise UserError(f"{where}: {name}: a range has both low and high")
-    if "low" not in overrides.FIELDS[name].metadata:
+    if not overrides.settings()[name].is_number:
         raise UserError(f"{where}: {name} is not a number: give a list of values")
     for key in ("low", "high"):
         overrides.check_value(where, name, given[key])
@@ -274,7 +266,7 @@ def _range(where: str, name: str, given: Mapping[str, Any]) -> Range:
     if low >= high or (log and low <= 0):
         raise UserError(f"{where}: {name}: low has to be below high, and above 0 with log")
     number = isinstance(step, int | float) and not isinstance(step, bool)
-    whole = "int" in str(overrides.FIELDS[name].type)
+    whole = overrides.settings()[name].type is int
     if step is not None and (log or not number or step <= 0 or (whole and step != int(step))):
         raise UserError(f"{where}: {name}: step is a number above 0, and not beside log")
     return Range(low=low, high=high, log=log, step=step)

@@ -49,19 +49,17 @@ METRICS = (
 """The columns that an epoch fills, as in ``history.parquet``."""
 
 
-def _type_of(name: str) -> pa.DataType:
-    spec = overrides.FIELDS[name]
-    kinds = {"int": pa.int32(), "float": pa.float64(), "float | None": pa.float64()}
-    if isinstance(spec.default, bool):
-        return pa.bool_()
-    return kinds.get(str(spec.type), pa.string())
+_ARROW_TYPES = {int: pa.int32(), float: pa.float64(), bool: pa.bool_(), str: pa.string()}
 
 
 SCHEMA = pa.schema(
     [
         pa.field("trial", pa.int32(), nullable=False),
         pa.field("arm", pa.string()),
-        *(pa.field(column, _type_of(name)) for column, name in overrides.COLUMNS.items()),
+        *(
+            pa.field(setting.column, _ARROW_TYPES[setting.type])
+            for setting in overrides.settings().values()
+        ),
         pa.field("epoch", pa.int32(), nullable=False),
         *(pa.field(metric, pa.float64()) for metric in METRICS),
         pa.field("ended_at", pa.timestamp("ms", tz="UTC")),

@@ -27,10 +27,11 @@ def config_of(row: pd.Series, base: TrainConfig) -> TrainConfig:
         row: one of ``trials.parquet``.
         base: what the columns do not say: the data, and where the work runs.
     """
-    values = base.to_dict()
-    for column, name in overrides.COLUMNS.items():
-        section, field = name.split(".")
-        values[section][field] = plain(row[column])
+    values: dict[str, Any] = {**base.to_dict(), "model": {}}
+    for setting in overrides.settings().values():
+        value = plain(row[setting.column])
+        if value is not None:  # else an option of another network
+            values[setting.section][setting.field] = setting.type(value)
     return TrainConfig.from_dict(values)
 
 
@@ -47,7 +48,7 @@ def described(
     values = overrides.values_of(config)
     return {
         "options": dict(chosen),
-        "settings": {name: values[column] for column, name in overrides.COLUMNS.items()},
+        "settings": {name: values[column] for column, name in overrides.columns().items()},
         "command": overrides.as_command(config, run=run_name(sweep["run"])),
     }
 

@@ -19,8 +19,9 @@ from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo
 from fer_ray.data.labels import UNKNOWN_LABEL
 from fer_ray.training.process_group import ProcessGroup
-from fer_ray.transforms import DeviceAugmenter, LibraryAugmenter, Mix, MixPlan, draw_mix
-from fer_ray.transforms.albumentations_engine import fill_of
+from fer_ray.transforms.albumentations_engine import AlbumentationsAugmenter, fill_of
+from fer_ray.transforms.device_engine import DeviceAugmenter
+from fer_ray.transforms.mixing import Mix, MixPlan, draw_mix
 
 EVALUATION_BATCH_SIZE = 256
 _RESIDENT_SHARE = 0.25
@@ -77,10 +78,10 @@ class Feed(Protocol):
         ...
 
 
-def library_augmenter(config: TrainConfig, pixel_mean: float, size: int) -> LibraryAugmenter:
+def library_augmenter(config: TrainConfig, pixel_mean: float, size: int) -> AlbumentationsAugmenter:
     """The `albumentations` engine for a data set's images."""
     seed, fill = config.schedule.seed, fill_of(pixel_mean)
-    return LibraryAugmenter(config.transforms, seed=seed, fill=fill, image_size=size)
+    return AlbumentationsAugmenter(config.transforms, seed=seed, fill=fill, image_size=size)
 
 
 class Augmentation:
@@ -88,7 +89,7 @@ class Augmentation:
 
     def __init__(self, config: TrainConfig, info: DatasetInfo, device: torch.device) -> None:
         self.device = device
-        self.library: LibraryAugmenter | None = None
+        self.library: AlbumentationsAugmenter | None = None
         self.on_device: DeviceAugmenter | None = None
         if config.transforms.engine == "albumentations":
             self.library = library_augmenter(config, info.pixel_mean, info.image_size)

@@ -24,7 +24,7 @@ from fer_ray.models.forward import Forward
 from fer_ray.training import batch_norm, optimization
 from fer_ray.training.feed import Batch, Feed
 from fer_ray.training.process_group import ProcessGroup
-from fer_ray.transforms import Normalizer, histogram, moments, needs_statistics
+from fer_ray.transforms.normalization import Normalizer, histogram, moments, needs_statistics
 
 PROGRESS_EVERY_S = 15.0
 """Seconds between lines of progress within an epoch."""
@@ -282,11 +282,12 @@ class Trainer:
         )
 
     def _learning_rate(self, epoch: int, step: int) -> float:
+        assert self.config.optimizer.learning_rate is not None
         return optimization.learning_rate(
             epoch * self.steps_per_epoch + step,
             steps_per_epoch=self.steps_per_epoch,
-            epochs=self.config.schedule.epochs,
-            config=self.config.optimizer,
+            peak=self.config.optimizer.learning_rate,
+            schedule=self.config.schedule,
         )
 
     def _progress(self, epoch: int, step: int) -> None:

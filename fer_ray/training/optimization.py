@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fer_ray.config.schema import OptimizerConfig
+from fer_ray.config.registries import LR_SCHEDULES
+from fer_ray.config.schema import OptimizerConfig, ScheduleConfig
 from fer_ray.errors import unknown
-from fer_ray.transforms import Mix
+from fer_ray.transforms.mixing import Mix
 
 
 def class_weights(
@@ -85,7 +85,7 @@ def summed_loss(
     if mix is None:
         return summed(targets, "sum")
     own, other = summed(targets[: len(logits)], "none"), summed(targets[mix.partner], "none")
-    return torch.lerp(other, own, mix.own_share).sum()
+    return torch.lerp(other, own, mix.own_fraction).sum()
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -109,22 +109,19 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def learning_rate(
-    step: int, *, steps_per_epoch: int, epochs: int, config: OptimizerConfig
+    step: int, *, steps_per_epoch: int, peak: float, schedule: ScheduleConfig
 ) -> float:
-    """The rate of a step: a linear warm-up, then a cosine that reaches 0 after the last step.
+    """The learning rate of a step.
 
     Args:
         step: counted from 0 over the whole run.
         steps_per_epoch: steps of one epoch.
-        epochs: epochs of the whole run.
-        config: gives the peak and the length of the warm-up.
+        peak: the highest learning rate.
+        schedule: gives the epochs, the warm-up and the shape.
     """
-    assert config.learning_rate is not None
-    warmup = config.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(epochs * steps_per_epoch - warmup, 1)
-    return config.learning_rate * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    rate = LR_SCHEDULES[schedule.learning_rate_schedule]
+    warmup_steps = schedule.warmup_epochs * steps_per_epoch
+    return rate(step, schedule.epochs * steps_per_epoch, warmup_steps, peak)
 
 
 class WeightAverage:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from fer_ray import storage
@@ -24,6 +24,7 @@ from fer_ray.models import registry
 from fer_ray.runtime import environment, resources
 from fer_ray.training import ray_trainer, worker
 from fer_ray.training.worker import HISTORY, SPLITS
+from fer_ray.transforms import albumentations_engine
 
 CONFIG = "config.json"
 RESULT = "run.json"
@@ -82,6 +83,7 @@ def check(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo]:
     Raises:
         UserError: where it is missing or does not suit them.
     """
+    albumentations_engine.check(config.transforms)
     config = _with_absolute_paths(config)
     info = read_info(config.data)
     for split in SPLITS:
@@ -100,9 +102,7 @@ def check(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo]:
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Workers run in another directory."""
-    model, weights = config.model, config.model.weights
-    if weights and weights != "imagenet":
-        model = dataclasses.replace(model, weights=storage.absolute(weights))
+    model = config.model.with_absolute_files()
     return dataclasses.replace(config, data=storage.absolute(config.data), model=model)
 
 
@@ -111,8 +111,6 @@ def _check_same(config: TrainConfig, info: DatasetInfo, folder: str) -> bool:
     if not storage.exists(storage.join(folder, CONFIG)):
         return False
     saved = storage.read_json(storage.join(folder, CONFIG))
-    # runs from before there was a choice were changed by albumentations
-    saved["config"].get("transforms", {}).setdefault("engine", "albumentations")
     before = TrainConfig.from_dict(saved["config"]).to_dict()
     found = differences(before, config.to_dict())
     if saved["data_sha256"] != info.data_sha256:
@@ -163,11 +161,12 @@ def fit(plan: Plan, *, log: Callable[[str], None] = print) -> dict[str, Any]:
 
 def _announcement(plan: Plan, streams: bool) -> str:
     config, model = plan.config, plan.config.model
-    setting = f" ({model.setting})" if model.name == "custom_cnn" else ""
+    options = ", ".join(f"{name} {value}" for name, value in model.options().items())
+    options = f" ({options})" if options else ""
     size = model.input_size or plan.info.image_size
     verb = "resuming" if plan.resumes else "training"
     return (
-        f"{verb} {model.name}{setting} at {size} px as run {plan.run!r}: "
+        f"{verb} {model.name}{options} at {size} px as run {plan.run!r}: "
         f"{plan.info.split('train').rows:,} images, {config.schedule.epochs} epochs, "
         f"batch {config.schedule.global_batch_size} over {config.scaling.num_workers} worker(s), "
         f"normalization {config.transforms.normalization}, "
@@ -287,7 +286,7 @@ def _result(plan: Plan, *, wall_s: float) -> dict[str, Any]:
     speeds = sorted(row["images_per_s"] for row in last.history)
     return {
         "run": plan.run,
-        "model": asdict(plan.config.model),
+        "model": plan.config.model.to_dict(),
         "best": best.metrics,
         "last": last.metrics,
         "best_checkpoint": storage.name_of(best.path),

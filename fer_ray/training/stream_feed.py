@@ -31,7 +31,8 @@ from fer_ray.training.feed import (
     library_augmenter,
 )
 from fer_ray.training.process_group import ProcessGroup
-from fer_ray.transforms import LibraryAugmenter, draw_mix
+from fer_ray.transforms.albumentations_engine import AlbumentationsAugmenter
+from fer_ray.transforms.mixing import draw_mix
 
 _BATCHES_AHEAD = 4
 """Batches that are made before they are needed."""
@@ -202,7 +203,7 @@ class _Reader:
 
 
 @functools.lru_cache(maxsize=2)
-def _library(config: TrainConfig, mean: float, size: int) -> LibraryAugmenter:
+def _library(config: TrainConfig, mean: float, size: int) -> AlbumentationsAugmenter:
     """One pipeline a process: building it takes longer than using it."""
     return library_augmenter(config, mean, size)
 

@@ -1,36 +1,52 @@
-"""The `albumentations` engine: augmentation on the CPU, image by image."""
+"""The engine `albumentations`: augmentation on the CPU, image by image.
+
+This module alone knows that package (2.0.8 is its last release under the MIT licence).
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fer_ray.config.schema import TransformConfig
-from fer_ray.transforms.sampling import (
-    BLUR_SHARE,
-    CROP_RATIOS,
-    ERASED_SIDES,
-    LEAST_SIGMA,
-    NOISE_SHARE,
-)
+from fer_ray.config.registries import AUGMENTATIONS
+from fer_ray.config.transforms import TransformConfig
+from fer_ray.errors import UserError
+from fer_ray.transforms.augmentations import blur, erasing, geometry, noise
+from fer_ray.transforms.operation import Mixing
 
 
-class LibraryAugmenter:
-    """Random changes to images, made by albumentations."""
+def check(config: TransformConfig) -> None:
+    """Refuses augmentations that only the engine `device` makes.
+
+    Raises:
+        UserError: with the option's flag.
+    """
+    if config.engine != "albumentations":
+        return
+    for augmentation in AUGMENTATIONS.values():
+        if augmentation.is_on(config.magnitudes) and not augmentation.in_albumentations:
+            flag = "--" + augmentation.options[0].name.replace("_", "-")
+            raise UserError(
+                f"--engine albumentations: it does not have {flag}: use --engine device"
+            )
+
+
+class AlbumentationsAugmenter:
+    """Changes images at random with albumentations."""
 
     def __init__(self, config: TransformConfig, *, seed: int, fill: int, image_size: int) -> None:
         """Builds the pipeline.
 
         Args:
-            config: the strengths; mixup and cutmix are not done here.
+            config: the magnitudes; mixup and cutmix are not made here.
             seed: the run's seed.
             fill: grey value (0 to 255) of erased rectangles.
-            image_size: pixels a side of the images.
+            image_size: height and width of the images in pixels.
         """
-        self._pipeline = _pipeline(config, fill, image_size)
+        self._pipeline = _pipeline(config.magnitudes, fill, image_size)
         self._seed = seed
 
     def __call__(
@@ -58,34 +74,75 @@ class LibraryAugmenter:
         return changed
 
 
-def _pipeline(config: TransformConfig, fill: int, image_size: int) -> Any:
+def fill_of(pixel_mean: float) -> int:
+    """Grey value of what is erased: the mean, so that no image's minimum or maximum moves.
+
+    Args:
+        pixel_mean: mean of the train split's pixels, 0 to 1.
+    """
+    return round(pixel_mean * 255)
+
+
+def _pipeline(magnitudes: Mapping[str, float], fill: int, image_size: int) -> Any:
     import albumentations as A  # takes a second: not before it is needed
     import cv2
 
     cv2.setNumThreads(1)  # workers share the cores; 48x48 pixels are no work for a pool
-    steps = _geometry(config, image_size)
-    if config.brightness:
-        half = 0.5 / 255  # albumentations rounds down
-        limits = (half - config.brightness, half + config.brightness)
-        steps.append(A.RandomBrightnessContrast(limits, contrast_limit=0.0, p=1.0))
-    if config.contrast:
-        steps.append(_contrast(config.contrast))
-    if config.blur:
-        sigmas = (min(LEAST_SIGMA, config.blur), config.blur)
-        steps.append(A.GaussianBlur(blur_limit=0, sigma_limit=sigmas, p=BLUR_SHARE))
-    if config.noise:
-        steps.append(_noise(255.0 * config.noise))
-    if config.erasing:
-        sides = {"hole_height_range": ERASED_SIDES, "hole_width_range": ERASED_SIDES}
-        erase = A.CoarseDropout(num_holes_range=(1, 1), **sides, fill=fill, p=config.erasing)
-        steps.append(erase)
+    steps: list[Any] = []
+    for name, augmentation in AUGMENTATIONS.items():
+        if isinstance(augmentation, Mixing) or not augmentation.is_on(magnitudes):
+            continue
+        if name in _STEPS:
+            steps.append(_STEPS[name](magnitudes, image_size, fill))
+        else:
+            steps += augmentation.albumentations_steps(magnitudes, image_size=image_size, fill=fill)
     return A.Compose(steps, seed=0) if steps else None
 
 
-def _contrast(limit: float) -> Any:
+def _flip(magnitudes: Mapping[str, float], image_size: int, fill: int) -> Any:
+    import albumentations as A
+
+    return A.HorizontalFlip(p=magnitudes["flip"])
+
+
+def _affine(magnitudes: Mapping[str, float], image_size: int, fill: int) -> Any:
+    import albumentations as A
+    import cv2
+
+    rotation, translation = magnitudes["rotation"], magnitudes["translation"]
+    return A.Affine(
+        rotate=(-rotation, rotation),
+        translate_percent=(-translation, translation),
+        scale=(1.0 - magnitudes["zoom"], 1.0 + magnitudes["zoom"]),
+        keep_ratio=True,
+        border_mode=cv2.BORDER_REFLECT_101,
+        p=1.0,
+    )
+
+
+def _crop(magnitudes: Mapping[str, float], image_size: int, fill: int) -> Any:
+    import albumentations as A
+
+    area = (1.0 - magnitudes["crop"], 1.0)
+    return A.RandomResizedCrop(
+        (image_size, image_size), scale=area, ratio=geometry.CROP_RATIOS, p=1.0
+    )
+
+
+def _brightness(magnitudes: Mapping[str, float], image_size: int, fill: int) -> Any:
+    import albumentations as A
+
+    half = 0.5 / 255  # albumentations rounds down
+    limits = (half - magnitudes["brightness"], half + magnitudes["brightness"])
+    return A.RandomBrightnessContrast(limits, contrast_limit=0.0, p=1.0)
+
+
+def _contrast(magnitudes: Mapping[str, float], image_size: int, fill: int) -> Any:
     """Scales about each image's mean: `RandomBrightnessContrast` does about black, and
     `ColorJitter` rounds down."""
     import albumentations as A
+
+    limit = magnitudes["contrast"]
 
     class Contrast(A.ImageOnlyTransform):
         def get_params(self) -> dict[str, Any]:
@@ -99,9 +156,18 @@ def _contrast(limit: float) -> Any:
     return Contrast(p=1.0)
 
 
-def _noise(limit: float) -> Any:
+def _blur(magnitudes: Mapping[str, float], image_size: int, fill: int) -> Any:
+    import albumentations as A
+
+    sigmas = (min(blur.LEAST_SIGMA, magnitudes["blur"]), magnitudes["blur"])
+    return A.GaussianBlur(blur_limit=0, sigma_limit=sigmas, p=blur.PROBABILITY)
+
+
+def _noise(magnitudes: Mapping[str, float], image_size: int, fill: int) -> Any:
     """Gaussian noise: that of `GaussNoise` is rounded towards 0, which makes it weaker."""
     import albumentations as A
+
+    limit = 255.0 * magnitudes["noise"]
 
     class Noise(A.ImageOnlyTransform):
         def get_params_dependent_on_data(self, params: dict, data: dict) -> dict[str, Any]:
@@ -111,34 +177,25 @@ def _noise(limit: float) -> Any:
         def apply(self, img: np.ndarray, noise: np.ndarray, **_: Any) -> np.ndarray:
             return np.rint((img + noise).clip(0, 255)).astype(np.uint8)
 
-    return Noise(p=NOISE_SHARE)
+    return Noise(p=noise.PROBABILITY)
 
 
-def _geometry(config: TransformConfig, image_size: int) -> list[Any]:
+def _erasing(magnitudes: Mapping[str, float], image_size: int, fill: int) -> Any:
     import albumentations as A
-    import cv2
 
-    steps: list[Any] = [A.HorizontalFlip(p=config.flip)] if config.flip else []
-    if config.rotation or config.translation or config.zoom:
-        assert config.rotation is not None and config.zoom is not None
-        assert config.translation is not None
-        affine = A.Affine(
-            rotate=(-config.rotation, config.rotation),
-            translate_percent=(-config.translation, config.translation),
-            scale=(1.0 - config.zoom, 1.0 + config.zoom),
-            keep_ratio=True,
-            border_mode=cv2.BORDER_REFLECT_101,
-            p=1.0,
-        )
-        steps.append(affine)
-    if config.crop:
-        area = (1.0 - config.crop, 1.0)
-        steps.append(
-            A.RandomResizedCrop((image_size, image_size), scale=area, ratio=CROP_RATIOS, p=1.0)
-        )
-    return steps
+    sides = {"hole_height_range": erasing.ERASED_SIDES, "hole_width_range": erasing.ERASED_SIDES}
+    return A.CoarseDropout(num_holes_range=(1, 1), **sides, fill=fill, p=magnitudes["erasing"])
 
 
-def fill_of(pixel_mean: float) -> int:
-    """Grey value of what is erased: the mean, so that no image's minimum or maximum moves."""
-    return round(pixel_mean * 255)
+_STEPS: dict[str, Callable[[Mapping[str, float], int, int], Any]] = {
+    "flip": _flip,
+    "affine": _affine,
+    "crop": _crop,
+    "brightness": _brightness,
+    "contrast": _contrast,
+    "blur": _blur,
+    "noise": _noise,
+    "erasing": _erasing,
+}
+"""Transforms that do what the project's own augmentations do, from magnitudes, the size of the
+images and the grey value for what is erased."""

@@ -35,6 +35,19 @@ def streams(seed: int, epoch: int, samples: np.ndarray, purpose: int = 0) -> np.
     return _mix(state)
 
 
+def substreams(starts: np.ndarray, key: int) -> np.ndarray:
+    """The start of a further stream of each image, for a use that `key` tells from others.
+
+    Args:
+        starts: (N,) uint64 from `streams`.
+        key: 0 to 2**32 - 1.
+
+    Returns:
+        (N,) uint64.
+    """
+    return _mix(_mix(starts) ^ np.uint64(key))
+
+
 def uniforms(starts: np.ndarray, count: int) -> np.ndarray:
     """The first `count` numbers of each stream: (N, count) float64, from 0 to below 1."""
     with np.errstate(over="ignore"):

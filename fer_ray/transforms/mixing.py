@@ -1,7 +1,8 @@
 """Mixup and cutmix: each image of a batch is mixed with another one, after normalization.
 
 Mixup blends whole images (Zhang et al. 2017, arXiv:1710.09412), cutmix puts a rectangle of one
-into the other (Yun et al. 2019, arXiv:1905.04899). The targets are mixed in the same shares.
+into the other (Yun et al. 2019, arXiv:1905.04899). The targets are mixed in the same
+proportions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fer_ray.config.schema import TransformConfig
+from fer_ray.config.transforms import TransformConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +22,10 @@ class Mix:
     partner: torch.Tensor
     """(N,) int64: position of the other image in the batch that `apply` gets."""
     blend: torch.Tensor
-    """(N, 1, 1, 1) float32: the image's own share where it is blended; 1: not."""
+    """(N, 1, 1, 1) float32: the image's own fraction where it is blended; 1: not."""
     box: torch.Tensor
     """(N, 4) int64: left, top, right, bottom of the other image's rectangle; empty: none."""
-    own_share: torch.Tensor
+    own_fraction: torch.Tensor
     """(N,) float32, 0 to 1: how much of the target is the image's own."""
 
     def apply(self, batch: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,7 @@ class Mix:
 
 @dataclass(frozen=True, kw_only=True)
 class MixPlan:
-    """The mixing of one global batch, on the CPU. Made by `draw`."""
+    """The mixing of one global batch, on the CPU. Made by `draw_mix`."""
 
     partner: np.ndarray
     """(B,) int64 positions in the global batch."""
@@ -49,7 +50,7 @@ class MixPlan:
     """(B,) float64."""
     box: np.ndarray
     """(B, 4) int64."""
-    own_share: np.ndarray
+    own_fraction: np.ndarray
     """(B,) float64."""
 
     def needed(self, own: slice) -> np.ndarray:
@@ -62,7 +63,7 @@ class MixPlan:
         """The part of a worker, whose batch holds the images of `needed`, in that order."""
         needed = self.needed(own)
         order = np.argsort(needed)
-        places = order[np.searchsorted(needed[order], self.partner[own])]
+        positions = order[np.searchsorted(needed[order], self.partner[own])]
 
         def move(values: np.ndarray) -> torch.Tensor:
             tensor = torch.from_numpy(values)
@@ -71,45 +72,47 @@ class MixPlan:
             return tensor.pin_memory().to(device, non_blocking=True)
 
         return Mix(
-            partner=move(places),
+            partner=move(positions),
             blend=move(self.blend[own].astype(np.float32).reshape(-1, 1, 1, 1)),
             box=move(self.box[own]),
-            own_share=move(self.own_share[own].astype(np.float32)),
+            own_fraction=move(self.own_fraction[own].astype(np.float32)),
         )
 
 
-def draw(config: TransformConfig, key: tuple[int, ...], count: int, size: int) -> MixPlan | None:
+def draw_mix(
+    config: TransformConfig, key: tuple[int, ...], count: int, size: int
+) -> MixPlan | None:
     """Draws the mixing of one global batch; None where mixup and cutmix are off.
 
     Args:
-        config: the strengths.
+        config: the magnitudes.
         key: what decides the numbers: seed, epoch, step.
         count: images in the global batch.
         size: pixels a side of the network's input.
     """
-    assert config.mixup is not None and config.cutmix is not None
-    if not (config.mixup or config.cutmix):
+    mixup, cutmix = config.magnitudes["mixup"], config.magnitudes["cutmix"]
+    if not (mixup or cutmix):
         return None
     # the last number keeps these draws apart from others: (seed, epoch) is (seed, epoch, 0, 0)
     random = np.random.default_rng((*key, 1))
     partner = random.permutation(count)
-    by_cutmix = random.random(count) < (config.cutmix > 0) * (0.5 if config.mixup else 1.0)
-    blend = random.beta(config.mixup, config.mixup, count) if config.mixup else np.ones(count)
+    by_cutmix = random.random(count) < (cutmix > 0) * (0.5 if mixup else 1.0)
+    blend = random.beta(mixup, mixup, count) if mixup else np.ones(count)
     box = np.zeros((count, 4), np.int64)
-    own_share = blend.copy()
-    if config.cutmix:
-        cut = _boxes(random.beta(config.cutmix, config.cutmix, count), random, size)
+    own_fraction = blend.copy()
+    if cutmix:
+        cut = _boxes(random.beta(cutmix, cutmix, count), random, size)
         box[by_cutmix] = cut[by_cutmix]
         blend[by_cutmix] = 1.0
         area = (cut[:, 2] - cut[:, 0]) * (cut[:, 3] - cut[:, 1])
-        # the share that the rectangle has after it was cut off at the border
-        own_share[by_cutmix] = (1.0 - area / size**2)[by_cutmix]
-    return MixPlan(partner=partner, blend=blend, box=box, own_share=own_share)
+        # the rectangle may be cut off at the border: its fraction is what is left of it
+        own_fraction[by_cutmix] = (1.0 - area / size**2)[by_cutmix]
+    return MixPlan(partner=partner, blend=blend, box=box, own_fraction=own_fraction)
 
 
-def _boxes(own_share: np.ndarray, random: np.random.Generator, size: int) -> np.ndarray:
-    """Squares of area 1 - `own_share` about any pixel, cut off at the border: (N, 4)."""
-    side = np.floor(size * np.sqrt(1.0 - own_share)).astype(np.int64)
+def _boxes(own_fraction: np.ndarray, random: np.random.Generator, size: int) -> np.ndarray:
+    """Squares of area 1 - `own_fraction` about any pixel, cut off at the border: (N, 4)."""
+    side = np.floor(size * np.sqrt(1.0 - own_fraction)).astype(np.int64)
     left = random.integers(0, size, len(side)) - side // 2
     top = random.integers(0, size, len(side)) - side // 2
     corners = np.stack([left, top, left + side, top + side], axis=1)

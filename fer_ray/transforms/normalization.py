@@ -9,23 +9,36 @@ in any order; what is not a whole number goes pixel by pixel, each operation rou
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from fer_ray.config.schema import NORMALIZATIONS
-from fer_ray.errors import unknown
+from fer_ray.config.registries import NORMALIZATIONS
 
 NUM_TILES = 3
 """Tiles of `clahe` along each side. At 48 pixels a tile is 16 by 16: about an eye or a mouth, and
 as many pixels as grey levels, so that the clip limit is not rounded away (in tiles of 12 by 12
 any limit up to 3.5 is 1 pixel). Checkpoints do not carry it: another value is another `clahe`."""
 CLIP_LIMIT = 2.0
-"""Largest share of a tile's pixels at one grey level, in units of the even share; what is above
-is spread over all levels, which bounds the contrast that noise can get. As fixed as the tiles."""
+"""Largest fraction of a tile's pixels at one grey level, as a multiple of an even distribution;
+what is above is spread over all levels, which limits how much noise is amplified. As fixed as the
+tiles."""
 
 _LEVELS = 256
-_SUFFIX = "+dataset"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalization:
+    """One way to turn grey bytes into the network's input: a pixel stage, then a scaling."""
+
+    scale: Callable[[torch.Tensor, float, float], torch.Tensor]
+    """From (N, 1, H, W) float32 of whole numbers, 0 to 255, and the mean and standard deviation
+    of the train split, in units of 1.0, to finite float32 of the same shape."""
+    pixel_stage: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """From (N, H, W) uint8 to the same; None: the images stay as they are."""
+    uses_statistics: bool = False
+    """Whether the scaling uses the mean and the standard deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +46,23 @@ class Normalizer:
     """Turns grey bytes into the numbers that a network sees; it travels in the checkpoint."""
 
     normalization: str
-    """One of `config.NORMALIZATIONS`."""
+    """One of the names in `NORMALIZATIONS`."""
     mean: float
-    """Mean of the train split's pixels after the pixel stage, in units of 1.0; used by
-    ``dataset``, ``equalize+dataset`` and ``clahe+dataset`` alone."""
+    """Mean of the train split's pixels after the pixel stage, in units of 1.0; used where the
+    normalization uses statistics."""
     std: float
     """Their standard deviation, in units of 1.0; one below 1e-6 counts as 1e-6."""
 
     def __post_init__(self) -> None:
-        if self.normalization not in NORMALIZATIONS:
-            raise unknown("--normalization", self.normalization, NORMALIZATIONS)
+        NORMALIZATIONS[self.normalization]  # raises UserError where there is none of that name
 
     def pixel_stage(self, images: torch.Tensor) -> torch.Tensor:
-        """What of the normalization maps bytes to bytes: (N, H, W) uint8, as `pixel_stage`."""
-        return pixel_stage(images, self.normalization)
+        """What of the normalization maps bytes to bytes: (N, H, W) uint8 to the same.
+
+        The images themselves, not a copy, where the normalization has no such stage.
+        """
+        stage = NORMALIZATIONS[self.normalization].pixel_stage
+        return images if stage is None else stage(images)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Normalizes a batch on the device it lies on; deterministic, image by image.
@@ -57,41 +73,20 @@ class Normalizer:
         Returns:
             (N, 1, H, W) float32, finite. ``none``, ``equalize``, ``clahe``: in [0, 1];
             ``minmax``: in [0, 1], touching both ends; ``standardize``: each image with mean 0
-            and deviation 1 (biased). Those two give all zeros for a constant image. ``dataset``
-            and what ends in it: mean 0 and deviation 1 over the train split.
+            and standard deviation 1 (biased). Those two give all zeros for a constant image.
+            ``dataset`` and what ends in it: mean 0 and standard deviation 1 over the train split.
         """
         pixels = self.pixel_stage(images).unsqueeze(1).float()
-        if self.normalization == "minmax":
-            low = pixels.amin(dim=(2, 3), keepdim=True)
-            span = pixels.amax(dim=(2, 3), keepdim=True) - low
-            return (pixels - low) / span.clamp(min=1.0)
-        if self.normalization == "standardize":
-            return _standardize(pixels)
-        pixels = _divide(pixels, 255.0)
-        if self.normalization.endswith("dataset"):
-            pixels = _divide(pixels - self.mean, max(self.std, 1e-6))
-        return pixels
+        return NORMALIZATIONS[self.normalization].scale(pixels, self.mean, self.std)
 
 
 def needs_statistics(normalization: str) -> bool:
-    """Whether mean and deviation have to be computed after the pixel stage.
+    """Whether mean and standard deviation have to be computed after the pixel stage.
 
     Those of the pixels as they are, which ``dataset`` takes, lie in ``dataset.json``.
     """
-    return normalization.endswith(_SUFFIX)
-
-
-def pixel_stage(images: torch.Tensor, normalization: str) -> torch.Tensor:
-    """What of a normalization maps bytes to bytes: (N, H, W) uint8 to the same.
-
-    The images themselves, not a copy, where the normalization has no such stage.
-    """
-    stage = normalization.removesuffix(_SUFFIX)
-    if stage == "equalize":
-        return equalize(images)
-    if stage == "clahe":
-        return clahe(images)
-    return images
+    entry = NORMALIZATIONS[normalization]
+    return entry.uses_statistics and entry.pixel_stage is not None
 
 
 def histogram(images: torch.Tensor) -> torch.Tensor:
@@ -119,7 +114,7 @@ def equalize(images: torch.Tensor) -> torch.Tensor:
     """Spreads each image's grey levels so that all are about equally frequent.
 
     (N, H, W) uint8 to a new tensor of the same. The darkest becomes 0, the brightest 255, the
-    others their share of the pixels above the darkest; a constant image stays as it is.
+    others the fraction of the pixels above the darkest; a constant image stays as it is.
     Bit-equal to OpenCV's ``equalizeHist``.
     """
     bins = _bins(images, 1)
@@ -234,19 +229,50 @@ def _look_up(tables: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
     return tables.flatten().index_select(0, bins.flatten()).view(bins.shape)
 
 
-def _standardize(pixels: torch.Tensor) -> torch.Tensor:
-    """Mean 0 and deviation 1 an image; (N, 1, H, W) float32 of whole numbers up to 255."""
-    # whole numbers, so exact; the mean of what is left is of the deviation's order, and what its
-    # rounding adds is too: 33 less 32.97 would keep few digits of the difference
+def _to_unit(pixels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    return _divide(pixels, 255.0)
+
+
+def _to_full_range(pixels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """The darkest pixel of each image is 0, the brightest 1."""
+    low = pixels.amin(dim=(2, 3), keepdim=True)
+    span = pixels.amax(dim=(2, 3), keepdim=True) - low
+    return (pixels - low) / span.clamp(min=1.0)
+
+
+def _by_dataset(pixels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """Mean 0 and standard deviation 1 over the train split."""
+    return _divide(_divide(pixels, 255.0) - mean, max(std, 1e-6))
+
+
+def _by_image(pixels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """Mean 0 and standard deviation 1 for each image."""
+    # whole numbers, so exact; the mean of what is left has the size of the standard deviation,
+    # and so has what its rounding adds: 33 less 32.97 would keep few digits of the difference
     pixels = pixels - pixels[:, :, :1, :1]
     num = float(pixels.shape[2] * pixels.shape[3])
     total = pixels.sum(dim=(2, 3), keepdim=True, dtype=torch.float64)
     squares = pixels.square().sum(dim=(2, 3), keepdim=True, dtype=torch.float64)
-    mean = _divide(total, num)
-    deviation = _divide((num * squares - total.square()).sqrt(), num)
-    return (pixels - mean.float()) / deviation.masked_fill(deviation == 0, 1.0).float()
+    own_mean = _divide(total, num)
+    own_std = _divide((num * squares - total.square()).sqrt(), num)
+    return (pixels - own_mean.float()) / own_std.masked_fill(own_std == 0, 1.0).float()
 
 
 def _divide(values: torch.Tensor, number: float) -> torch.Tensor:
     """A quotient rounded once: on a GPU, `values / number` is a product with the reciprocal."""
     return values / values.new_full((), number)
+
+
+for _name, _entry in {
+    "none": Normalization(scale=_to_unit),
+    "minmax": Normalization(scale=_to_full_range),
+    "standardize": Normalization(scale=_by_image),
+    "dataset": Normalization(scale=_by_dataset, uses_statistics=True),
+    "equalize": Normalization(pixel_stage=equalize, scale=_to_unit),
+    "clahe": Normalization(pixel_stage=clahe, scale=_to_unit),
+    "equalize+dataset": Normalization(
+        pixel_stage=equalize, scale=_by_dataset, uses_statistics=True
+    ),
+    "clahe+dataset": Normalization(pixel_stage=clahe, scale=_by_dataset, uses_statistics=True),
+}.items():
+    NORMALIZATIONS.register(_name)(_entry)

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fer_ray import cli
-from fer_ray.config import overrides
-from fer_ray.config.schema import NORMALIZATIONS, PRESETS, TrainConfig
+from fer_ray.config import flags, overrides
+from fer_ray.config.registries import NORMALIZATIONS
+from fer_ray.config.schema import TrainConfig
+from fer_ray.config.transforms import PRESETS
 from fer_ray.errors import UserError
 
 
@@ -20,14 +22,14 @@ def parser() -> cli.JobParser:
     made = cli.JobParser()
     for flag in ("--data", "--run"):
         made.add_argument(flag)
-    cli.add_config_flags(made)
+    flags.add_config_flags(made)
     return made
 
 
 def parsed(command: str) -> TrainConfig:
     """What jobs/train.py would make of a command line."""
     arguments = parser().parse_args(shlex.split(command)[2:])
-    return cli.config_from_flags(arguments, data=arguments.data)
+    return flags.config_from_flags(arguments, data=arguments.data)
 
 
 @settings(deadline=None)
@@ -37,7 +39,7 @@ def parsed(command: str) -> TrainConfig:
         optional={
             "model.width": st.integers(1, 64),
             "model.dropout": st.floats(0, 0.9),
-            "transforms.normalization": st.sampled_from(NORMALIZATIONS),
+            "transforms.normalization": st.sampled_from(NORMALIZATIONS.names),
             "transforms.augmentation": st.sampled_from(list(PRESETS)),
             "transforms.flip": st.floats(0, 1),
             "transforms.mixup": st.floats(0, 1),
@@ -56,10 +58,13 @@ def test_the_command_of_a_configuration_gives_it_back(chosen):
         assert overrides.values_of(config)[overrides.column_of(name)] == value
 
 
-def test_another_preset_brings_its_strengths_and_another_optimizer_its_rate():
+def test_another_preset_brings_its_magnitudes_and_another_optimizer_its_rate():
     base = TrainConfig(data="d")
     strong = overrides.changed(base, {"transforms.augmentation": "strong", "transforms.blur": 0.0})
-    assert (strong.transforms.mixup, strong.transforms.blur) == (0.2, 0.0)
+    assert (strong.transforms.magnitudes["mixup"], strong.transforms.magnitudes["blur"]) == (
+        0.2,
+        0.0,
+    )
     assert (
         overrides.changed(base, {"optimizer.optimizer": "adamw"}).optimizer.learning_rate == 0.001
     )
@@ -73,9 +78,9 @@ def test_what_was_set_beside_a_preset_or_an_optimizer_stays_with_another():
     base = overrides.changed(TrainConfig(data="d"), given)
     assert overrides.own_magnitudes(base) == {"transforms.flip": 0.0, "transforms.noise": 0.05}
     for preset in PRESETS:
-        found = overrides.changed(base, {"transforms.augmentation": preset}).transforms
-        assert (found.flip, found.noise) == (0.0, 0.05)
-        assert found.rotation == PRESETS[preset].get("rotation", 0.0)
+        found = overrides.changed(base, {"transforms.augmentation": preset}).transforms.magnitudes
+        assert (found["flip"], found["noise"]) == (0.0, 0.05)
+        assert found["rotation"] == PRESETS[preset].get("rotation", 0.0)
     assert overrides.changed(base, {"optimizer.optimizer": "adamw"}).optimizer.learning_rate == 0.03
 
 
@@ -97,8 +102,8 @@ def test_a_wrong_name_is_refused_with_the_nearest_right_one(given_name, meant):
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("optimizer.learning_rate", 200, "not from 1e-08 to 100; the nearest allowed is 100"),
-        ("model.width", 8.5, "not from 0 to 512; the nearest allowed is 8"),
+        ("optimizer.learning_rate", 200, "not from 1e-08 to 100; the nearest allowed value is 100"),
+        ("model.width", 8.5, "not from 1 to 512; the nearest allowed value is 8"),
         ("transforms.flip", "often", "'often' is not from 0 to 1"),
         ("transforms.normalization", "clahee", "did you mean 'clahe'"),
         ("transforms.normalization", 3, "not one of none, minmax"),

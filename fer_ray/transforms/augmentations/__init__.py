@@ -1,0 +1,1 @@
+"""The augmentations: every module here registers some, and they are found without being listed."""
