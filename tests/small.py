@@ -8,7 +8,8 @@ import numpy as np
 
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo, Split, SplitInfo
-from fer_ray.training.feed import Images, MemoryFeed
+from fer_ray.training.feed import Images
+from fer_ray.training.memory_feed import MemoryFeed
 from fer_ray.training.process_group import ProcessGroup
 
 LABELS = ("angry", "happy", "sad")

@@ -7,7 +7,8 @@ from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import Split
 from fer_ray.data.labels import UNKNOWN_LABEL
 from fer_ray.training import feed as loading
-from fer_ray.training.feed import Batch, Images, MemoryFeed
+from fer_ray.training.feed import Batch, Images
+from fer_ray.training.memory_feed import MemoryFeed
 from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms import albumentations_engine
 from fer_ray.transforms.albumentations_engine import AlbumentationsAugmenter

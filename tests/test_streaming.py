@@ -14,7 +14,7 @@ from fer_ray.data.row_groups import Piece, cut, pieces
 from fer_ray.errors import UserError
 from fer_ray.preparation import run as preparation
 from fer_ray.training import stream_feed
-from fer_ray.training.feed import library_augmenter
+from fer_ray.training.feed import albumentations_augmenter
 from fer_ray.training.process_group import ProcessGroup
 from fer_ray.training.stream_feed import StreamFeed
 
@@ -113,7 +113,7 @@ def test_images_change_by_their_place_in_the_split(data, engine):
     whole = load_split(data, "train")
     samples = np.arange(len(whole.labels))
     if engine == "albumentations":
-        expected = library_augmenter(config, data.pixel_mean, data.image_size)(
+        expected = albumentations_augmenter(config, data.pixel_mean, data.image_size)(
             whole.images, samples, 3
         )
     else:

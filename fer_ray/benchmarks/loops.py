@@ -19,8 +19,9 @@ from fer_ray.data.dataset import DatasetInfo, load_split, read_info
 from fer_ray.models import registry
 from fer_ray.models.forward import Forward, resize
 from fer_ray.runtime.process import keep_freed_memory
-from fer_ray.training.feed import Feed, Images, MemoryFeed
+from fer_ray.training.feed import Feed, Images
 from fer_ray.training.loop import Trainer
+from fer_ray.training.memory_feed import MemoryFeed
 from fer_ray.training.process_group import ProcessGroup
 
 EPOCHS = 7
@@ -84,7 +85,7 @@ class Workplace:
         """The real loop's state."""
         labels: dict[str, Any] = {"run": "benchmark", "provenance": {}}
         made = Trainer(self.config, self.info, feed, group=self.group, labels=labels, resume=None)
-        made._last_said = math.inf  # rounds are no epochs of a run: no lines of progress
+        made._last_logged = math.inf  # rounds are no epochs of a run: no lines of progress
         return made
 
     def plain(self, forward: Forward, batch_size: int, steps: int) -> Plain:

@@ -22,8 +22,9 @@ from fer_ray.errors import JobFailed
 from fer_ray.inference import run as inference
 from fer_ray.models import checkpoint
 from fer_ray.preparation.shards import ROWS_PER_PART
-from fer_ray.training.feed import Images, MemoryFeed
+from fer_ray.training.feed import Images
 from fer_ray.training.loop import Trainer
+from fer_ray.training.memory_feed import MemoryFeed
 from fer_ray.training.process_group import ProcessGroup
 
 _MOST_PARTS = 64

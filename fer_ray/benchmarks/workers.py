@@ -34,8 +34,9 @@ from fer_ray.data.dataset import load_split, read_info
 from fer_ray.models import registry
 from fer_ray.models.forward import resize
 from fer_ray.runtime import environment
-from fer_ray.training.feed import Batch, Images, MemoryFeed
+from fer_ray.training.feed import Batch, Images
 from fer_ray.training.loop import Trainer
+from fer_ray.training.memory_feed import MemoryFeed
 from fer_ray.training.process_group import ProcessGroup
 
 RESULT = "measured.json"

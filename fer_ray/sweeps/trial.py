@@ -18,7 +18,8 @@ from fer_ray.errors import JobFailed
 from fer_ray.runtime import environment, process
 from fer_ray.sweeps import store
 from fer_ray.training import loop, ray_trainer, worker
-from fer_ray.training.feed import Images, MemoryFeed
+from fer_ray.training.feed import Images
+from fer_ray.training.memory_feed import MemoryFeed
 from fer_ray.training.process_group import ProcessGroup
 from fer_ray.training.telemetry import Telemetry
 

@@ -1,5 +1,8 @@
-"""The training loop of one worker. It knows `torch.distributed` but not Ray: it reports to
-whoever calls it, so that a trainer's worker, a sweep's trial and a test share it."""
+"""The training loop of one worker.
+
+It uses `torch.distributed` but not Ray: it reports through callbacks, so that a worker of Ray
+Train, a trial of a sweep and a test all run the same loop.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +30,21 @@ from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms.normalization import Normalizer, histogram, moments, needs_statistics
 
 PROGRESS_EVERY_S = 15.0
-"""Seconds between lines of progress within an epoch."""
+"""Seconds between progress messages within an epoch."""
 
 Report = Callable[[list[dict[str, Any]], Callable[[Path], None]], None]
 """Takes the history so far and a function that writes a checkpoint into a folder."""
 
 
 class Callback(Protocol):
-    """Who is told how training goes, on every worker."""
+    """Is notified of every step and epoch, on every worker."""
 
-    def step(self, epoch: int, step: int, images: int, loss: torch.Tensor) -> None:
-        """After a step: epoch and step of the run from 1, this worker's images and summed loss."""
+    def on_step(self, epoch: int, step: int, images: int, loss: torch.Tensor) -> None:
+        """After a step: epoch and step of the run, both from 1, this worker's number of images and
+        the sum of their losses."""
 
-    def epoch(self, step: int, row: dict[str, Any]) -> None:
-        """After an epoch: its last step, of the run from 1, and its row of the history."""
+    def on_epoch(self, step: int, row: dict[str, Any]) -> None:
+        """After an epoch: its last step of the run, from 1, and its row of the history."""
 
 
 def train(
@@ -63,12 +67,12 @@ def train(
         config: everything that decides the result.
         info: the prepared data set.
         feed: where the batches come from.
-        group: the workers.
+        group: the workers that train together.
         run: the run's name, kept in its checkpoints.
         provenance: hardware and versions, kept in its checkpoints.
         report: called by every worker after each epoch.
-        resume: a checkpoint of the same run to go on from.
-        until: the epoch after which to pause; None: none.
+        resume: a checkpoint of the same run to resume from.
+        until: the epoch after which to pause; None: not at all.
         log: receives a line now and then within a long epoch; None: nobody wants to know.
         callback: is told of every step and epoch.
     """
@@ -99,16 +103,16 @@ class Trainer:
         self.forward = Forward(
             normalizer=resume.forward.normalizer if resume else self._normalizer(),
             input_size=config.model.input_size or info.image_size,
-            bfloat16=self._agree_on_bfloat16(resume),
+            bfloat16=self._use_bfloat16(resume),
             flip_at_test=config.schedule.flip_at_test,
         )
         weights = optimization.class_weights(feed.class_counts, config.optimizer)
         self.class_weights = None if weights is None else weights.to(group.device)
-        self._last_said = time.monotonic()
+        self._last_logged = time.monotonic()
         self._build_model(resume)
 
     def _normalizer(self) -> Normalizer:
-        """With statistics of the train split, taken after what comes before them."""
+        """The normalization, with statistics of the train split after the pixel stage."""
         name = self.config.transforms.normalization
         plain = Normalizer(normalization=name, mean=self.info.pixel_mean, std=self.info.pixel_std)
         if not needs_statistics(name):
@@ -117,8 +121,8 @@ class Trainer:
         mean, std = moments(torch.from_numpy(self.group.total(counts)))
         return Normalizer(normalization=name, mean=mean, std=std)
 
-    def _agree_on_bfloat16(self, resume: Checkpoint | None) -> bool:
-        """A resumed run keeps its precision; workers of different kinds take what all have."""
+    def _use_bfloat16(self, resume: Checkpoint | None) -> bool:
+        """A resumed run keeps its precision; workers on different hardware use what all have."""
         own = resume.bfloat16 if resume else _bfloat16(self.config, self.group.device)
         return int(self.group.total(np.array([int(own)]))[0]) == self.group.size
 
@@ -137,15 +141,15 @@ class Trainer:
         if self.group.size > 1:
             self.model = batch_norm.synchronize(model, self.group.device)
             with warnings.catch_warnings():
-                # torch 2.15 renames the flag, the releases before do not know the new name
+                # torch 2.15 renames this argument, and earlier releases do not have the new name
                 warnings.simplefilter("ignore", FutureWarning)
-                # buffers need no broadcast: the batch norms compute the same ones everywhere
+                # buffers need no broadcast: batch norm computes the same ones on every worker
                 self.parallel = nn.parallel.DistributedDataParallel(
                     self.model, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
 
     def fit(self, report: Report, until: int | None = None) -> None:
-        """Runs the epochs that are left and reports each; raises `NotFinite` on every worker."""
+        """Runs the remaining epochs and reports each; raises `NotFinite` on every worker."""
         while not self._finished() and (until is None or len(self.history) < until):
             epoch, start = len(self.history), time.perf_counter()
             trained = self._train_epoch(epoch)
@@ -153,7 +157,7 @@ class Trainer:
             validated = self.evaluate()
             if not math.isfinite(validated["loss"]):  # all-reduced: the same on every worker
                 raise NotFinite(epoch=epoch + 1, step=(epoch + 1) * self.steps_per_epoch)
-            # the slowest worker's clock, so that all agree on when the time is up
+            # the slowest worker's time, so that all decide alike when the time limit is reached
             seconds = self.group.slowest(time.perf_counter() - start)
             seen = self.steps_per_epoch * self.config.schedule.global_batch_size
             self.history.append(
@@ -168,11 +172,11 @@ class Trainer:
                 }
             )
             if self.callback:
-                self.callback.epoch((epoch + 1) * self.steps_per_epoch, self.history[-1])
+                self.callback.on_epoch((epoch + 1) * self.steps_per_epoch, self.history[-1])
             report(self.history, self.save)
 
     def _now(self) -> str:
-        """The same on every worker, as all of the history is."""
+        """The latest of the workers' clocks: the history is the same on every worker."""
         latest = self.group.slowest(time.time())
         return datetime.datetime.fromtimestamp(latest, datetime.UTC).isoformat()
 
@@ -196,17 +200,18 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
         bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        check_every = 1 if device.type == "cpu" else 50  # reading it makes a GPU wait
+        check_every = 1 if device.type == "cpu" else 50  # reading a value waits for the GPU
         for step, batch in enumerate(self.feed.train(epoch)):
             loss, logits, finite = self._step(batch, epoch, step)
             loss_sum += loss
             cells = batch.targets[: len(logits)] * classes + logits.argmax(1)
-            confusion.scatter_add_(0, cells, torch.ones_like(cells))  # `bincount` makes a GPU wait
+            # not `bincount`, which waits for the GPU
+            confusion.scatter_add_(0, cells, torch.ones_like(cells))
             bad_step = torch.where((bad_step < 0) & ~finite, step, bad_step)
             self._progress(epoch, step)
             if self.callback:
                 at = epoch * self.steps_per_epoch + step + 1
-                self.callback.step(epoch + 1, at, len(logits), loss)
+                self.callback.on_step(epoch + 1, at, len(logits), loss)
             if (step + 1) % check_every == 0 or step + 1 == self.steps_per_epoch:
                 self._check_finite(epoch, int(bad_step))
         return self._summarize(loss_sum.item(), confusion.cpu().numpy())
@@ -227,11 +232,10 @@ class Trainer:
             mix=batch.mix,
         )
         optimizer.zero_grad(set_to_none=True)
-        # DistributedDataParallel averages over the workers: undo that, divide by the images
+        # DistributedDataParallel averages over the workers: undo that and divide by the images
         (loss * (self.group.size / self.config.schedule.global_batch_size)).backward()
         limit = settings.clip_grad_norm or math.inf
-        # the norm is over gradients that the workers share: all see the same value, and with
-        # it the same verdict, without asking each other
+        # gradients are all-reduced: every worker computes the same norm, and so decides alike
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         optimizer.step()
         self.average.update(self.model, epoch * self.steps_per_epoch + step)
@@ -291,11 +295,11 @@ class Trainer:
         )
 
     def _progress(self, epoch: int, step: int) -> None:
-        """Says where a long epoch stands, from the first worker, now and then."""
+        """Logs the progress of a long epoch, on the first worker, now and then."""
         now = time.monotonic()
-        if self.log is None or self.group.rank or now - self._last_said < PROGRESS_EVERY_S:
+        if self.log is None or self.group.rank or now - self._last_logged < PROGRESS_EVERY_S:
             return
-        self._last_said = now
+        self._last_logged = now
         epochs, steps = self.config.schedule.epochs, self.steps_per_epoch
         self.log(f"epoch {epoch + 1}/{epochs}, step {step + 1}/{steps}")
 
@@ -310,8 +314,8 @@ class NotFinite(ArithmeticError):
     def __init__(self, *, epoch: int, step: int) -> None:
         """Names the epoch and the step of the whole run, both from 1."""
         super().__init__(
-            f"the loss or its gradient is not finite at step {step} (epoch {epoch}): a lower "
-            "--learning-rate, a longer --warmup-epochs or --clip-grad-norm may help"
+            f"the loss or its gradient is not finite at step {step} (epoch {epoch}): try a lower "
+            "--learning-rate, a longer --warmup-epochs or --clip-grad-norm"
         )
 
 

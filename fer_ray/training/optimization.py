@@ -1,4 +1,4 @@
-"""How weights move: the loss, the optimizer and its schedule, and the average of the weights."""
+"""The loss, the optimizer, the learning rate of a step, and the average of the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fer_ray.transforms.mixing import Mix
 def class_weights(
     counts: Sequence[int] | np.ndarray, config: OptimizerConfig
 ) -> torch.Tensor | None:
-    """The loss's weight of each class.
+    """The weight of each class in the loss.
 
     Args:
         counts: images of each class in the train split.
@@ -28,7 +28,7 @@ def class_weights(
 
     Returns:
         (classes,) float32 whose mean over the train images is 1, 0 for a class without images;
-        None where all weigh the same.
+        None where all classes have the same weight.
     """
     if config.class_weights == "none":
         return None
@@ -43,8 +43,8 @@ def class_weights(
 def _cap(weights: np.ndarray, frequency: np.ndarray, cap: float) -> np.ndarray:
     """Weights of at most `cap` with the same mean over the images.
 
-    What a capped class loses goes to the others in proportion, which may lift one of them over
-    the cap in turn: at most as many rounds as there are classes.
+    What is taken from a capped class is given to the others in proportion, which may lift
+    another one over the cap: at most as many rounds as there are classes.
     """
     for _ in range(len(weights)):
         over = weights >= cap
@@ -66,13 +66,13 @@ def summed_loss(
 ) -> torch.Tensor:
     """The cross-entropy of a batch, added up over its images.
 
-    Added up and not averaged: workers divide by the size of the global batch, so that uneven
-    parts weigh what they should.
+    It is a sum and not a mean: workers divide by the size of the global batch, so that each
+    image has the same weight in shards of different sizes.
 
     Args:
         logits: (N, classes).
         targets: (M,) classes of the batch's images; M is N where nothing is mixed.
-        label_smoothing: share of the target spread evenly over all classes.
+        label_smoothing: fraction of the target that is spread evenly over all classes.
         weights: (classes,) or None.
         mix: how the images were mixed, and so the targets.
     """
@@ -89,7 +89,7 @@ def summed_loss(
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer over a model's parameters; weight decay on matrices and kernels alone."""
+    """The optimizer of a model's parameters, with weight decay on matrices and kernels only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -128,21 +128,21 @@ class WeightAverage:
     """The exponential moving average of a model's weights and batch statistics."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Starts from the model's present weights.
+        """Starts from the model's current weights.
 
         Args:
             model: the one that trains.
-            decay: share of the average that a step keeps, in [0, 1); 0 follows the model.
+            decay: fraction of the average that a step keeps, in [0, 1); 0 follows the model.
         """
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._decay = decay
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Takes in the weights after a step (from 0); early steps keep less of the average.
+        """Adds the weights after a step (from 0); early steps keep less of the average.
 
         The decay is at most (1 + step) / (10 + step), as in TensorFlow's
-        ``ExponentialMovingAverage``, so that the first random weights are forgotten soon.
+        ``ExponentialMovingAverage``, so that the initial random weights are soon forgotten.
         """
         keep = min(self._decay, (1 + step) / (10 + step)) if self._decay else 0.0
         averages, values = self._state(self.model), self._state(model)

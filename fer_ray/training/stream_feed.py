@@ -1,8 +1,8 @@
 """Batches for the training loop from Ray Data, for splits that do not fit into memory.
 
-Each worker reads its part of every epoch anew: row groups in an order of (seed, epoch), changed
-by the library's engine in Ray Data's tasks where that engine was asked for, then a buffer from
-which images are drawn at random. Memory is bounded by the buffer and a few blocks on their way.
+Each worker reads its shard of every epoch again: row groups in an order that (seed, epoch)
+decide, augmented in Ray Data's tasks where the engine is `albumentations`, then a shuffle buffer.
+Memory is bounded by the buffer and by a few blocks that are read ahead.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from fer_ray.training.feed import (
     EVALUATION_BATCH_SIZE,
     Augmentation,
     Batch,
+    albumentations_augmenter,
     as_tensor,
-    library_augmenter,
 )
 from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms.albumentations_engine import AlbumentationsAugmenter
 from fer_ray.transforms.mixing import draw_mix
 
 _BATCHES_AHEAD = 4
-"""Batches that are made before they are needed."""
+"""Batches that are prepared before they are needed."""
 
 _BYTES_AHEAD = 128 * 2**20
-"""What a worker's blocks on their way may take of the object store, if a few fit in it."""
+"""Bytes of the object store that a worker's blocks may take, unless a few blocks need more."""
 
 _LEAST_BLOCKS_AHEAD = 8
-_SAY_AFTER_S = 60.0
+_WARN_AFTER_S = 60.0
 
 
 class StreamFeed:
@@ -59,13 +59,13 @@ class StreamFeed:
         """Keeps what to read.
 
         Args:
-            config: decides order, changes and the buffer.
+            config: decides the order, the augmentation and the size of the buffer.
             info: the prepared data set; all images of both splits are labelled.
             found: `pieces` of ``train`` and ``validation``.
             group: the workers.
-            spare_cpus: CPUs of the cluster that no worker reserves, for each worker. Where there
-                is less than one, reading reserves none: a task that waited for a CPU which the
-                workers hold would wait for ever.
+            spare_cpus: CPUs of the cluster that no worker reserves, for each worker. If there is
+                less than one, reading reserves none: a task that needs a CPU which the workers
+                hold would never start.
         """
         self._config, self._info, self._group = config, info, group
         self._augmentation = Augmentation(config, info, group.device)
@@ -98,7 +98,7 @@ class StreamFeed:
     def _batch(self, rows: dict[str, Any], epoch: int, step: int) -> Batch:
         images, targets, samples = _unpack(rows, self._info.image_size)
         device, rank, seed = self._group.device, self._group.rank, self._config.schedule.seed
-        # partners come from this worker's part: others' images are elsewhere
+        # partners come from this worker's shard: the other images are on other workers
         plan = draw_mix(
             self._config.transforms, (seed, epoch, step, rank), len(images), self._input_size
         )
@@ -119,7 +119,7 @@ class StreamFeed:
         return total.numpy()
 
     def _whole(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This worker's part of a split, in order and unchanged."""
+        """This worker's shard of a split, in order and unchanged."""
         part = self._group.part(self._info.split(split).rows)
         mine = cut(self._pieces[split], part.start, part.stop)
         for rows in self._read(mine, batch_size=EVALUATION_BATCH_SIZE) if mine else ():
@@ -134,7 +134,7 @@ class StreamFeed:
         epoch: int | None = None,
         shuffle: int | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Lets Ray Data read and change pieces; batches of columns as numpy arrays."""
+        """Reads and augments with Ray Data; yields batches of columns as numpy arrays."""
         import ray
 
         quiet_ray_data()
@@ -148,7 +148,7 @@ class StreamFeed:
             compute=ray.data.TaskPoolStrategy(size=self._tasks),
         )
         options = stream.context.execution_options
-        options.preserve_order = True  # else the same seed would not give the same run
+        options.preserve_order = True  # otherwise the same seed would not give the same run
         block = max(piece.end - piece.begin for piece in mine) * self._info.image_size**2
         options.resource_limits = options.resource_limits.copy(
             object_store_memory=max(_BYTES_AHEAD, _LEAST_BLOCKS_AHEAD * block)
@@ -158,7 +158,7 @@ class StreamFeed:
             wanted["local_shuffle_buffer_size"] = self._config.schedule.shuffle_buffer
             wanted["local_shuffle_seed"] = shuffle
         batches: Any = stream.iter_batches(prefetch_batches=_BATCHES_AHEAD, **wanted)
-        waiting = threading.Timer(_SAY_AFTER_S, _say_waiting, (self._group.rank,))
+        waiting = threading.Timer(_WARN_AFTER_S, _warn_of_waiting, (self._group.rank,))
         waiting.daemon = True
         waiting.start()
         try:
@@ -169,16 +169,16 @@ class StreamFeed:
             waiting.cancel()
 
 
-def _say_waiting(rank: int) -> None:
+def _warn_of_waiting(rank: int) -> None:
     print(
-        f"worker {rank} has waited {_SAY_AFTER_S:.0f} s for its first images: reading may wait for "
-        "a CPU that other jobs hold",
+        f"worker {rank} has waited {_WARN_AFTER_S:.0f} s for its first images: other jobs may hold "
+        "the CPU that reading needs",
         flush=True,
     )
 
 
 class _Reader:
-    """Reads one piece in a task of Ray Data, and changes it where the library's engine does."""
+    """Reads one row-group slice in a task of Ray Data, and augments it with albumentations."""
 
     def __init__(self, info: DatasetInfo, config: TrainConfig, epoch: int | None) -> None:
         self._info, self._config, self._epoch = info, config, epoch
@@ -193,8 +193,8 @@ class _Reader:
         images = stack(table["image"], size)
         samples = np.arange(piece.begin, piece.end) + piece.first
         if self._epoch is not None and self._config.transforms.engine == "albumentations":
-            library = _library(self._config, self._info.pixel_mean, size)
-            images = library(images, samples, self._epoch)
+            augmenter = _augmenter(self._config, self._info.pixel_mean, size)
+            images = augmenter(images, samples, self._epoch)
         flat = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(size * size), len(images), [None, pa.py_buffer(images)]
         )
@@ -203,9 +203,9 @@ class _Reader:
 
 
 @functools.lru_cache(maxsize=2)
-def _library(config: TrainConfig, mean: float, size: int) -> AlbumentationsAugmenter:
-    """One pipeline a process: building it takes longer than using it."""
-    return library_augmenter(config, mean, size)
+def _augmenter(config: TrainConfig, mean: float, size: int) -> AlbumentationsAugmenter:
+    """One pipeline for each process: building it takes longer than using it."""
+    return albumentations_augmenter(config, mean, size)
 
 
 def _unpack(rows: dict[str, Any], size: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:

@@ -84,7 +84,7 @@ class Telemetry:
             self._write("failed", message=f"{type(error).__name__}: {error}".splitlines()[0])
         self._lines.close()
 
-    def step(self, epoch: int, step: int, images: int, loss: torch.Tensor) -> None:
+    def on_step(self, epoch: int, step: int, images: int, loss: torch.Tensor) -> None:
         """Notes a step: two additions and a look at the clock, but for every `EVERY_S`.
 
         Args:
@@ -102,7 +102,7 @@ class Telemetry:
             value = float(loss) / max(images, 1)
             self._tell("step", epoch, step, value, self._speed_since(self._told_from))
 
-    def epoch(self, step: int, row: dict[str, Any]) -> None:
+    def on_epoch(self, step: int, row: dict[str, Any]) -> None:
         """Notes that an epoch is trained and validated.
 
         Args:

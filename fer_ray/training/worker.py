@@ -20,7 +20,8 @@ from fer_ray.models.checkpoint import Checkpoint
 from fer_ray.runtime import environment
 from fer_ray.runtime.process import keep_freed_memory, num_threads, out_of_memory
 from fer_ray.training import loop
-from fer_ray.training.feed import Feed, Images, MemoryFeed
+from fer_ray.training.feed import Feed, Images
+from fer_ray.training.memory_feed import MemoryFeed
 from fer_ray.training.process_group import ProcessGroup
 from fer_ray.training.stream_feed import StreamFeed
 from fer_ray.training.telemetry import Telemetry
