@@ -43,8 +43,11 @@ def build(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Modul
     return config.build(num_classes=num_classes, input_size=config.input_size or image_size)
 
 
-def check(config: ModelConfig, *, num_classes: int, image_size: int) -> None:
+def check(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Module:
     """Checks with one image that a network can be built and takes its input.
+
+    Returns:
+        The network that was checked, for a look at its layers; not to be trained.
 
     Raises:
         UserError: for weights that are missing or do not fit, or an input size that does not.
@@ -60,7 +63,8 @@ def check(config: ModelConfig, *, num_classes: int, image_size: int) -> None:
         try:
             model(torch.zeros(1, 1, size, size))
         except RuntimeError as error:
-            raise UserError(f"--input-size: {size} px do not suit {config.name}") from error
+            raise UserError(f"--input-size: {config.name} cannot take {size} px") from error
+    return model
 
 
 def cost(model: nn.Module, input_size: int) -> Cost:

@@ -1,8 +1,8 @@
-"""Batch normalization over the global batch, on the CPU as on a GPU.
+"""Batch normalization over the global batch, on CPUs as on GPUs.
 
-With statistics of each worker's part alone, the number of workers would change what a run
-computes. `torch.nn.SyncBatchNorm` works on GPUs only; `GlobalBatchNorm2d` does the same on the
-CPU with one exchange a layer forward and one backward.
+With statistics of each worker's shard alone, the number of workers would change what a run
+computes. `torch.nn.SyncBatchNorm` works on GPUs only; `GlobalBatchNorm2d` does the same on CPUs,
+with one exchange for each layer in the forward and one in the backward pass.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fer_ray.errors import UserError
 from fer_ray.training import exchange
 from fer_ray.training.exchange import Gather
 
 
 def synchronize(model: nn.Module, device: torch.device) -> nn.Module:
-    """Replaces a model's `BatchNorm2d` layers by ones with statistics of the global batch.
+    """Replaces a model's batch-norm layers by ones with statistics of the global batch.
 
-    Parameters, buffers and their names stay, so state dicts fit both. Every worker of
-    `torch.distributed`'s default group has to call it.
+    Parameters, buffers and their names stay, so that state dicts fit both. Every worker of
+    `torch.distributed`'s default process group has to call it.
+
+    Raises:
+        UserError: on CPUs, where a layer cannot be replaced (`check`).
     """
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    check(model)
     gather = exchange.connect()
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
@@ -34,11 +39,27 @@ def synchronize(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
+def check(model: nn.Module) -> None:
+    """Refuses batch-norm layers that would keep the statistics of each worker's shard on CPUs.
+
+    Raises:
+        UserError: for any other batch norm than `BatchNorm2d` itself: another number of
+            dimensions, or a subclass, whose `forward` may do something else.
+    """
+    for name, module in model.named_modules():
+        is_batch_norm = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+        if is_batch_norm and type(module) not in (nn.BatchNorm2d, GlobalBatchNorm2d):
+            raise UserError(
+                f"--num-workers: layer {name!r} is a {type(module).__name__}, whose statistics "
+                "several workers cannot share on CPUs: use --num-workers 1, or nn.BatchNorm2d"
+            )
+
+
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """`BatchNorm2d` whose batch is that of all workers together; CPU."""
+    """`BatchNorm2d` with the statistics of all workers' images together, for CPUs."""
 
     gather: Gather
-    """How the workers tell each other what they have."""
+    """Exchanges arrays with the other workers."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -56,16 +77,16 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         )
 
 
-def _not_finite_is_no_news() -> np.errstate:
-    """numpy is not to warn in every worker of what the loop will say once, with its step."""
+def _without_overflow_warnings() -> np.errstate:
+    """Suppresses overflow warnings; the loop reports them once, with the step."""
     return np.errstate(over="ignore", invalid="ignore")
 
 
 def _global_moments(x: torch.Tensor, gather: Gather) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Mean and biased variance of each channel over all workers' (N, C, H, W), and the count.
 
-    The workers' moments are merged by Chan's formula (Chan, Golub, LeVeque 1979): sums of
-    squares would lose the variance's digits where the mean is large.
+    The workers' moments are merged by the formula of Chan, Golub and LeVeque (1979): sums of
+    squares would lose digits of the variance where the mean is large.
     """
     channels = x.shape[1]
     count = x.numel() // channels
@@ -80,7 +101,7 @@ def _global_moments(x: torch.Tensor, gather: Gather) -> tuple[torch.Tensor, torc
     counts = everyone[:, -1:]
     total = counts.sum()
     means, variances = everyone[:, :channels], everyone[:, channels:-1]
-    with _not_finite_is_no_news():
+    with _without_overflow_warnings():
         merged = (means * counts).sum(0) / total
         spread = ((variances + (means - merged) ** 2) * counts).sum(0) / total
         mean, variance = (torch.from_numpy(one.astype(np.float32)) for one in (merged, spread))
@@ -90,7 +111,7 @@ def _global_moments(x: torch.Tensor, gather: Gather) -> tuple[torch.Tensor, torc
 class _Normalize(torch.autograd.Function):
     """(x - mean) / sqrt(variance + eps) * weight + bias, with the gradient through both moments.
 
-    Kernels of PyTorch do the work over the pixels: as many passes as its own batch norm takes.
+    PyTorch's kernels do the work on the pixels, in as many passes as its own batch norm takes.
     """
 
     @staticmethod
@@ -104,13 +125,13 @@ class _Normalize(torch.autograd.Function):
         (grad,) = grads
         x, weight, mean, variance = ctx.saved_tensors
         scale = weight * (variance + ctx.eps).rsqrt()
-        # the kernel's w·inv·g, where it is wanted, costs a pass: float32 has a cheaper way
+        # letting the kernel compute w·inv·g costs a pass, which float32 can do without
         fused = x.dtype == torch.float32
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, variance, None, None, False, ctx.eps, [not fused, True, True]
         )
         own = np.concatenate([grad_weight.numpy(), grad_bias.numpy()], dtype=np.float64)
-        with _not_finite_is_no_news():
+        with _without_overflow_warnings():
             means = torch.from_numpy((ctx.gather(own).sum(0) / -ctx.count).astype(np.float32))
         # dL/dx = w·inv·(g - mean(g) - x̂·mean(g·x̂)); slope·x̂ + offset in one pass
         slope, offset = (scale * one for one in means.chunk(2))

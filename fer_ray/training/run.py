@@ -22,7 +22,7 @@ from fer_ray.data.row_groups import Piece
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.models import registry
 from fer_ray.runtime import environment, resources
-from fer_ray.training import ray_trainer, worker
+from fer_ray.training import batch_norm, ray_trainer, worker
 from fer_ray.training.worker import HISTORY, SPLITS
 from fer_ray.transforms import albumentations_engine
 
@@ -96,7 +96,9 @@ def check(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo]:
         raise UserError(
             f"--global-batch-size: {batch} is more than the {rows} images of the train split"
         )
-    registry.check(config.model, num_classes=len(info.labels), image_size=info.image_size)
+    model = registry.check(config.model, num_classes=len(info.labels), image_size=info.image_size)
+    if config.scaling.num_workers > 1 and not config.scaling.use_gpu:
+        batch_norm.check(model)
     return config, info
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
+from fer_ray.errors import UserError
 from fer_ray.training import batch_norm
 
 COUNTS = (5, 2)  # uneven parts of the batch
@@ -75,3 +77,15 @@ def test_synchronizing_keeps_the_state_dict_and_the_evaluation(monkeypatch):
     assert list(other.state_dict()) == list(model.state_dict())
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(other(x), model(x))
+
+
+class OwnBatchNorm(nn.BatchNorm2d):
+    pass
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.BatchNorm3d(3), OwnBatchNorm(3)])
+def test_layers_whose_statistics_cannot_be_shared_are_refused(layer):
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), layer)
+    with pytest.raises(UserError, match=f"layer '2' is a {type(layer).__name__}"):
+        batch_norm.check(model)
+    batch_norm.check(model[:2])
