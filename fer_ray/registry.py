@@ -36,7 +36,7 @@ class Registry(Generic[Entry]):
         flag: str,
         package: str | None = None,
         *,
-        order: Callable[[Entry], Any] | None = None,
+        order: Callable[[str, Entry], Any] | None = None,
     ) -> None:
         """Starts empty; nothing is imported before the first look-up.
 
@@ -44,12 +44,12 @@ class Registry(Generic[Entry]):
             flag: the flag or setting that takes one of the names, for error messages.
             package: dotted name of the module that registers what the project ships, or of a
                 package whose modules do; None where it is the module that holds the registry.
-            order: gives what entries are sorted by; by default they stand in the order in which
-                they were registered.
+            order: what to sort by, from an entry's name and the entry; by default entries stand
+                in the order in which they were registered, the project's own first.
         """
         self._flag, self._package, self._order = flag, package, order
         self._entries: dict[str, Entry] = {}
-        self._is_loaded = False
+        self._has_own = self._is_loaded = False
 
     def register(self, name: str) -> Callable[[Entry], Entry]:
         """Returns a decorator that registers a class, a function or a description.
@@ -62,6 +62,7 @@ class Registry(Generic[Entry]):
         """
 
         def add(entry: Entry) -> Entry:
+            self._load_own()
             if self._entries.get(name, entry) is not entry:
                 raise ValueError(f"{self._flag}: {name!r} is registered twice")
             self._entries[name] = entry
@@ -104,7 +105,7 @@ class Registry(Generic[Entry]):
         entries = list(self._entries.items())
         if self._order is not None:
             order = self._order
-            entries.sort(key=lambda item: order(item[1]))
+            entries.sort(key=lambda item: order(*item))
         return entries
 
     def values(self) -> list[Entry]:
@@ -115,12 +116,17 @@ class Registry(Generic[Entry]):
         if self._is_loaded:
             return
         self._is_loaded = True  # before the imports, whose modules may look names up
-        if self._package:
+        self._load_own()
+        load_plugins()
+
+    def _load_own(self) -> None:
+        """Imports what registers the project's own entries, once."""
+        if self._package and not self._has_own:
+            self._has_own = True
             package = importlib.import_module(self._package)
             modules = pkgutil.iter_modules(getattr(package, "__path__", []))
             for name in sorted(module.name for module in modules):
                 importlib.import_module(f"{self._package}.{name}")
-        load_plugins()
 
 
 def load_plugins() -> None:

@@ -115,7 +115,7 @@ def test_telling_costs_less_than_a_hundredth_of_a_small_step(tmp_path, monkeypat
         for _ in range(5):
             start = time.perf_counter()
             for step in range(10_000):
-                told.step(1, step, 8, loss)
+                told.on_step(1, step, 8, loss)
             took.append((time.perf_counter() - start) / 10_000)
     rows = train(str(tmp_path), callback=False, schedule={"epochs": 6})
     step_s = min(8 / row["images_per_s"] for row in rows)

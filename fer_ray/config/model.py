@@ -31,6 +31,13 @@ class ModelConfig(Section, abc.ABC):
     input_size: int = number(0, 0, 1024)
     """Height and width in pixels of the network's input; 0: the size of the prepared images."""
 
+    def __post_init__(self) -> None:
+        """Takes the name under which the class is registered, then checks every field."""
+        names = [name for name, network in MODELS.items() if network is type(self)]
+        if names and self.name not in names:
+            object.__setattr__(self, "name", names[0])
+        super().__post_init__()
+
     @abc.abstractmethod
     def build(self, *, num_classes: int, input_size: int) -> nn.Module:
         """Builds the network with fresh weights, drawn from torch's global generator.

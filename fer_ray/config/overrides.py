@@ -160,8 +160,6 @@ def as_flags(config: TrainConfig) -> list[str]:
         part = getattr(config, section)
         values = part.to_dict()
         defaults = {setting.field: setting.default for setting in part.settings()}
-        # a network's own class has its own name for default, the flag has the default network's
-        defaults |= {setting.field: setting.default for setting in SECTIONS[section].settings()}
         defaults |= part.derived()
         for setting in part.settings():
             value = values[setting.field]

@@ -10,11 +10,11 @@ from typing import Any
 
 from fer_ray.registry import Registry
 
-MODELS: Registry[Any] = Registry("--model", "fer_ray.models.networks")
+MODELS: Registry[Any] = Registry("--model", "fer_ray.models.networks", order=lambda name, _: name)
 """Networks: subclasses of `fer_ray.config.schema.ModelConfig`."""
 
 AUGMENTATIONS: Registry[Any] = Registry(
-    "--augmentation", "fer_ray.transforms.augmentations", order=lambda entry: entry.position
+    "--augmentation", "fer_ray.transforms.augmentations", order=lambda _, entry: entry.position
 )
 """Random changes of images: `fer_ray.transforms.operation.Augmentation`, in the order in which
 they are made."""

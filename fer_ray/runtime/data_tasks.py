@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from fer_ray import storage
-from fer_ray.data.sources import first_line
+from fer_ray.errors import first_line
 from fer_ray.errors import JobFailed, UserError
 
 Work = Callable[[pa.Table], pa.Table]

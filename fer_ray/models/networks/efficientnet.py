@@ -32,8 +32,6 @@ class EfficientNetB2Config(ModelConfig):
     # on CPUs (torch 2.15)
     faster_in_bfloat16 = False
 
-    name: str = choice("efficientnet_b2", MODELS, flag="model")
-    """The network."""
     dropout: float = number(0.3, 0, 0.95)
     """Probability of dropout before the classifier; by default as published."""
     stochastic_depth: float = number(0.2, 0, 0.95)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fer_ray.config.fields import choice, number
+from fer_ray.config.fields import number
 from fer_ray.config.model import ModelConfig
 from fer_ray.config.registries import MODELS
 from fer_ray.errors import UserError
@@ -17,8 +17,6 @@ from fer_ray.errors import UserError
 class SequentialCNNConfig(ModelConfig):
     """Three convolutions with pooling and two dense layers: shows what the others gain."""
 
-    name: str = choice("sequential_cnn", MODELS, flag="model")
-    """The network."""
     dropout: float = number(0.5, 0, 0.95)
     """Probability of dropout before the classifier."""
 
