@@ -15,7 +15,9 @@ import torch
 from conftest import ROOT
 
 from fer_ray.data import dataset, history, predictions
-from fer_ray.evaluation import report, scores, tables
+from fer_ray.evaluation import report, tables
+from fer_ray.evaluation.run import evaluate
+from fer_ray.metrics import training_metrics
 from fer_ray.sweeps import store, summary
 from fer_ray.training import telemetry
 from fer_ray.training.telemetry import Telemetry
@@ -23,14 +25,15 @@ from fer_ray.training.telemetry import Telemetry
 TEXT = (ROOT / "results" / "README.md").read_text()
 SQL = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+TRAINED = [f"{split}_{name}" for split in history.SPLITS for name in training_metrics()]
 SCHEMAS = {
     "images": dataset.SCHEMA,
     "quarantine": dataset.QUARANTINE_SCHEMA,
     "duplicates": dataset.DUPLICATES_SCHEMA,
     "predictions": predictions.schema(["<label>"]),
-    **tables.SCHEMAS,
-    "history": history.SCHEMA,
-    "trials": store.SCHEMA,
+    **tables.schemas(),
+    "history": history.schema(TRAINED),
+    "trials": store.schema(TRAINED),
 }
 SWEEPS = ("normalization", "search")
 TYPES = {"float": "float32", "double": "float64"}
@@ -41,18 +44,18 @@ def results(tmp_path_factory) -> Path:
     """A folder with the ``results/`` that the examples speak of."""
     root = tmp_path_factory.mktemp("project")
     path = root / "results" / "predictions"
-    for seed, run, skill in ((1, "custom_cnn", 2.5), (2, "sequential_cnn", 1.0)):
+    for seed, name, skill in ((1, "custom_cnn", 2.5), (2, "sequential_cnn", 1.0)):
         for split, failed in (("validation", [7]), ("test", [])):
-            rows = samples.random_table(seed, 300, skill=skill, run=run, split=split, failed=failed)
-            samples.save(path, rows)
-        seen = samples.random_table(9, 40, skill=2.0, run=run, split="train")
+            settings = {"skill": skill, "run": name, "split": split, "failed": failed}
+            samples.save(path, samples.random_table(seed, 300, **settings))
+        seen = samples.random_table(9, 40, skill=2.0, run=name, split="train")
         samples.save(path, seen)
-        samples.save_history(root / "results" / "runs", run)
-        folder = str(root / "results" / "runs" / run)
-        told = Telemetry(run=run, rank=0, folder=folder, device=torch.device("cpu"))
-        with told:
-            told.epoch(9, {"epoch": 1, "train_loss": 1.5})
-    result = scores.evaluate([str(path)], resamples=200)
+        samples.save_history(root / "results" / "runs", name)
+        folder = str(root / "results" / "runs" / name)
+        telemetry_log = Telemetry(run=name, rank=0, folder=folder, device=torch.device("cpu"))
+        with telemetry_log:
+            telemetry_log.epoch(9, {"epoch": 1, "train_loss": 1.5})
+    result = evaluate([str(path)], resamples=200)
     report.publish(result, str(root / "results" / "evaluation"))
     sweep_samples.normalization(root / "results" / "sweeps" / "normalization")
     sweep_samples.search(root / "results" / "sweeps" / "search")
