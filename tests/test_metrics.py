@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
@@ -87,6 +88,26 @@ def test_metrics_are_fractions_and_1_only_on_the_diagonal(matrix):
     assert all(0 <= value <= 1 for value in values)
     diagonal = bool((matrix == np.diag(np.diagonal(matrix))).all())
     assert [math.isclose(value, 1.0) for value in values] == [diagonal] * 3
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=9, max_size=9), min_size=4, max_size=4))
+def test_every_metric_of_a_batch_is_that_of_each_matrix(cells):
+    batch = np.array(cells).reshape(2, 2, 3, 3)
+    for _, metric in metrics.METRICS.items():
+        values = metric.values(batch)
+        assert values.shape == (2, 2)
+        each = [[metric.value(matrix) for matrix in row] for row in batch]
+        assert np.array_equal(values, each, equal_nan=True)
+
+
+def test_values_are_written_in_the_metrics_unit():
+    accuracy = metrics.METRICS["accuracy"]
+    assert (accuracy.heading, accuracy.text(0.6613), accuracy.text(0.6613, 2)) == (
+        *("accuracy, %", "66.1", "66.13"),
+    )
+    assert accuracy.text(math.nan) == "–"
+    plain = dataclasses.replace(accuracy, title="kappa", unit="")
+    assert (plain.heading, plain.text(-0.6613)) == ("kappa", "-0.661")
 
 
 @given(filled, st.randoms(use_true_random=False))

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-_TOGETHER = re.compile(r" (?=[=<] )|(?<=[=<]) | (?=%)|(?<=\d) (?=points|to|M )")
+_TOGETHER = re.compile(r" (?=[=<] )|(?<=[=<]) | (?=%)|(?<=%) (?=interval)|(?<=\d) (?=points|to|M )")
 
 
 def keep_together(text: str) -> str:
