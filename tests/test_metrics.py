@@ -93,7 +93,8 @@ def test_metrics_are_fractions_and_1_only_on_the_diagonal(matrix):
 @given(st.lists(st.lists(st.integers(0, 9), min_size=9, max_size=9), min_size=4, max_size=4))
 def test_every_metric_of_a_batch_is_that_of_each_matrix(cells):
     batch = np.array(cells).reshape(2, 2, 3, 3)
-    for _, metric in metrics.METRICS.items():
+    for name in metrics.METRICS:
+        metric = metrics.METRICS[name]
         values = metric.values(batch)
         assert values.shape == (2, 2)
         each = [[metric.value(matrix) for matrix in row] for row in batch]

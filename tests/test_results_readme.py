@@ -118,33 +118,33 @@ def test_images_that_every_run_gets_wrong(results: Path, monkeypatch):
     assert query(block)["image_id"].tolist() == sorted(expected)
 
 
-def test_the_query_without_twins_leaves_exactly_the_twins_out(results: Path, monkeypatch):
+def test_the_query_without_duplicates_leaves_exactly_the_duplicates_out(results: Path, monkeypatch):
     monkeypatch.chdir(results)
     block = next(block for block in SQL if "ANTI JOIN" in block)
     found = query(block).set_index("run")["scored"]
     train = pd.read_parquet("results/predictions/custom_cnn/train")["pixel_sha256"]
     for run in ("custom_cnn", "sequential_cnn"):
         judged = pd.read_parquet(f"results/predictions/{run}/validation")
-        twins = judged["pixel_sha256"].isin(train)
-        assert found[run] == judged["correct"][~twins].notna().sum()
-        assert found[run] > 0 and twins.any()
+        duplicates = judged["pixel_sha256"].isin(train)
+        assert found[run] == judged["correct"][~duplicates].notna().sum()
+        assert found[run] > 0 and duplicates.any()
 
 
 def test_the_sweep_queries_agree_with_the_summary(results: Path, monkeypatch):
     monkeypatch.chdir(results)
-    made = summary.summarize("results/sweeps/normalization")
-    means = query(next(block for block in SQL if "AS deviation" in block)).set_index("arm")
+    summarized = summary.summarize("results/sweeps/normalization")
+    means = query(next(block for block in SQL if "AS std" in block)).set_index("arm")
     differences = query(next(block for block in SQL if "one.accuracy" in block)).set_index("arm")
-    assert len(means) == len(made["arms"]) == len(differences) + 1
-    for arm in made["arms"]:
+    assert len(means) == len(summarized["arms"]) == len(differences) + 1
+    for arm in summarized["arms"]:
         assert means["accuracy"][arm["arm"]] == pytest.approx(
             100 * arm["accuracy"]["mean"], abs=0.051
         )
         assert means["seeds"][arm["arm"]] == 3
-    for arm in made["arms"][1:]:
+    for arm in summarized["arms"][1:]:
         points = differences["points"][arm["arm"]]
         assert points == pytest.approx(100 * arm["accuracy"]["difference"], abs=0.051)
-    costs = query(next(block for block in SQL if "a_reason" in block))
+    costs = query(next(block for block in SQL if "example_reason" in block))
     counts = costs[costs["sweep"] == "search"].set_index("status")["trials"].to_dict()
     found = summary.summarize("results/sweeps/search")["trials"]
     assert counts == {status: found[status] for status in counts} and found["failed"] == 1
