@@ -134,7 +134,7 @@ def test_the_sweep_queries_agree_with_the_summary(results: Path, monkeypatch):
     monkeypatch.chdir(results)
     summarized = summary.summarize("results/sweeps/normalization")
     means = query(next(block for block in SQL if "AS std" in block)).set_index("arm")
-    differences = query(next(block for block in SQL if "one.accuracy" in block)).set_index("arm")
+    differences = query(next(block for block in SQL if "item.accuracy" in block)).set_index("arm")
     assert len(means) == len(summarized["arms"]) == len(differences) + 1
     for arm in summarized["arms"]:
         assert means["accuracy"][arm["arm"]] == pytest.approx(
