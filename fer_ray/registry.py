@@ -6,10 +6,10 @@ found without being listed anywhere. Code outside the project registers itself w
 imported: the environment variable `PLUGINS` names the modules to import, in every process that
 looks a name up, Ray's workers included.
 
-    from fer_ray.metrics import METRICS
+    from fer_ray import metrics
 
-    @METRICS.register("recall_happy")
-    def recall_happy(confusion): ...
+    @metrics.register("error_rate", title="error rate", higher_is_better=False)
+    def error_rate(confusion): ...
 """
 
 from __future__ import annotations

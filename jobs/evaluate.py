@@ -1,8 +1,8 @@
 """python jobs/evaluate.py --predictions results/predictions --runs results/runs --data data/faces
 
 Scores every run on every split, compares the runs image by image, and writes Parquet tables and
-one page, report.html, with figures, learning curves (--runs) and mistakes (--data). With --sweep
-DIR instead, makes the report of a sweep.
+one page, report.html, with figures, learning curves (--runs) and images of mistakes (--data).
+With --sweep DIR instead, writes the report of a sweep.
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ from fer_ray import cli
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of this job; tests read commands in documents and manifests with it."""
-    made = cli.JobParser(prog="evaluate.py", description=__doc__.partition("\n\n")[2])
-    add = made.add_argument
+    """The flags of this job; tests check the commands in documents and manifests with it."""
+    parser = cli.JobParser(prog="evaluate.py", description=__doc__.partition("\n\n")[2])
+    add = parser.add_argument
     add("--predictions", nargs="+", metavar="DIR", help="folders of predictions")
-    add("--sweep", metavar="DIR", help="a sweep of jobs/tune.py: makes its report")
-    add("--runs", metavar="DIR", help="the runs' storage: adds learning curves")
-    add("--data", metavar="DIR", help="the prepared dataset: adds pictures of mistakes")
-    add("--output", metavar="DIR", help="folder to write (results/evaluation; of a sweep: its own)")
-    add("--baseline", metavar="RUN", help="compare with this run only, not every pair")
-    add("--bootstrap", type=cli.integer(100, 100_000), default=2_000, help="resamples")
+    add("--sweep", metavar="DIR", help="a sweep of jobs/tune.py: writes its report")
+    add("--runs", metavar="DIR", help="folder of the training runs: adds learning curves")
+    add("--data", metavar="DIR", help="the prepared dataset: adds images of mistakes")
+    add("--output", metavar="DIR", help="folder to write (results/evaluation; the sweep's own)")
+    add("--baseline", metavar="RUN", help="compare with this run only, instead of every pair")
+    add("--bootstrap", type=cli.integer(100, 100_000), default=2_000, help="bootstrap resamples")
     add("--seed", type=cli.integer(0), default=0, help="of the resampling")
-    return made
+    return parser
 
 
 def main() -> None:
-    """Parses, checks, evaluates, and prints the comparison and where the report lies."""
-    made = parser()
-    flags = made.parse_args()
+    """Parses, checks, evaluates, and prints the comparison and the path of the report."""
+    job = parser()
+    flags = job.parse_args()
     if bool(flags.predictions) == bool(flags.sweep):
-        made.error("give exactly one of --predictions and --sweep")
+        job.error("give exactly one of --predictions and --sweep")
     if flags.sweep:
         if flags.runs or flags.data or flags.baseline:
-            made.error("--runs, --data and --baseline go with --predictions, not with --sweep")
+            job.error("--runs, --data and --baseline go with --predictions, not with --sweep")
         report_sweep(flags.sweep, flags.output)
         return
 
     from fer_ray import storage
-    from fer_ray.evaluation import report, scores, tables
+    from fer_ray.evaluation import report, run, tables
 
     output = storage.absolute(cli.lasting("--output", flags.output or "results/evaluation"))
     report.check_paths(output, flags.runs, flags.data)
-    result = scores.evaluate(
+    result = run.evaluate(
         flags.predictions, baseline=flags.baseline, resamples=flags.bootstrap, seed=flags.seed
     )
     page = report.publish(result, output, runs=flags.runs, data=flags.data)
@@ -52,11 +52,11 @@ def main() -> None:
 
 
 def report_sweep(sweep: str, output: str | None) -> None:
-    """Makes the report of a sweep, and prints what it shows and where the page lies."""
+    """Writes the report of a sweep, and prints what it shows and the path of the page."""
     from fer_ray.sweeps import report, summary
 
-    made, page = report.publish(sweep, cli.lasting("--output", output) if output else None)
-    cli.log(f"{summary.as_text(made)}\n\n{page}")
+    summarized, page = report.publish(sweep, cli.lasting("--output", output) if output else None)
+    cli.log(f"{summary.as_text(summarized)}\n\n{page}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def save(
 
 
 def random_table(seed: int, count: int, *, skill: float = 2.0, **settings) -> pa.Table:
-    """Predictions of a model that is right the more often the higher its `skill`.
+    """Predictions of a model whose accuracy rises with its `skill`.
 
     The true labels depend on `count` and the labels alone, so that two runs share them.
     """
@@ -93,24 +93,24 @@ def random_table(seed: int, count: int, *, skill: float = 2.0, **settings) -> pa
 
 
 def save_dataset(
-    root: Path, rows: pa.Table, pictures: np.ndarray, labels: Sequence[str] = FER2013_LABELS
+    root: Path, rows: pa.Table, images: np.ndarray, labels: Sequence[str] = FER2013_LABELS
 ) -> Path:
-    """Writes a prepared dataset with one split: the predictions' images and their pictures.
+    """Writes a prepared dataset with one split: the images of predictions.
 
     Args:
         root: the folder; created.
         rows: predictions, whose ids, labels and hashes are taken.
-        pictures: uint8 of shape (N, S, S), in the order of `rows`.
+        images: uint8 of shape (N, S, S), in the order of `rows`.
         labels: the dataset's labels.
     """
     split = rows["split"][0].as_py()
-    size = pictures.shape[1]
+    size = images.shape[1]
     table = pa.table(
         {
             "image_id": rows["image_id"],
             "split": rows["split"],
             "label": rows["label"],
-            "image": [picture.tobytes() for picture in pictures],
+            "image": [image.tobytes() for image in images],
             "height": [size] * rows.num_rows,
             "width": [size] * rows.num_rows,
             "pixel_sha256": pc.fill_null(rows["pixel_sha256"], "unreadable"),

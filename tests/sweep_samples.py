@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fer_ray.config import overrides
@@ -107,8 +106,7 @@ def save(
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / store.SWEEP).write_text(json.dumps(value))
-    table = pa.Table.from_pylist(store.rows(trials, config), schema=store.SCHEMA)
-    pq.write_table(table, folder / store.TRIALS)
+    pq.write_table(store.table(trials, config), folder / store.TRIALS)
     return folder
 
 

@@ -17,20 +17,20 @@ from conftest import ROOT
 
 from fer_ray import metrics
 from fer_ray.errors import UserError
-from fer_ray.evaluation import report, scores, tables
+from fer_ray.evaluation import comparisons, report, run, tables
 
 LABELS = ("calm", "tense")
 RIGHT, WRONG = [0.9, 0.1], [0.2, 0.8]  # of a calm image
 
 
-def evaluate(*places: Path, **settings) -> scores.Evaluation:
-    return scores.evaluate([str(path) for path in places], **{"resamples": 200} | settings)
+def evaluate(*paths: Path, **settings) -> run.Evaluation:
+    return run.evaluate([str(path) for path in paths], **{"resamples": 200} | settings)
 
 
-def calm_images(right: list[bool], **settings) -> pa.Table:
-    """Predictions of calm images, some of them right."""
-    probabilities = np.array([RIGHT if one else WRONG for one in right])
-    return samples.table(["calm"] * len(right), probabilities, labels=LABELS, **settings)
+def calm_images(correct: list[bool], **settings) -> pa.Table:
+    """Predictions of calm images, some of them correct."""
+    probabilities = np.array([RIGHT if is_correct else WRONG for is_correct in correct])
+    return samples.table(["calm"] * len(correct), probabilities, labels=LABELS, **settings)
 
 
 def test_scores_by_hand(tmp_path: Path):
@@ -42,8 +42,8 @@ def test_scores_by_hand(tmp_path: Path):
     assert score.num_scored == 5
     assert score.confusion.tolist() == [[1, 1], [1, 2]]
     assert score.accuracy.value == 3 / 5
-    assert score.balanced_accuracy.value == pytest.approx((1 / 2 + 2 / 3) / 2)
-    assert score.macro_f1.value == pytest.approx((2 / 4 + 4 / 6) / 2)
+    assert score.estimates["balanced_accuracy"].value == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert score.estimates["macro_f1"].value == pytest.approx((2 / 4 + 4 / 6) / 2)
     losses = -np.log([0.9, 0.2, 0.1, 0.8, 0.8])
     assert score.nll.value == pytest.approx(losses.mean(), rel=1e-6)
     assert score.accuracy.low < 3 / 5 < score.accuracy.high
@@ -68,7 +68,7 @@ def test_comparison_by_hand_and_by_id(tmp_path: Path):
     assert pair.difference_low < 0.3 < pair.difference_high
 
 
-def test_only_common_images_are_compared_and_it_is_said(tmp_path: Path):
+def test_only_common_images_are_compared_and_a_note_says_so(tmp_path: Path):
     ids = [f"image-{number}" for number in range(8)]
     samples.save(tmp_path, calm_images([True] * 6, image_ids=ids[:6], run="a"), LABELS)
     other = calm_images([False] * 6, image_ids=ids[2:], run="b")
@@ -82,9 +82,9 @@ def test_only_common_images_are_compared_and_it_is_said(tmp_path: Path):
     assert (pair.num_first, pair.num_second) == (6, 6)
     assert (pair.num_common, pair.num_conflicting) == (3, 1)
     assert (pair.only_first_right, pair.only_second_right) == (3, 0)
-    said = "\n".join(tables.notes(result))
-    assert "compared on the 3 that both have" in said
-    assert "1 images have the same image_id but another label or other pixels" in said
+    notes = "\n".join(tables.notes(result))
+    assert "compared on the 3 images that both have" in notes
+    assert "1 image has the same image_id but different labels or pixels" in notes
 
 
 def test_runs_without_common_images_are_not_compared(tmp_path: Path):
@@ -98,8 +98,8 @@ def test_runs_without_common_images_are_not_compared(tmp_path: Path):
 
 
 def test_every_pair_is_corrected_together_and_a_baseline_alone(tmp_path: Path):
-    for run, skill in (("strong", 3.0), ("middle", 1.0), ("weak", 0.9)):
-        rows = samples.random_table(len(run), 300, skill=skill, run=run)
+    for name, skill in (("strong", 3.0), ("middle", 1.0), ("weak", 0.9)):
+        rows = samples.random_table(len(name), 300, skill=skill, run=name)
         samples.save(tmp_path, rows)
     every = evaluate(tmp_path).comparisons
     pairs = {(pair.first_run, pair.second_run) for pair in every}
@@ -120,7 +120,7 @@ def test_splits_are_not_mixed(tmp_path: Path):
     samples.save(tmp_path, samples.random_table(1, 40, run="a", split="test"))
     samples.save(tmp_path, samples.random_table(2, 40, run="b", split="test"))
     result = evaluate(tmp_path)
-    assert [(one.split, one.run, one.num_scored) for one in result.scores] == [
+    assert [(score.split, score.run, score.num_scored) for score in result.scores] == [
         ("test", "a", 40),
         ("test", "b", 40),
         ("validation", "a", 30),
@@ -147,11 +147,11 @@ def test_runs_of_other_classes_are_not_compared(tmp_path: Path):
 
 def test_classes_in_another_order_are_the_same(tmp_path: Path):
     samples.save(tmp_path, samples.random_table(1, 50, run="a", labels=LABELS), LABELS)
-    turned = samples.random_table(1, 50, run="b", labels=LABELS)
-    columns = turned.column_names
+    reordered = samples.random_table(1, 50, run="b", labels=LABELS)
+    columns = reordered.column_names
     spot = columns.index("prob_calm")
     columns[spot : spot + 2] = ["prob_tense", "prob_calm"]
-    samples.save(tmp_path, turned.select(columns), LABELS[::-1])
+    samples.save(tmp_path, reordered.select(columns), LABELS[::-1])
     result = evaluate(tmp_path)
     first, second = result.scores
     assert first.nll == second.nll
@@ -190,7 +190,7 @@ def test_comparisons_in_words(difference: float, p_value: float, expected: str):
     counts = dict.fromkeys(
         ["num_first", "num_second", "num_common", "only_first_right", "only_second_right"], 3589
     )
-    pair = scores.Comparison(
+    pair = comparisons.Comparison(
         split="test",
         first_run="a",
         second_run="b",
@@ -213,7 +213,7 @@ def test_tables_have_their_schemas_and_agree(tmp_path: Path):
     samples.save(tmp_path / "p", samples.random_table(1, 60, run="a", failed=[1]))
     samples.save(tmp_path / "p", samples.random_table(2, 60, run="b"))
     tables.write(evaluate(tmp_path / "p"), str(tmp_path))
-    for name, schema in tables.SCHEMAS.items():
+    for name, schema in tables.schemas().items():
         assert pq.read_schema(tmp_path / f"{name}.parquet").equals(schema)
     scored = pd.read_parquet(tmp_path / "metrics.parquet").set_index("run")["num_scored"]
     counted = duckdb.sql(
@@ -279,7 +279,7 @@ def test_the_job_prints_the_comparison_and_the_report(tmp_path: Path):
         (["--prediction", "p"], "--predictions"),
     ],
 )
-def test_mistakes_end_in_one_line(tmp_path: Path, monkeypatch, capsys, flags, expected):
+def test_user_errors_end_in_one_line(tmp_path: Path, monkeypatch, capsys, flags, expected):
     sys.path.insert(0, str(ROOT))
     try:
         from jobs import evaluate as job

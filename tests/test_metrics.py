@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fer_ray import metrics
+from fer_ray.evaluation import comparisons
 
 # True a: 5 as a, 1 as b. True b: 2 as a, 3 as b, 1 as c. True c: 0, 0, 4 as c and 4 as a.
 WORKED = np.array([[5, 1, 0], [2, 3, 1], [4, 0, 4]])
@@ -36,7 +38,7 @@ def test_confusion_matrix_counts_true_by_predicted():
 @pytest.mark.parametrize(
     ("true", "predicted"), [([0, 3], [0, 1]), ([0, 1], [-1, 1]), ([0, 1], [0, 1, 1])]
 )
-def test_confusion_matrix_refuses_what_does_not_fit(true, predicted):
+def test_confusion_matrix_refuses_other_shapes_and_indices(true, predicted):
     with pytest.raises(ValueError):
         metrics.confusion_matrix(np.array(true), np.array(predicted), 3)
 
@@ -70,7 +72,7 @@ def test_without_images_everything_is_nan():
     values = [metrics.accuracy(empty), metrics.macro_f1(empty), metrics.balanced_accuracy(empty)]
     values += metrics.bootstrap_interval(empty, "macro_f1")
     values += metrics.bootstrap_mean_interval(np.array([]))
-    values += metrics.paired_difference_interval(0, 0, 0)
+    values += comparisons.paired_difference_interval(0, 0, 0)
     assert all(math.isnan(value) for value in values)
 
 
@@ -81,11 +83,32 @@ def test_negative_log_likelihood_and_its_clip():
 
 
 @given(filled)
-def test_metrics_are_shares_and_perfect_only_on_the_diagonal(matrix):
+def test_metrics_are_fractions_and_1_only_on_the_diagonal(matrix):
     values = [getattr(metrics, name)(matrix) for name in METRICS]
     assert all(0 <= value <= 1 for value in values)
     diagonal = bool((matrix == np.diag(np.diagonal(matrix))).all())
     assert [math.isclose(value, 1.0) for value in values] == [diagonal] * 3
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=9, max_size=9), min_size=4, max_size=4))
+def test_every_metric_of_a_batch_is_that_of_each_matrix(cells):
+    batch = np.array(cells).reshape(2, 2, 3, 3)
+    for name in metrics.METRICS:
+        metric = metrics.METRICS[name]
+        values = metric.values(batch)
+        assert values.shape == (2, 2)
+        each = [[metric.value(matrix) for matrix in row] for row in batch]
+        assert np.array_equal(values, each, equal_nan=True)
+
+
+def test_values_are_written_in_the_metrics_unit():
+    accuracy = metrics.METRICS["accuracy"]
+    assert (accuracy.heading, accuracy.text(0.6613), accuracy.text(0.6613, 2)) == (
+        *("accuracy, %", "66.1", "66.13"),
+    )
+    assert accuracy.text(math.nan) == "–"
+    plain = dataclasses.replace(accuracy, title="kappa", unit="")
+    assert (plain.heading, plain.text(-0.6613)) == ("kappa", "-0.661")
 
 
 @given(filled, st.randoms(use_true_random=False))
@@ -126,18 +149,19 @@ def test_interval_of_a_mean_contains_it(values):
 
 
 def test_interval_widths_agree_with_theory():
-    # 3,600 images, 2,160 right: the standard deviation of the accuracy is sqrt(.6 * .4 / 3600).
+    # 3,600 images, 2,160 correct: the standard error of the accuracy is sqrt(.6 * .4 / 3600).
     matrix = np.array([[1080, 720], [720, 1080]])
-    deviation = math.sqrt(0.6 * 0.4 / 3600)
+    standard_error = math.sqrt(0.6 * 0.4 / 3600)
     for name in METRICS:
         low, high = metrics.bootstrap_interval(matrix, name, resamples=20_000)
         assert (low + high) / 2 == pytest.approx(0.6, abs=0.001)
-        assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.05)
-    right = np.repeat([1.0, 0.0], [2160, 1440])
-    low, high = metrics.bootstrap_mean_interval(right, resamples=4_000)
-    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.06)
-    # A paired difference of discordant shares b and c has the variance (b + c - (b - c)^2) / n.
-    low, high = metrics.paired_difference_interval(400, 300, 3600, resamples=20_000)
+        assert high - low == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
+    correct = np.repeat([1.0, 0.0], [2160, 1440])
+    low, high = metrics.bootstrap_mean_interval(correct, resamples=4_000)
+    assert high - low == pytest.approx(2 * 1.96 * standard_error, rel=0.06)
+    # With discordant fractions b and c, the variance of a paired difference is
+    # (b + c - (b - c)^2) / n.
+    low, high = comparisons.paired_difference_interval(400, 300, 3600, resamples=20_000)
     spread = math.sqrt((700 / 3600 - (100 / 3600) ** 2) / 3600)
     assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.05)
     assert (low + high) / 2 == pytest.approx(100 / 3600, abs=0.001)
@@ -147,12 +171,12 @@ def test_multinomial_bootstrap_equals_resampling_images():
     true = np.repeat([0, 1, 2], WORKED.sum(axis=1))
     predicted = np.concatenate([np.repeat([0, 1, 2], row) for row in WORKED])
     generator = np.random.default_rng(5)
-    drawn = [
-        metrics.macro_f1(metrics.confusion_matrix(true[chosen], predicted[chosen], 3))
-        for chosen in generator.integers(20, size=(3000, 20))
+    resampled = [
+        metrics.macro_f1(metrics.confusion_matrix(true[images], predicted[images], 3))
+        for images in generator.integers(20, size=(3000, 20))
     ]
     low, high = metrics.bootstrap_interval(WORKED, "macro_f1", resamples=20_000)
-    assert [low, high] == pytest.approx(np.percentile(drawn, [2.5, 97.5]).tolist(), abs=0.02)
+    assert [low, high] == pytest.approx(np.percentile(resampled, [2.5, 97.5]).tolist(), abs=0.02)
 
 
 def test_the_seed_decides_the_interval():
@@ -170,12 +194,12 @@ def test_chunks_do_not_change_the_number_of_resamples(monkeypatch):
 
 def test_mcnemar_by_hand():
     # 1 of 6 discordant: 2 * (1 + 6) / 2**6.
-    assert metrics.mcnemar(1, 5) == pytest.approx(14 / 64)
-    assert metrics.mcnemar(5, 1) == pytest.approx(14 / 64)
-    assert metrics.mcnemar(0, 0) == 1.0
-    assert metrics.mcnemar(7, 7) == 1.0
+    assert comparisons.mcnemar(1, 5) == pytest.approx(14 / 64)
+    assert comparisons.mcnemar(5, 1) == pytest.approx(14 / 64)
+    assert comparisons.mcnemar(0, 0) == 1.0
+    assert comparisons.mcnemar(7, 7) == 1.0
     # With many, as the chi-squared form with continuity correction: (|150 - 100| - 1)^2 / 250.
-    assert metrics.mcnemar(150, 100) == pytest.approx(
+    assert comparisons.mcnemar(150, 100) == pytest.approx(
         math.erfc(math.sqrt(49**2 / 250 / 2)), rel=0.1
     )
 

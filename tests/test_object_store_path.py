@@ -20,7 +20,8 @@ from fer_ray import storage
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data import dataset, predictions
 from fer_ray.errors import JobFailed, UserError
-from fer_ray.evaluation import report, scores
+from fer_ray.evaluation import report
+from fer_ray.evaluation import run as evaluation
 from fer_ray.inference import run as inference
 from fer_ray.models import checkpoint
 from fer_ray.preparation import run as preparation
@@ -144,7 +145,7 @@ def test_the_manifest_is_written_last_and_without_it_nothing_is_trusted(
 @pytest.mark.slow
 def test_an_evaluation_in_the_store(predicted, data, bucket, run):
     output = f"{bucket}/evaluation"
-    result = scores.evaluate([predicted], resamples=100)
+    result = evaluation.evaluate([predicted], resamples=100)
     runs = storage.parent_of(run)
     # as one that was killed leaves it
     for name in ("_unfinished", "metrics.parquet"):

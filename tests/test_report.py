@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fer_ray.errors import UserError
-from fer_ray.evaluation import figures, report, scores
+from fer_ray.evaluation import figures, report, run
 from fer_ray.reporting import html as pages
 from fer_ray.reporting import svg
 
@@ -44,22 +44,22 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def evaluate(path: Path) -> scores.Evaluation:
-    return scores.evaluate([str(path)], resamples=200)
+def evaluate(path: Path) -> run.Evaluation:
+    return run.evaluate([str(path)], resamples=200)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
-    """Predictions of two runs, a dataset with their pictures, a history of the first."""
+    """Predictions of two runs, a dataset with their images, a history of the first."""
     root = tmp_path_factory.mktemp("report")
     first = samples.random_table(1, 200, skill=2.5, run="custom_cnn", failed=[3])
     samples.save(root / "predictions", first)
     second = samples.random_table(2, 200, skill=1.0, run="sequential_cnn")
     samples.save(root / "predictions", second)
-    pictures = np.random.default_rng(0).integers(0, 256, (200, 48, 48), np.uint8)
-    samples.save_dataset(root / "data", second, pictures)
+    images = np.random.default_rng(0).integers(0, 256, (200, 48, 48), np.uint8)
+    samples.save_dataset(root / "data", second, images)
     samples.save_history(root / "runs", "custom_cnn")
-    np.save(root / "pictures.npy", pictures)
+    np.save(root / "images.npy", images)
     return root
 
 
@@ -77,7 +77,7 @@ def page(html: str) -> Page:
 def test_it_shows_the_numbers_of_the_evaluation(path: Path, page: Page):
     result = evaluate(path / "predictions")
     for score in result.scores:
-        for estimate in (score.accuracy, score.macro_f1, score.balanced_accuracy):
+        for estimate in score.estimates.values():
             assert f"{100 * estimate.value:.1f}" in page.text
             assert f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}" in page.text
         assert f"{score.nll.value:.3f}" in page.text
@@ -100,10 +100,10 @@ def test_nothing_comes_from_outside(html: str, page: Page):
 
 
 def test_figures_are_described_and_ids_are_unique(page: Page):
-    pictures = page.all("svg")
+    drawings = page.all("svg")
     # One split: accuracy, classes, two matrices; three learning curves.
-    assert len(pictures) == 7
-    assert all(one["role"] == "img" and len(one["aria-label"] or "") > 20 for one in pictures)
+    assert len(drawings) == 7
+    assert all(one["role"] == "img" and len(one["aria-label"] or "") > 20 for one in drawings)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     for _, attributes in page.tags:
@@ -114,25 +114,25 @@ def test_figures_are_described_and_ids_are_unique(page: Page):
     assert all(one.get("scope") for one in page.all("th"))
 
 
-def test_no_stand_in_colour_is_left(html: str):
-    for stand_in in svg._VARIABLES:
-        assert stand_in not in html
+def test_no_placeholder_colour_is_left(html: str):
+    for placeholder in svg._VARIABLES:
+        assert placeholder not in html
 
 
 def test_gallery_shows_the_most_confident_mistakes(path: Path):
     score = evaluate(path / "predictions").scores[1]
-    pictures = np.load(path / "pictures.npy")
+    images = np.load(path / "images.npy")
     hashes = [f"{number:064x}" for number in range(200)]
     ids = [f"images/{number:05d}.jpg" for number in range(200)]
-    found = report.mistakes(score, dict(zip(ids, zip(hashes, pictures))), most=5)
+    gallery = report.mistakes(score, dict(zip(ids, zip(hashes, images))), most=5)
     frame = pd.read_parquet(path / "predictions" / "sequential_cnn" / "validation")
     wrong = frame[frame["correct"].eq(False)].nlargest(5, "confidence")
-    assert [one.image_id for one in found] == wrong["image_id"].tolist()
-    assert [one.label for one in found] == wrong["label"].tolist()
-    for one in found:
-        content = np.frombuffer(_decoded(one.picture), np.uint8)
+    assert [mistake.image_id for mistake in gallery] == wrong["image_id"].tolist()
+    assert [mistake.label for mistake in gallery] == wrong["label"].tolist()
+    for mistake in gallery:
+        content = np.frombuffer(_decoded(mistake.image), np.uint8)
         decoded = cv2.imdecode(content, cv2.IMREAD_GRAYSCALE)
-        assert (decoded == pictures[ids.index(one.image_id)]).all()
+        assert (decoded == images[ids.index(mistake.image_id)]).all()
 
 
 def _decoded(uri: str | None) -> bytes:
@@ -142,20 +142,20 @@ def _decoded(uri: str | None) -> bytes:
     return base64.b64decode(uri.removeprefix("data:image/png;base64,"))
 
 
-def test_another_picture_under_the_same_name_is_not_shown(path: Path):
+def test_a_different_image_under_the_same_id_is_not_shown(path: Path):
     score = evaluate(path / "predictions").scores[1]
-    picture = np.zeros((48, 48), np.uint8)
-    others = dict.fromkeys(score.rows.index, ("f" * 64, picture))
-    assert {one.picture for one in report.mistakes(score, others)} == {None}
+    image = np.zeros((48, 48), np.uint8)
+    others = dict.fromkeys(score.rows.index, ("f" * 64, image))
+    assert {mistake.image for mistake in report.mistakes(score, others)} == {None}
 
 
-def test_without_a_dataset_no_picture_is_in_the_page(path: Path):
+def test_without_a_dataset_no_image_is_in_the_page(path: Path):
     bare = Page(report.render(evaluate(path / "predictions")))
     assert not bare.all("img")
     assert len(bare.all("svg")) == 4
 
 
-def test_large_pictures_are_made_smaller():
+def test_large_images_are_reduced():
     uri = pages.png_data_uri(np.random.default_rng(0).integers(0, 256, (500, 400), np.uint8))
     shape = cv2.imdecode(np.frombuffer(_decoded(uri), np.uint8), cv2.IMREAD_GRAYSCALE).shape
     assert shape == (128, 102)
@@ -190,18 +190,18 @@ def test_figures_are_well_formed_whatever_the_runs(tmp_path: Path):
     result = evaluate(tmp_path)
     scored = [score for score in result.scores if score.num_scored]
     runs = [score.run for score in result.scores]
-    for drawn in (
+    for figure in (
         figures.accuracy_dots(scored, runs),
         figures.class_f1_bars(scored, runs),
         figures.confusion_heatmap(scored[0]),
     ):
-        root = ET.fromstring(drawn)
+        root = ET.fromstring(figure)
         assert root.attrib["viewBox"].startswith("0 0 ")
     assert "50 %" in "".join(ET.fromstring(figures.confusion_heatmap(scored[0])).itertext())
     assert Page(report.render(result)).text.count("–") >= 4
 
 
-def test_a_history_that_is_none_is_refused(tmp_path: Path):
+def test_a_file_that_is_no_history_is_refused(tmp_path: Path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "history.parquet").write_text("no Parquet")
     with pytest.raises(UserError, match="not a training history"):
@@ -244,10 +244,10 @@ def test_a_browser_shows_the_numbers(path: Path, html: str, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "theme"), [(1200, []), (500, ["--force-dark-mode"])])
 def test_a_browser_draws_the_page(html: str, tmp_path: Path, width: int, theme: list[str]):
-    file, picture = tmp_path / "report.html", tmp_path / "page.png"
+    file, screenshot = tmp_path / "report.html", tmp_path / "page.png"
     file.write_text(html)
-    browse(tmp_path, file, f"--screenshot={picture}", f"--window-size={width},4000", *theme)
-    drawn = cv2.imread(str(picture))
+    browse(tmp_path, file, f"--screenshot={screenshot}", f"--window-size={width},4000", *theme)
+    drawn = cv2.imread(str(screenshot))
     assert drawn.shape[1] == width
     assert (drawn[0, 0].mean() < 60) == bool(theme)  # the background follows the theme
     # Colours of the first run's marks, and text down the whole page.

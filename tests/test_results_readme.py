@@ -15,7 +15,9 @@ import torch
 from conftest import ROOT
 
 from fer_ray.data import dataset, history, predictions
-from fer_ray.evaluation import report, scores, tables
+from fer_ray.evaluation import report, tables
+from fer_ray.evaluation.run import evaluate
+from fer_ray.metrics import training_metrics
 from fer_ray.sweeps import store, summary
 from fer_ray.training import telemetry
 from fer_ray.training.telemetry import Telemetry
@@ -23,14 +25,15 @@ from fer_ray.training.telemetry import Telemetry
 TEXT = (ROOT / "results" / "README.md").read_text()
 SQL = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+TRAINED = [f"{split}_{name}" for split in history.SPLITS for name in training_metrics()]
 SCHEMAS = {
     "images": dataset.SCHEMA,
     "quarantine": dataset.QUARANTINE_SCHEMA,
     "duplicates": dataset.DUPLICATES_SCHEMA,
     "predictions": predictions.schema(["<label>"]),
-    **tables.SCHEMAS,
-    "history": history.SCHEMA,
-    "trials": store.SCHEMA,
+    **tables.schemas(),
+    "history": history.schema(TRAINED),
+    "trials": store.schema(TRAINED),
 }
 SWEEPS = ("normalization", "search")
 TYPES = {"float": "float32", "double": "float64"}
@@ -41,18 +44,18 @@ def results(tmp_path_factory) -> Path:
     """A folder with the ``results/`` that the examples speak of."""
     root = tmp_path_factory.mktemp("project")
     path = root / "results" / "predictions"
-    for seed, run, skill in ((1, "custom_cnn", 2.5), (2, "sequential_cnn", 1.0)):
+    for seed, name, skill in ((1, "custom_cnn", 2.5), (2, "sequential_cnn", 1.0)):
         for split, failed in (("validation", [7]), ("test", [])):
-            rows = samples.random_table(seed, 300, skill=skill, run=run, split=split, failed=failed)
-            samples.save(path, rows)
-        seen = samples.random_table(9, 40, skill=2.0, run=run, split="train")
+            settings = {"skill": skill, "run": name, "split": split, "failed": failed}
+            samples.save(path, samples.random_table(seed, 300, **settings))
+        seen = samples.random_table(9, 40, skill=2.0, run=name, split="train")
         samples.save(path, seen)
-        samples.save_history(root / "results" / "runs", run)
-        folder = str(root / "results" / "runs" / run)
-        told = Telemetry(run=run, rank=0, folder=folder, device=torch.device("cpu"))
-        with told:
-            told.epoch(9, {"epoch": 1, "train_loss": 1.5})
-    result = scores.evaluate([str(path)], resamples=200)
+        samples.save_history(root / "results" / "runs", name)
+        folder = str(root / "results" / "runs" / name)
+        telemetry_log = Telemetry(run=name, rank=0, folder=folder, device=torch.device("cpu"))
+        with telemetry_log:
+            telemetry_log.epoch(9, {"epoch": 1, "train_loss": 1.5})
+    result = evaluate([str(path)], resamples=200)
     report.publish(result, str(root / "results" / "evaluation"))
     sweep_samples.normalization(root / "results" / "sweeps" / "normalization")
     sweep_samples.search(root / "results" / "sweeps" / "search")
@@ -115,33 +118,33 @@ def test_images_that_every_run_gets_wrong(results: Path, monkeypatch):
     assert query(block)["image_id"].tolist() == sorted(expected)
 
 
-def test_the_query_without_twins_leaves_exactly_the_twins_out(results: Path, monkeypatch):
+def test_the_query_without_duplicates_leaves_exactly_the_duplicates_out(results: Path, monkeypatch):
     monkeypatch.chdir(results)
     block = next(block for block in SQL if "ANTI JOIN" in block)
     found = query(block).set_index("run")["scored"]
     train = pd.read_parquet("results/predictions/custom_cnn/train")["pixel_sha256"]
     for run in ("custom_cnn", "sequential_cnn"):
         judged = pd.read_parquet(f"results/predictions/{run}/validation")
-        twins = judged["pixel_sha256"].isin(train)
-        assert found[run] == judged["correct"][~twins].notna().sum()
-        assert found[run] > 0 and twins.any()
+        duplicates = judged["pixel_sha256"].isin(train)
+        assert found[run] == judged["correct"][~duplicates].notna().sum()
+        assert found[run] > 0 and duplicates.any()
 
 
 def test_the_sweep_queries_agree_with_the_summary(results: Path, monkeypatch):
     monkeypatch.chdir(results)
-    made = summary.summarize("results/sweeps/normalization")
-    means = query(next(block for block in SQL if "AS deviation" in block)).set_index("arm")
-    differences = query(next(block for block in SQL if "one.accuracy" in block)).set_index("arm")
-    assert len(means) == len(made["arms"]) == len(differences) + 1
-    for arm in made["arms"]:
+    summarized = summary.summarize("results/sweeps/normalization")
+    means = query(next(block for block in SQL if "AS std" in block)).set_index("arm")
+    differences = query(next(block for block in SQL if "item.accuracy" in block)).set_index("arm")
+    assert len(means) == len(summarized["arms"]) == len(differences) + 1
+    for arm in summarized["arms"]:
         assert means["accuracy"][arm["arm"]] == pytest.approx(
             100 * arm["accuracy"]["mean"], abs=0.051
         )
         assert means["seeds"][arm["arm"]] == 3
-    for arm in made["arms"][1:]:
+    for arm in summarized["arms"][1:]:
         points = differences["points"][arm["arm"]]
         assert points == pytest.approx(100 * arm["accuracy"]["difference"], abs=0.051)
-    costs = query(next(block for block in SQL if "a_reason" in block))
+    costs = query(next(block for block in SQL if "example_reason" in block))
     counts = costs[costs["sweep"] == "search"].set_index("status")["trials"].to_dict()
     found = summary.summarize("results/sweeps/search")["trials"]
     assert counts == {status: found[status] for status in counts} and found["failed"] == 1

@@ -1,4 +1,4 @@
-"""The figures of an evaluation's report."""
+"""The figures of an evaluation's report: each is an ``<svg>`` element as text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import pandas as pd
 
 from fer_ray.evaluation.scores import Score
 from fer_ray.reporting import svg
+from fer_ray.reporting.text import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _DARK_CELL = 0.66
-"""Rates above get the other text: here both texts have a contrast of 4.5 in either theme."""
+"""Cells with a higher rate get the other text colour: at this rate both colours have a contrast of
+at least 4.5 in either theme."""
 
 
 def accuracy_dots(scores: Sequence[Score], runs: Sequence[str]) -> str:
@@ -23,11 +25,14 @@ def accuracy_dots(scores: Sequence[Score], runs: Sequence[str]) -> str:
     with svg.drawn(0.9 + 0.45 * len(scores)) as (figure, axes):
         for row, score in enumerate(scores):
             number = svg.series(runs, score.run)
-            one = score.accuracy
-            ends = [[100 * (one.value - one.low)], [100 * (one.high - one.value)]]
-            # The percentile interval of a tiny sample may leave out the estimate itself.
+            estimate = score.accuracy
+            ends = [
+                [100 * (estimate.value - estimate.low)],
+                [100 * (estimate.high - estimate.value)],
+            ]
+            # the percentile interval of a tiny sample may exclude the estimate itself
             axes.errorbar(
-                [100 * one.value],
+                [100 * estimate.value],
                 [row],
                 xerr=np.maximum(ends, 0),
                 fmt=svg.MARKERS[number],
@@ -40,7 +45,7 @@ def accuracy_dots(scores: Sequence[Score], runs: Sequence[str]) -> str:
         axes.set_ylim(len(scores) - 0.4, -0.6)
         axes.set_xlabel("accuracy, % (95 % interval)")
         axes.grid(axis="x")
-        summary = "; ".join(f"{s.run} {100 * s.accuracy.value:.1f} %" for s in scores)
+        summary = "; ".join(f"{score.run} {percent(score.accuracy.value)} %" for score in scores)
         return svg.as_svg(figure, f"Accuracy with 95 % intervals: {summary}")
 
 
@@ -53,13 +58,13 @@ def class_f1_bars(scores: Sequence[Score], runs: Sequence[str]) -> str:
         for row, score in enumerate(scores):
             number = svg.series(runs, score.run)
             f1 = [score.per_class.f1[score.labels.index(label)] for label in labels]
-            places = np.arange(len(labels)) + (row + 0.5) * thickness - 0.4
-            percent = np.nan_to_num(100 * np.array(f1))
+            heights = np.arange(len(labels)) + (row + 0.5) * thickness - 0.4
+            percentages = np.nan_to_num(100 * np.array(f1))
             colour = svg.series_colour(number)
-            axes.barh(places, percent, height=0.9 * thickness, color=colour, alpha=0.45)
+            axes.barh(heights, percentages, height=0.9 * thickness, color=colour, alpha=0.45)
             axes.plot(
-                percent,
-                places,
+                percentages,
+                heights,
                 color=colour,
                 marker=svg.MARKERS[number],
                 markersize=6,
@@ -78,7 +83,7 @@ def class_f1_bars(scores: Sequence[Score], runs: Sequence[str]) -> str:
 
 
 def confusion_heatmap(score: Score) -> str:
-    """One run's confusion matrix: shade and percentage by row, the count below."""
+    """One run's confusion matrix: shade and percentage of the row, the count below."""
     counts = score.confusion
     size = len(score.labels)
     rates = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -86,12 +91,12 @@ def confusion_heatmap(score: Score) -> str:
         for row, column in np.ndindex(size, size):
             _cell(axes, row, column, float(rates[row, column]), int(counts[row, column]), size)
         names = [svg.short(label, 14) for label in score.labels]
-        turned = size > 4 or max(map(len, names)) > 9
+        is_rotated = size > 4 or max(map(len, names)) > 9
         axes.set_xticks(
             range(size),
             names,
-            rotation=40 if turned else 0,
-            ha="right" if turned else "center",
+            rotation=40 if is_rotated else 0,
+            ha="right" if is_rotated else "center",
             rotation_mode="anchor",
         )
         axes.set_yticks(range(size), names)
@@ -105,7 +110,7 @@ def confusion_heatmap(score: Score) -> str:
         summary = ", ".join(
             f"{label} {100 * rates[index, index]:.0f} %" for index, label in enumerate(score.labels)
         )
-        return svg.as_svg(figure, f"Confusion matrix of {score.run}, rightly predicted: {summary}")
+        return svg.as_svg(figure, f"Confusion matrix of {score.run}; recall: {summary}")
 
 
 def _cell(axes: Axes, row: int, column: int, rate: float, count: int, size: int) -> None:
@@ -119,37 +124,37 @@ def _cell(axes: Axes, row: int, column: int, rate: float, count: int, size: int)
         axes.add_patch(Rectangle(corner, 0.97, 0.97, facecolor=svg.HEAT, alpha=rate, linewidth=0))
     colour = svg.HEAT_TEXT if rate > _DARK_CELL else svg.HEAT_LOW
     scale = min(1.0, 7 / size)
-    path: dict[str, Any] = {"ha": "center", "color": colour}
+    style: dict[str, Any] = {"ha": "center", "color": colour}
     percentage, number = f"{100 * rate:.0f} %", f"{count:,}"
-    axes.text(column, row - 0.04, percentage, va="bottom", fontsize=10 * scale, **path)
-    axes.text(column, row + 0.04, number, va="top", fontsize=8 * scale, **path)
+    axes.text(column, row - 0.04, percentage, va="bottom", fontsize=10 * scale, **style)
+    axes.text(column, row + 0.04, number, va="top", fontsize=8 * scale, **style)
 
 
 def learning_curves(
-    histories: Mapping[str, pd.DataFrame], quantity: str, unit: str, runs: Sequence[str]
+    histories: Mapping[str, pd.DataFrame], name: str, title: str, unit: str, runs: Sequence[str]
 ) -> str:
     """A quantity of training and validation over the epochs.
 
     Args:
-        histories: one row an epoch with ``epoch``, ``train_<quantity>`` and
-            ``validation_<quantity>``, by run.
-        quantity: ``loss``, ``accuracy`` or ``macro_f1``.
-        unit: ``%`` multiplies by 100.
-        runs: every run of the page.
+        histories: by run; one row for each epoch with ``epoch``, ``train_<name>`` and
+            ``validation_<name>``.
+        name: ``loss`` or that of a metric.
+        title: what the axis calls it.
+        unit: ``%`` multiplies by 100; empty where there is none.
+        runs: every run of the page, which decides the colours.
     """
     from matplotlib.ticker import MaxNLocator
 
     factor = 100 if unit == "%" else 1
-    title = quantity.replace("_f1", "-F1")
     with svg.drawn(3.2 + 0.25 * len(histories)) as (figure, axes):
         for run, history in histories.items():
             number = svg.series(runs, run)
             style: dict[str, Any] = {"color": svg.series_colour(number), "linewidth": 1.8}
             epochs = history["epoch"]
-            axes.plot(epochs, factor * history[f"train_{quantity}"], linestyle=(0, (3, 2)), **style)
+            axes.plot(epochs, factor * history[f"train_{name}"], linestyle=(0, (3, 2)), **style)
             axes.plot(
                 epochs,
-                factor * history[f"validation_{quantity}"],
+                factor * history[f"validation_{name}"],
                 label=svg.short(run),
                 marker=svg.MARKERS[number],
                 markersize=5,
@@ -158,11 +163,11 @@ def learning_curves(
             )
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axes.set_ylabel(f"{title}, {unit}")
+        axes.set_ylabel(f"{title}, {unit}" if unit else title)
         axes.grid()
         svg.legend(figure, len(histories))
         ends = "; ".join(
-            f"{run} {factor * history[f'validation_{quantity}'].iloc[-1]:.3g} {unit}"
+            f"{run} {factor * history[f'validation_{name}'].iloc[-1]:.3g} {unit}"
             for run, history in histories.items()
         )
         return svg.as_svg(

@@ -1,9 +1,9 @@
-"""An evaluation as Parquet tables, as plain text and in words."""
+"""An evaluation as Parquet tables, as plain text and in sentences."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -11,15 +11,20 @@ import pyarrow.parquet as pq
 
 from fer_ray import storage
 from fer_ray.errors import UserError
-from fer_ray.evaluation.scores import Comparison, Estimate, Evaluation, Score
+from fer_ray.evaluation.comparisons import Comparison
+from fer_ray.evaluation.run import Evaluation
+from fer_ray.evaluation.scores import Estimate, Score
+from fer_ray.metrics import METRICS
+from fer_ray.reporting.text import aligned, p_equals
 
 MARKER = "evaluation.json"
-"""Says that a folder is an evaluation, which the next one may replace."""
+"""Marks a folder as an evaluation, which a later one may replace."""
 
 FORMAT = "fer_ray evaluation 1"
 REPORT = "report.html"
 
-_METRICS = ("accuracy", "macro_f1", "balanced_accuracy", "nll")
+_FIRST = ("accuracy", "macro_f1", "balanced_accuracy", "nll")
+"""The metrics of every ``metrics.parquet``, whose columns come first."""
 
 
 def _schema(strings: str, counts: str, numbers: str) -> pa.Schema:
@@ -30,42 +35,49 @@ def _schema(strings: str, counts: str, numbers: str) -> pa.Schema:
     )
 
 
-SCHEMAS = {
-    "metrics": _schema(
-        "run split model checkpoint",
-        "num_images num_errors num_unlabelled num_scored",
-        " ".join(f"{name} {name}_low {name}_high" for name in _METRICS),
-    ),
-    "per_class": _schema("run split label", "support", "precision recall f1"),
-    "confusion": _schema("run split label predicted", "count", ""),
-    "comparisons": _schema(
-        "split first_run second_run",
-        "num_first num_second num_common num_conflicting only_first_right only_second_right",
-        "first_accuracy second_accuracy difference difference_low difference_high p_value p_holm",
-    ),
-}
-"""The columns of each ``<name>.parquet``."""
-
-_FILES = {MARKER, REPORT, *(f"{name}.parquet" for name in SCHEMAS)}
+def schemas() -> dict[str, pa.Schema]:
+    """The columns of each ``<name>.parquet``; those of further metrics come last."""
+    names = [*_FIRST, *(name for name in METRICS if name not in _FIRST)]
+    return {
+        "metrics": _schema(
+            "run split model checkpoint",
+            "num_images num_errors num_unlabelled num_scored",
+            " ".join(f"{name} {name}_low {name}_high" for name in names),
+        ),
+        "per_class": _schema("run split label", "support", "precision recall f1"),
+        "confusion": _schema("run split label predicted", "count", ""),
+        "comparisons": _schema(
+            "split first_run second_run",
+            "num_first num_second num_common num_conflicting only_first_right only_second_right",
+            "first_accuracy second_accuracy difference difference_low difference_high "
+            "p_value p_holm",
+        ),
+    }
 
 
 def check_output(path: str) -> None:
     """Refuses a folder that an evaluation must not replace.
 
     Raises:
-        UserError: when it is a file, or holds anything else than an earlier evaluation.
+        UserError: when it is a file, or holds anything but an earlier evaluation.
     """
     storage.check_bucket("--output", path)
     if storage.exists(path) and not storage.is_directory(path):
-        raise UserError(f"--output: {path} is a file, a folder is expected")
+        raise UserError(f"--output: {path} is a file; give a folder")
     if storage.is_unfinished(path):  # by an evaluation that was killed
         return
     names = storage.list_names(path)
-    strange = sorted(set(names) - _FILES)
-    if strange:
-        raise UserError(f"--output: {path} is not an evaluation: it holds {strange[0]!r}")
+    files = {MARKER, REPORT, *(f"{name}.parquet" for name in schemas())}
+    others = sorted(set(names) - files)
+    if others:
+        raise UserError(
+            f"--output: {path} is not an evaluation: it holds {others[0]!r}; give another folder"
+        )
     if names and MARKER not in names:
-        raise UserError(f"--output: {path} is not empty and not an evaluation (no {MARKER})")
+        raise UserError(
+            f"--output: {path} is not empty and not an evaluation (no {MARKER}); give another "
+            "folder"
+        )
 
 
 def write(evaluation: Evaluation, folder: str) -> None:
@@ -74,9 +86,9 @@ def write(evaluation: Evaluation, folder: str) -> None:
         "metrics": [_metrics_row(score) for score in evaluation.scores],
         "per_class": [row for score in evaluation.scores for row in _class_rows(score)],
         "confusion": [row for score in evaluation.scores for row in _confusion_rows(score)],
-        "comparisons": [_comparison_row(one) for one in evaluation.comparisons],
+        "comparisons": [vars(comparison) for comparison in evaluation.comparisons],
     }
-    for name, schema in SCHEMAS.items():
+    for name, schema in schemas().items():
         table = pa.Table.from_pylist([_without_nan(row) for row in rows[name]], schema=schema)
         fs, path = storage.filesystem(storage.join(folder, f"{name}.parquet"))
         pq.write_table(table, path, filesystem=fs)
@@ -85,8 +97,13 @@ def write(evaluation: Evaluation, folder: str) -> None:
 def write_marker(evaluation: Evaluation, folder: str) -> None:
     """Writes what was evaluated and how: the last file, without paths of this machine."""
     evaluated = [
-        {"run": one.run, "split": one.split, "checkpoint": one.checkpoint, "rows": one.num_images}
-        for one in evaluation.scores
+        {
+            "run": score.run,
+            "split": score.split,
+            "checkpoint": score.checkpoint,
+            "rows": score.num_images,
+        }
+        for score in evaluation.scores
     ]
     value = {
         "format": FORMAT,
@@ -99,24 +116,23 @@ def write_marker(evaluation: Evaluation, folder: str) -> None:
 
 
 def _metrics_row(score: Score) -> dict[str, Any]:
-    row = {name: getattr(score, name) for name in SCHEMAS["metrics"].names if hasattr(score, name)}
-    for name in _METRICS:
-        estimate = getattr(score, name)
+    row = {**vars(score), "num_scored": score.num_scored}
+    for name, estimate in {**score.estimates, "nll": score.nll}.items():
         row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     return row
 
 
 def _class_rows(score: Score) -> Iterator[dict[str, Any]]:
-    each = score.per_class
-    for number, label in enumerate(score.labels):
+    per_class = score.per_class
+    for index, label in enumerate(score.labels):
         yield {
             "run": score.run,
             "split": score.split,
             "label": label,
-            "support": int(each.support[number]),
-            "precision": float(each.precision[number]),
-            "recall": float(each.recall[number]),
-            "f1": float(each.f1[number]),
+            "support": int(per_class.support[index]),
+            "precision": float(per_class.precision[index]),
+            "recall": float(per_class.recall[index]),
+            "f1": float(per_class.f1[index]),
         }
 
 
@@ -127,36 +143,42 @@ def _confusion_rows(score: Score) -> Iterator[dict[str, Any]]:
             yield {**key, "predicted": predicted, "count": count}
 
 
-def _comparison_row(comparison: Comparison) -> dict[str, Any]:
-    return {name: getattr(comparison, name) for name in SCHEMAS["comparisons"].names}
-
-
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    """NaN as null: SQL would count it as a number, and as the greatest one."""
+    """NaN as null: in SQL, NaN would be a number, and the greatest one."""
     return {
         name: None if isinstance(value, float) and math.isnan(value) else value
         for name, value in row.items()
     }
 
 
-def percent(estimate: Estimate, unit: str = "") -> str:
-    """A share as ``66.1 (64.5 to 67.6)`` in percent; a dash where nothing was scored."""
-    if math.isnan(estimate.value):
-        return "–"
-    low, high = 100 * estimate.low, 100 * estimate.high
-    return f"{100 * estimate.value:.1f}{unit} ({low:.1f} to {high:.1f})"
+def headings() -> list[str]:
+    """The headings of the columns that `cells` fills: every metric, then the likelihood."""
+    return [*(metric.heading for _, metric in METRICS.items()), "NLL, nats"]
 
 
-def nats(estimate: Estimate) -> str:
-    """A loss as ``1.042 (1.001 to 1.083)``; a dash where nothing was scored."""
-    if math.isnan(estimate.value):
-        return "–"
-    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+def cells(score: Score) -> list[tuple[str, str]]:
+    """Every metric of a run as a value and its interval, such as ``66.1`` and ``64.5 to 67.6``.
+
+    The value is a dash where nothing was scored, the interval empty where there is none.
+    """
+    texts = [_cell(estimate, METRICS[name].text) for name, estimate in score.estimates.items()]
+    return [*texts, _cell(score.nll, _nats)]
 
 
-def p_text(p_value: float) -> str:
-    """A p-value as ``p = 0.012`` or ``p < 0.001``."""
-    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+def _cell(estimate: Estimate, text: Callable[[float], str]) -> tuple[str, str]:
+    has_interval = not math.isnan(estimate.low)
+    interval = f"{text(estimate.low)} to {text(estimate.high)}" if has_interval else ""
+    return text(estimate.value), interval
+
+
+def _nats(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def in_brackets(cell: tuple[str, str], unit: str = "") -> str:
+    """A value with its interval, such as ``66.1 (64.5 to 67.6)``."""
+    value, interval = cell
+    return f"{value}{unit} ({interval})" if interval else f"{value}{unit}"
 
 
 def in_words(comparison: Comparison) -> str:
@@ -170,7 +192,8 @@ def in_words(comparison: Comparison) -> str:
     points = f"{100 * abs(comparison.difference):.1f} points"
     low, high = (f"{100 * end + 0.0:.1f}".replace("-0.0", "0.0") for end in ends)
     numbers = (
-        f"95 % interval {low} to {high}, {p_text(comparison.p_holm)}, n = {comparison.num_common:,}"
+        f"95 % interval {low} to {high}, {p_equals(comparison.p_holm)}, "
+        f"n = {comparison.num_common:,}"
     )
     if comparison.difference == 0:
         return f"No difference shown: {first} and {second} are equally accurate ({numbers})."
@@ -180,67 +203,55 @@ def in_words(comparison: Comparison) -> str:
 
 
 def notes(evaluation: Evaluation) -> list[str]:
-    """What a reader has to know beside the numbers: images left out, data that differ."""
-    lines = []
-    for one in evaluation.scores:
-        for count, reason in (
-            (one.num_errors, "could not be predicted"),
-            (one.num_unlabelled, "have no label"),
-        ):
-            if count:
-                lines.append(
-                    f"{one.run}, {one.split}: {count:,} of {one.num_images:,} images {reason} "
-                    "and are not scored."
-                )
+    """What a reader has to know besides the numbers: images left out, data that differ."""
+    lines = [line for score in evaluation.scores for line in _left_out(score)]
     for split in evaluation.splits:
-        runs = [one.run for one in evaluation.of_split(split)]
+        runs = [score.run for score in evaluation.scores_on(split)]
         if evaluation.baseline and evaluation.baseline not in runs:
-            lines.append(f"{split}: no predictions of {evaluation.baseline}: nothing to compare.")
-    for pair in evaluation.comparisons:
-        if pair.num_common < max(pair.num_first, pair.num_second):
             lines.append(
-                f"{pair.first_run} and {pair.second_run}, {pair.split}: not the same images are "
-                f"scored ({pair.num_first:,} and {pair.num_second:,}); compared on the "
-                f"{pair.num_common:,} that both have."
+                f"{split}: no predictions of {evaluation.baseline}, so nothing is compared."
             )
-        if pair.num_conflicting:
-            lines.append(
-                f"{pair.first_run} and {pair.second_run}, {pair.split}: {pair.num_conflicting:,} "
-                "images have the same image_id but another label or other pixels: left out."
-            )
+    lines += [line for comparison in evaluation.comparisons for line in _differing(comparison)]
     return lines
 
 
+def _left_out(score: Score) -> Iterator[str]:
+    for count, reason in (
+        (score.num_errors, "could not be predicted"),
+        (score.num_unlabelled, "have no label"),
+    ):
+        if count:
+            yield (
+                f"{score.run}, {score.split}: {count:,} of {score.num_images:,} images {reason} "
+                "and are not scored."
+            )
+
+
+def _differing(comparison: Comparison) -> Iterator[str]:
+    pair = f"{comparison.first_run} and {comparison.second_run}, {comparison.split}"
+    if comparison.num_common < max(comparison.num_first, comparison.num_second):
+        yield (
+            f"{pair}: the scored images differ ({comparison.num_first:,} and "
+            f"{comparison.num_second:,}); the runs are compared on the {comparison.num_common:,} "
+            "images that both have."
+        )
+    if count := comparison.num_conflicting:
+        yield (
+            f"{pair}: {count:,} {'image has' if count == 1 else 'images have'} the same image_id "
+            "but different labels or pixels, and are left out of the comparison."
+        )
+
+
 def as_text(evaluation: Evaluation) -> str:
-    """The evaluation as aligned plain text, one table and the comparisons a split."""
+    """The evaluation as aligned plain text: for each split a table and the comparisons."""
     blocks = []
     for split in evaluation.splits:
-        head = ["run", "model", "n", "accuracy %", "macro-F1 %", "balanced %", "NLL nats"]
-        body = [
-            [
-                one.run,
-                one.model,
-                f"{one.num_scored:,}",
-                percent(one.accuracy),
-                percent(one.macro_f1),
-                percent(one.balanced_accuracy),
-                nats(one.nll),
-            ]
-            for one in evaluation.of_split(split)
-        ]
-        lines = [f"split {split} (95 % intervals in parentheses)", *aligned([head, *body])]
-        blocks.append("\n".join(lines + [in_words(one) for one in evaluation.compared_on(split)]))
+        rows = [["run", "model", "n", *headings()]]
+        for score in evaluation.scores_on(split):
+            values = [in_brackets(cell) for cell in cells(score)]
+            rows.append([score.run, score.model, f"{score.num_scored:,}", *values])
+        lines = [f"split {split} (95 % intervals in parentheses)", *aligned(rows)]
+        lines += [in_words(comparison) for comparison in evaluation.comparisons_on(split)]
+        blocks.append("\n".join(lines))
     remarks = [f"note: {line}" for line in notes(evaluation)]
     return "\n\n".join(blocks + (["\n".join(remarks)] if remarks else []))
-
-
-def aligned(rows: Sequence[Sequence[str]], num_texts: int = 2) -> list[str]:
-    """Columns of equal width: the first `num_texts` to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < num_texts else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    ]

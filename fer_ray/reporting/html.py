@@ -1,4 +1,4 @@
-"""Pages from templates: one look, everything that comes from data escaped."""
+"""Pages from templates with a common style; everything that comes from data is escaped."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from typing import Any
 
 import numpy as np
 
-LARGEST_PICTURE = 128
-"""Pixels: larger pictures are made smaller before they are put into a page."""
+from fer_ray.reporting import text
+
+LARGEST_IMAGE = 128
+"""Pixels: larger images are reduced to this before they are put into a page."""
 
 
-def render(template: str, filters: Mapping[str, Callable], **values: Any) -> str:
-    """A page as HTML, from a template of this package.
+def render(template: str, filters: Mapping[str, Callable] | None = None, **values: Any) -> str:
+    """Renders a page from a template of this package.
 
     Args:
         template: file name, such as ``report.html.j2``; it may include ``page.css.j2``.
-        filters: what the template may call, besides ``safe_svg``: markup made by this project.
-        values: what it shows.
+        filters: what the template may call besides those of Jinja and of every page:
+            ``safe_svg`` for markup of this project, and `text.keep_together`, `text.percent` and
+            `text.p_value` by their names.
+        values: what the template shows.
+
+    Returns:
+        The page as HTML.
     """
     import jinja2
     from markupsafe import Markup
@@ -32,17 +39,23 @@ def render(template: str, filters: Mapping[str, Callable], **values: Any) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {**filters, "safe_svg": Markup}
+    environment.filters |= {
+        "safe_svg": Markup,
+        "keep_together": text.keep_together,
+        "percent": text.percent,
+        "p_value": text.p_value,
+        **(filters or {}),
+    }
     return environment.get_template(template).render(**values)
 
 
-def png_data_uri(picture: np.ndarray) -> str:
-    """A picture, uint8 of shape (H, W), as a PNG inside a data URI."""
+def png_data_uri(image: np.ndarray) -> str:
+    """An image, uint8 of shape (H, W), as a PNG inside a data URI."""
     import cv2
 
-    largest = max(picture.shape)
-    if largest > LARGEST_PICTURE:
-        factor = LARGEST_PICTURE / largest
-        picture = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
-    encoded = cv2.imencode(".png", np.ascontiguousarray(picture))[1].tobytes()
+    largest = max(image.shape)
+    if largest > LARGEST_IMAGE:
+        factor = LARGEST_IMAGE / largest
+        image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+    encoded = cv2.imencode(".png", np.ascontiguousarray(image))[1].tobytes()
     return f"data:image/png;base64,{base64.b64encode(encoded).decode()}"

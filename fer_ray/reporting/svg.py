@@ -1,8 +1,9 @@
-"""The report's figures: SVG that takes its colours and its font from the page.
+"""Figures of reports: SVG that takes its colours and its font from the page.
 
-matplotlib draws with stand-in colours, which are then replaced by the page's CSS variables, so
-that one figure suits light and dark. Figures are drawn about as wide as a phone, because SVG
-scales its text with the rest. Runs differ in marker as well as in colour.
+matplotlib draws with placeholder colours, which are then replaced by the page's CSS variables, so
+that the same figure suits the light and the dark theme. Figures are drawn about as wide as a
+phone's screen, because SVG scales text together with everything else. Runs differ in marker as
+well as in colour.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SERIES = 8
-"""Colours of runs; further runs begin again with the first."""
+"""Number of colours for runs; further runs start again with the first."""
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 HEAT, HEAT_TEXT, HEAT_LOW = "#040404", "#050505", "#070707"
@@ -60,13 +61,13 @@ _STYLE: Any = {
 
 
 def series(runs: Sequence[str], run: str) -> int:
-    """A run's number among all runs of a page: its colour in every figure is that."""
+    """A run's number among all runs of a page, which decides its colour in every figure."""
     return list(runs).index(run) % SERIES
 
 
 @contextlib.contextmanager
 def drawn(height_in: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure with one axes, drawn in the page's style; no window, no global figure."""
+    """A figure with one pair of axes in the page's style, without a window or global state."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -76,17 +77,18 @@ def drawn(height_in: float) -> Iterator[tuple[Figure, Axes]]:
 
 
 def legend(figure: Figure, entries: int) -> None:
-    """Below the axes, where names of any length have room; none for a single run."""
+    """Adds a legend below the axes, where long names have room; none for a single run."""
     if entries > 1:
         figure.legend(loc="outside lower left", ncols=1, handlelength=2.4, labelspacing=0.3)
 
 
 def series_colour(number: int) -> str:
+    """The placeholder of a run's colour, by the run's number."""
     return f"#0606{number:02x}"
 
 
 def short(name: str, most: int = 30) -> str:
-    """A name that fits into a figure: the middle of a long one left out."""
+    """Shortens a name to fit into a figure: the middle of a long name is left out."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
 
 
@@ -95,7 +97,12 @@ _RENAMED = {"{http://www.w3.org/1999/xlink}href": "href"}
 
 
 def as_svg(figure: Figure, description: str) -> str:
-    """The figure as an ``<svg>`` element for HTML: described, themed, its ids its own."""
+    """The figure as an ``<svg>`` element for HTML, with the page's colours and unique ids.
+
+    Args:
+        figure: drawn within `drawn`.
+        description: read to those who cannot see the figure; different for each of a page.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     root = ET.fromstring(buffer.getvalue())
@@ -106,14 +113,14 @@ def as_svg(figure: Figure, description: str) -> str:
             _RENAMED.get(name, name): _themed(name, value, prefix)
             for name, value in element.attrib.items()
         }
-    _drop(root, {"metadata", "style"})  # a <style> in the page would hold for all of it
+    _drop(root, {"metadata", "style"})  # a <style> element would apply to the whole page
     _, _, width, height = root.attrib["viewBox"].split()
     root.attrib = {"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": description}
     return ET.tostring(root, encoding="unicode", short_empty_elements=False)
 
 
 def _prefix(description: str) -> str:
-    """Different for each figure of a page, and the same each time that it is drawn."""
+    """A prefix for ids: different for each figure of a page, the same whenever it is drawn."""
     import zlib
 
     return f"f{zlib.crc32(description.encode()):08x}-"

@@ -228,8 +228,8 @@ class TensorBoard(Callback):
         number = trial.config["number"]
         if number not in self._writers:
             self._writers[number] = SummaryWriter(str(self._folder / f"{number:05d}"))
-        for name in store.METRICS:
-            self._writers[number].add_scalar(name, result[name], result["epoch"])
+        for name, value in store.measured(result).items():
+            self._writers[number].add_scalar(name, value, result["epoch"])
         self._writers[number].flush()
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:

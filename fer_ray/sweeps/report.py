@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from fer_ray.config import overrides
 from fer_ray.errors import UserError
 from fer_ray.evaluation import tables
 from fer_ray.reporting import html
+from fer_ray.reporting.text import keep_together
 from fer_ray.sweeps import figures, importance, sentences, store, summary
 from fer_ray.sweeps.space import GRID
 
@@ -82,7 +82,7 @@ def render(made: Mapping[str, Any], trials: pd.DataFrame) -> str:
             "p": sentences.of_p,
             "value": sentences.value,
             "column": overrides.column_of,
-            "glue": _glue,
+            "glue": keep_together,
         },
         made=made,
         is_grid=is_grid,
@@ -160,11 +160,3 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-_TOGETHER = re.compile(r" (?=[=<] )|(?<=[=<]) | (?=%)|(?<=\d) (?=points|to|M )")
-
-
-def _glue(text: str) -> str:
-    """Spaces inside ``n = 3``, ``95 %`` or ``0.4 points`` made unbreakable."""
-    return _TOGETHER.sub("\u00a0", text)

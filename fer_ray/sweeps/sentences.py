@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fer_ray.config import overrides
-from fer_ray.evaluation.tables import p_text
+from fer_ray.reporting.text import p_value
 from fer_ray.sweeps.importance import FEWEST_STABLE
 from fer_ray.sweeps.space import GRID
 
@@ -49,7 +49,7 @@ def between(low: float | None, high: float | None) -> str:
 
 def of_p(value: float | None) -> str:
     """A p-value such as ``0.012`` or ``< 0.001``; a dash for None."""
-    return "–" if value is None else p_text(value).removeprefix("p = ").removeprefix("p ")
+    return p_value(value)
 
 
 def named(chosen: Mapping[str, Any]) -> str:

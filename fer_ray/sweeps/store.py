@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from fer_ray import storage
 from fer_ray.config import overrides
 from fer_ray.config.schema import TrainConfig
+from fer_ray.data import history as histories
 from fer_ray.data.history import write_history
 from fer_ray.errors import UserError
 from fer_ray.models import checkpoint
@@ -41,12 +42,8 @@ FINISHED, STOPPED, FAILED, UNFINISHED = "finished", "stopped", "failed", "unfini
 _FOLDER = "trials"
 _TRIAL, _HISTORY, _END = "trial.json", "history.parquet", "end.json"
 
-METRICS = (
-    *("train_loss", "train_accuracy", "train_macro_f1"),
-    *("validation_loss", "validation_accuracy", "validation_macro_f1"),
-    *("images_per_s", "seconds"),
-)
-"""The columns that an epoch fills, as in ``history.parquet``."""
+METRICS = (*histories.METRICS, "images_per_s", "seconds")
+"""The columns that every epoch fills, as in ``history.parquet``."""
 
 
 _ARROW_TYPES = {int: pa.int32(), float: pa.float64(), bool: pa.bool_(), str: pa.string()}
@@ -68,7 +65,7 @@ SCHEMA = pa.schema(
         *(pa.field(name, pa.string()) for name in ("hardware", "computed_in", "versions")),
     ]
 )
-"""The columns of ``trials.parquet``."""
+"""The columns of every ``trials.parquet``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,17 +234,36 @@ def rows(trials: Iterable[Trial], base: TrainConfig) -> list[dict[str, Any]]:
     return found
 
 
+def measured(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of an epoch: `METRICS`, then further registered metrics."""
+    return {name: row[name] for name in (*METRICS, *histories.added_metrics(row))}
+
+
 def _epoch(row: Mapping[str, Any]) -> dict[str, Any]:
-    measured = {metric: row[metric] for metric in METRICS}
-    return {"epoch": row["epoch"], **measured, "ended_at": row.get("ended_at")}
+    return {"epoch": row["epoch"], **measured(row), "ended_at": row.get("ended_at")}
+
+
+def schema(names: Iterable[str]) -> pa.Schema:
+    """The columns of a ``trials.parquet``: `SCHEMA`, then those of further metrics.
+
+    Args:
+        names: keys of the histories' rows.
+    """
+    return pa.schema([*SCHEMA, *((name, pa.float64()) for name in histories.added_metrics(names))])
+
+
+def table(trials: Iterable[Trial], base: TrainConfig) -> pa.Table:
+    """The content of ``trials.parquet``."""
+    trials = list(trials)
+    names = (name for trial in trials for row in trial.history for name in row)
+    return pa.Table.from_pylist(rows(trials, base), schema=schema(names))
 
 
 def write_trials(sweep: str, base: TrainConfig) -> list[Trial]:
     """Makes ``trials.parquet`` from the trials' folders; returns the trials."""
     trials = read_all(sweep)
-    table = pa.Table.from_pylist(rows(trials, base), schema=SCHEMA)
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table(trials, base), sink)
     storage.write_bytes(storage.join(sweep, TRIALS), sink.getvalue().to_pybytes())
     return trials
 

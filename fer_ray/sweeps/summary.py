@@ -12,7 +12,7 @@ import pandas as pd
 from fer_ray import storage
 from fer_ray.config import overrides
 from fer_ray.config.schema import TrainConfig
-from fer_ray.evaluation import tables
+from fer_ray.reporting.text import aligned
 from fer_ray.sweeps import sentences, store, winner
 from fer_ray.sweeps.analysis import LEVEL, POWER, Analysis, analyse
 from fer_ray.sweeps.importance import importance, plain
@@ -107,7 +107,7 @@ def _arm_rows(made: Mapping[str, Any]) -> list[str]:
                 sentences.percent(arm["macro_f1"]["mean"]),
             ]
         )
-    return tables.aligned(rows, num_texts=1)
+    return aligned(rows, num_texts=1)
 
 
 def _best_rows(made: Mapping[str, Any]) -> list[str]:
@@ -117,7 +117,7 @@ def _best_rows(made: Mapping[str, Any]) -> list[str]:
         for one in made["best"]
     ]
     named = ["options", *(sentences.named(one["options"]) for one in made["best"])]
-    lines = tables.aligned(rows, num_texts=1)
+    lines = aligned(rows, num_texts=1)
     return [f"{line}  {options}" for line, options in zip(lines, named)]
 
 

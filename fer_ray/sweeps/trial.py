@@ -108,7 +108,7 @@ def _name(sweep: str, number: int) -> str:
 
 def _reported(row: dict[str, Any]) -> dict[str, Any]:
     """What Ray Tune is told after an epoch."""
-    return {"epoch": row["epoch"], **{name: row[name] for name in store.METRICS}}
+    return {"epoch": row["epoch"], **store.measured(row)}
 
 
 def _with_workers(

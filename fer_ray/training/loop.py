@@ -20,7 +20,7 @@ from torch import nn
 
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo
-from fer_ray.metrics import accuracy, macro_f1
+from fer_ray.metrics import training_metrics
 from fer_ray.models import checkpoint, registry
 from fer_ray.models.checkpoint import Checkpoint
 from fer_ray.models.forward import Forward
@@ -242,7 +242,7 @@ class Trainer:
         return loss.detach(), logits.detach(), torch.isfinite(norm)
 
     def evaluate(self) -> dict[str, float]:
-        """Loss, accuracy and macro-F1 of the averaged weights on the whole validation split.
+        """Loss and metrics of the averaged weights on the whole validation split.
 
         The loss is the mean negative log-likelihood in nats, without smoothing or weights.
         """
@@ -257,11 +257,12 @@ class Trainer:
         return self._summarize(loss_sum, confusion)
 
     def _summarize(self, loss_sum: float, confusion: np.ndarray) -> dict[str, float]:
-        """Metrics over all workers, from this worker's sums."""
+        """Loss and metrics over all workers, from this worker's sums."""
         classes = len(self.info.labels)
         matrix = self.group.total(confusion).reshape(classes, classes)
         loss = float(self.group.total(np.array([loss_sum]))[0]) / int(matrix.sum())
-        return {"loss": loss, "accuracy": accuracy(matrix), "macro_f1": macro_f1(matrix)}
+        values = {name: metric.value(matrix) for name, metric in training_metrics().items()}
+        return {"loss": loss, **values}
 
     def save(self, folder: Path) -> None:
         """Writes a checkpoint of the state after the last finished epoch."""

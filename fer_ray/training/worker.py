@@ -15,6 +15,7 @@ from fer_ray import storage
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo, read_info
 from fer_ray.data.history import write_history
+from fer_ray.metrics import training_metrics
 from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
 from fer_ray.runtime import environment
@@ -155,17 +156,22 @@ def _reporter(
             write_history(storage.join(folder, HISTORY), history)
         if log is None:
             return
-        train, validation = (
-            f"loss {row[f'{split}_loss']:.4f}, accuracy {row[f'{split}_accuracy']:.2%}, "
-            f"macro-F1 {row[f'{split}_macro_f1']:.4f}"
-            for split in SPLITS
-        )
+        train, validation = (_measured(row, split) for split in SPLITS)
         log(
             f"epoch {row['epoch']}/{epochs}: train {train}; validation {validation}; "
             f"{row['images_per_s']:,.0f} images/s, {row['seconds']:.1f} s"
         )
 
     return report
+
+
+def _measured(row: dict[str, Any], split: str) -> str:
+    """Loss and metrics of a split, such as ``loss 1.0312, accuracy 61.20%, macro-F1 58.75%``."""
+    values = [
+        f"{metric.title} {metric.text(row[f'{split}_{name}'], decimals=2)}{metric.unit}"
+        for name, metric in training_metrics().items()
+    ]
+    return ", ".join([f"loss {row[f'{split}_loss']:.4f}", *values])
 
 
 def _log(message: str) -> None:
