@@ -1,4 +1,4 @@
-"""What the jobs share on the command line: one-line errors, progress, starting Ray."""
+"""What the jobs share on the command line: one-line errors, progress messages, starting Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INTERRUPTED_STATUS = 130
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Names defaults, but only where there is one."""
+    """Shows the default of every flag that has one, 0 included."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == "":
@@ -39,19 +39,19 @@ class JobParser(argparse.ArgumentParser):
         self.exit(USER_ERROR_STATUS, f"{self.prog}: {message}\n")
 
     def parse_args(self, args=None, namespace=None):
-        """Parses, and refuses unknown flags with the nearest known one."""
+        """Parses the arguments; an unknown flag ends the job with the nearest known one."""
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
             flags = [flag for action in self._actions for flag in action.option_strings]
             first = rest[0].split("=")[0]
             if first.startswith("-"):
                 self.error(str(unknown("unknown flag", first, flags)))
-            self.error(f"{rest[0]!r} does not follow a flag")
+            self.error(f"{rest[0]!r} stands alone: values follow a flag")
         return parsed
 
 
 class ListModels(argparse.Action):
-    """A flag that prints parameters and multiply-adds of every model and setting, and ends."""
+    """A flag that prints parameters and multiply-adds of every model and setting, then exits."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(nargs=0, **settings)
@@ -114,11 +114,11 @@ def winner_of(sweep: str | None) -> tuple[str | None, dict[str, Any] | None]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a job; what is not a defect of this project ends in one line and an exit status.
+    """Runs a job and turns expected errors into one line on standard error and an exit status.
 
-    A `UserError` is status 2, and so is a bucket that is not there or not open to this user; a
-    `JobFailed`, or another `OSError` of the disk, the network or the storage, status 1; an
-    interrupt status 130.
+    Status 2: `UserError`, or a bucket that does not exist or is not open to this user. Status 1:
+    `JobFailed`, or another `OSError` of the disk, the network or the storage. Status 130: an
+    interrupt. Other exceptions are defects of this project and keep their traceback.
     """
     try:
         main()
@@ -129,7 +129,7 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         _end(error, USER_ERROR_STATUS if storage.is_refusal(error) else FAILED_STATUS)
     except KeyboardInterrupt:
-        _end("interrupted", INTERRUPTED_STATUS)
+        _end("interrupted; run the same command to resume", INTERRUPTED_STATUS)
 
 
 def _end(reason: object, status: int) -> NoReturn:

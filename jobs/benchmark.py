@@ -12,10 +12,10 @@ from fer_ray import cli
 from fer_ray.config import flags
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The flags of this job; tests read commands in documents and manifests with it."""
-    made = cli.JobParser(description=__doc__)
-    add = made.add_argument
+    parser = cli.JobParser(description=__doc__)
+    add = parser.add_argument
     add("--data", default="", metavar="DIR", help="prepared data set; without it, drawn faces")
     add("--output", default="", metavar="FILE.json", help="where to write it")
     add(
@@ -28,12 +28,12 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=cli.integer(1), default=5, help="rounds of each side")
     add("--round-s", type=cli.number(0.0), default=3.0, help="seconds of a round, about")
     add("--show-augmentations", metavar="FILE.html", help="only write this page of pictures")
-    flags.add_config_flags(made)
-    return made
+    flags.add_config_flags(parser)
+    return parser
 
 
 def main() -> None:
-    arguments = parser().parse_args()
+    arguments = build_parser().parse_args()
     config = flags.config_from_flags(arguments, data=arguments.data)
 
     if arguments.show_augmentations:

@@ -12,7 +12,7 @@ import argparse
 from fer_ray import cli
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The flags of this job; tests check the commands in documents and manifests with it."""
     parser = cli.JobParser(prog="evaluate.py", description=__doc__.partition("\n\n")[2])
     add = parser.add_argument
@@ -29,13 +29,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Parses, checks, evaluates, and prints the comparison and the path of the report."""
-    job = parser()
-    flags = job.parse_args()
+    parser = build_parser()
+    flags = parser.parse_args()
     if bool(flags.predictions) == bool(flags.sweep):
-        job.error("give exactly one of --predictions and --sweep")
+        parser.error("give exactly one of --predictions and --sweep")
     if flags.sweep:
         if flags.runs or flags.data or flags.baseline:
-            job.error("--runs, --data and --baseline go with --predictions, not with --sweep")
+            parser.error("--runs, --data and --baseline go with --predictions, not with --sweep")
         report_sweep(flags.sweep, flags.output)
         return
 

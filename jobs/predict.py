@@ -11,10 +11,10 @@ import argparse
 from fer_ray import cli
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The flags of this job; tests read commands in documents and manifests with it."""
-    made = cli.JobParser(prog="predict.py", description=__doc__.partition("\n\n")[2])
-    add = made.add_argument
+    parser = cli.JobParser(prog="predict.py", description=__doc__.partition("\n\n")[2])
+    add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run: its best")
     add("--data", metavar="DIR", help="prepared dataset")
     add("--images", metavar="DIR-OR-ZIP", help="face crops in any layout, instead of --data")
@@ -23,12 +23,12 @@ def parser() -> argparse.ArgumentParser:
     add("--run", metavar="NAME", help="name to predict under; by default that of the training")
     add("--num-actors", type=cli.integer(0), default=0, help="processes; 0: one a CPU or GPU")
     add("--use-gpu", action="store_true", help="give each process a GPU")
-    return made
+    return parser
 
 
 def main() -> None:
     """Parses, checks, predicts, and prints where the predictions lie."""
-    flags = parser().parse_args()
+    flags = build_parser().parse_args()
 
     from fer_ray.inference import run as inference
 

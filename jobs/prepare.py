@@ -14,7 +14,7 @@ SOURCE = (
 )
 
 
-def parser() -> cli.JobParser:
+def build_parser() -> cli.JobParser:
     """What the job takes."""
     parser = cli.JobParser(prog="prepare.py", description=__doc__.partition("\n\n")[2])
     add = parser.add_argument
@@ -37,7 +37,7 @@ def parser() -> cli.JobParser:
 
 def main() -> None:
     """Parses, checks, prepares, and prints where the dataset lies."""
-    settings = vars(parser().parse_args())
+    settings = vars(build_parser().parse_args())
     page = settings.pop("preview")
 
     from fer_ray.preparation import preview

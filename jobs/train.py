@@ -11,21 +11,21 @@ from fer_ray import cli
 from fer_ray.config import flags
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The flags of this job; tests read commands in documents and manifests with it."""
-    made = cli.JobParser(description=__doc__)
-    add = made.add_argument
+    parser = cli.JobParser(description=__doc__)
+    add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="prepared data set")
     add("--run", metavar="NAME", help="name of the run; by default the model's")
     add("--storage", default="results/runs", metavar="DIR", help="folder of runs")
     add("--from-sweep", metavar="DIR", help="with the settings of its winner")
     add("--list-models", action=cli.ListModels, help="print what each costs")
-    flags.add_config_flags(made)
-    return made
+    flags.add_config_flags(parser)
+    return parser
 
 
 def main() -> None:
-    arguments = parser().parse_args()
+    arguments = build_parser().parse_args()
     winner, settings = cli.winner_of(arguments.from_sweep)
     config = flags.config_from_flags(arguments, data=arguments.data, base=settings)
 
@@ -39,7 +39,7 @@ def main() -> None:
     result = training.fit(plan, log=cli.log)
     best = result["best"]
     cli.log(
-        f"best of {result['epochs']} epochs: {best['epoch']}, validation accuracy "
+        f"best epoch: {best['epoch']} of {result['epochs']}, validation accuracy "
         f"{best['validation_accuracy']:.2%}, macro-F1 {best['validation_macro_f1']:.4f}; "
         f"{result['images_per_s']:,.0f} images/s, {result['wall_s']:.0f} s"
     )

@@ -12,10 +12,10 @@ from fer_ray import cli
 from fer_ray.config import flags as config_flags
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The flags of this job; tests read commands in documents and manifests with it."""
-    made = cli.JobParser(description=__doc__)
-    add = made.add_argument
+    parser = cli.JobParser(description=__doc__)
+    add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="prepared data set")
     add("--sweep", required=True, metavar="PRESET|FILE", help="normalization, augmentation, search")
     add("--run", metavar="NAME", help="name of the sweep; by default the preset's or the file's")
@@ -27,13 +27,13 @@ def parser() -> argparse.ArgumentParser:
     add("--gpus-per-trial", type=cli.number(0.0, 64.0), default=0.0, help="such as 0.25")
     add("--time-budget-s", type=cli.number(0.0), default=0.0, help="then stop, to go on later")
     add("--tensorboard", action="store_true", help="write TensorBoard's files too")
-    config_flags.add_config_flags(made)
-    made.set_defaults(**{"scaling.num_workers": 1})  # one process a trial
-    return made
+    config_flags.add_config_flags(parser)
+    parser.set_defaults(**{"scaling.num_workers": 1})  # one process a trial
+    return parser
 
 
 def main() -> None:
-    flags = parser().parse_args()
+    flags = build_parser().parse_args()
     config = config_flags.config_from_flags(flags, data=flags.data)
 
     from fer_ray.sweeps import plan as planning

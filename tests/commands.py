@@ -24,7 +24,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     assert spec and spec.loader, f"there is no jobs/{name}.py"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.parser()
+    return module.build_parser()
 
 
 def shell_blocks(document: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from fer_ray.errors import JobFailed, UserError, unknown
         (JobFailed("lost\nmore"), 1, "lost"),
         (FileNotFoundError(2, "No such file", "/x"), 1, "No such file"),
         (OSError(), 1, "OSError()"),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command to resume"),
     ],
 )
 def test_what_is_no_defect_ends_in_one_line_and_a_status(raised, status, message, capsys):
