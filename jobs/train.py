@@ -40,7 +40,7 @@ def main() -> None:
     best = result["best"]
     cli.log(
         f"best epoch: {best['epoch']} of {result['epochs']}, validation accuracy "
-        f"{best['validation_accuracy']:.2%}, macro-F1 {best['validation_macro_f1']:.4f}; "
+        f"{best['validation_accuracy']:.2%}, macro-F1 {best['validation_macro_f1']:.2%}; "
         f"{result['images_per_s']:,.0f} images/s, {result['wall_s']:.0f} s"
     )
     cli.conclude(plan.folder)
