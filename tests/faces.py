@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from fer_ray.preparation import run as preparation
+from fer_ray.preparation import run
+from fer_ray.preparation.plan import plan_preparation
 
 
 def picture(tone: int, size: tuple[int, int] = (48, 48), kind: str = "PNG") -> bytes:
@@ -55,5 +56,5 @@ def write_classes(root: Path, count: int, labels: tuple[str, ...]) -> Path:
 
 
 def prepare(source: object, output: Path, **settings) -> dict:
-    plan = preparation.plan(source=str(source), output=str(output), **settings)
-    return preparation.prepare(plan, log=lambda line: None)
+    plan = plan_preparation(source=str(source), output=str(output), **settings)
+    return run.prepare(plan, log=lambda line: None)

@@ -9,8 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from fer_ray import storage
-from fer_ray.data.sources import first_line
-from fer_ray.errors import JobFailed, UserError
+from fer_ray.errors import JobFailed, UserError, first_line
 
 Work = Callable[[pa.Table], pa.Table]
 """What a worker makes of one task, a table of one row."""

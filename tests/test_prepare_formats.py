@@ -15,7 +15,7 @@ import pytest
 from faces import picture, prepare, split_of
 from PIL import Image, ImageOps
 
-from fer_ray.data import dataset, decoding
+from fer_ray.data import decoding
 
 RAMP = np.add.outer(np.arange(0, 144, 3), np.arange(0, 96, 2)).astype(np.uint8)
 """48 x 48, no two rows or columns the same: a rotation or a flip shows."""
@@ -148,32 +148,56 @@ TONES = np.arange(2**16)
 """Every value that 16 bits have."""
 
 
+def declared_range(low: float, high: float) -> dict[int, float]:
+    """The TIFF tags SMinSampleValue and SMaxSampleValue."""
+    return {340: low, 341: high}
+
+
 def deep(tones: np.ndarray) -> list[bytes]:
     """Files of the kinds that hold 16 bits a pixel: of 16 bits, also the other way round, of 32."""
     return [
         saved(Image.fromarray(tones.astype(np.uint16)), "PNG"),
         saved(Image.fromarray(tones.astype(np.uint16)), "TIFF"),
         saved(Image.frombytes("I;16B", tones.shape[::-1], tones.astype(">u2").tobytes()), "TIFF"),
-        saved(Image.fromarray(tones.astype(np.int32)), "TIFF"),
+        saved(Image.fromarray(tones.astype(np.int32)), "TIFF", tiffinfo=declared_range(0, 65535)),
     ]
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (13, 5041), (2**16, 1), (1, 2**16)])
 @pytest.mark.parametrize("at_once", [100, 2**18])
 def test_every_tone_of_16_bits_is_rounded_however_few_rows_go_at_once(shape, at_once, monkeypatch):
-    monkeypatch.setattr(dataset, "_PIXELS_AT_ONCE", at_once)
+    monkeypatch.setattr(decoding, "_BLOCK_PIXELS", at_once)
     tones = TONES[: shape[0] * shape[1]].reshape(shape)
     for content in deep(tones):
         assert np.array_equal(decoding.decode(content), (tones * 255 + 32767) // 65535)
 
 
 @pytest.mark.parametrize("tone", [-1, 2**16])
-def test_a_single_tone_beyond_16_bits_is_refused(tone, monkeypatch):
-    monkeypatch.setattr(dataset, "_PIXELS_AT_ONCE", 100)
+def test_a_single_tone_outside_the_declared_range_is_refused(tone, monkeypatch):
+    monkeypatch.setattr(decoding, "_BLOCK_PIXELS", 100)
     pixels = np.zeros((30, 30), np.int32)
     pixels[-1, -1] = tone
-    with pytest.raises(decoding.DecodeError, match="more than 16 bits"):
-        decoding.decode(saved(Image.fromarray(pixels), "TIFF"))
+    content = saved(Image.fromarray(pixels), "TIFF", tiffinfo=declared_range(0, 65535))
+    with pytest.raises(decoding.DecodeError, match="outside the range 0 to 65535"):
+        decoding.decode(content)
+
+
+@pytest.mark.parametrize(
+    "tags", [{}, {340: 0.0}, declared_range(5, 5), declared_range(0, 0.5), declared_range(9, 2)]
+)
+def test_32_bits_without_a_usable_range_are_refused_and_not_black(tags):
+    tones = Image.fromarray(RAMP.astype(np.int32))
+    with pytest.raises(decoding.DecodeError, match="32-bit integers of unknown range"):
+        decoding.decode(saved(tones, "TIFF", tiffinfo=tags))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 255), (0, 1000), (-128, 127), (0, 2**31 - 1)])
+def test_32_bits_are_scaled_from_the_range_that_the_file_declares(low, high):
+    tones = np.linspace(low, high, 300).astype(np.int32).reshape(20, 15)
+    content = saved(Image.fromarray(tones), "TIFF", tiffinfo=declared_range(low, high))
+    expected = np.rint((tones.astype(float) - low) * 255 / (high - low))
+    assert np.abs(decoding.decode(content) - expected).max() <= 1
+    assert decoding.decode(content).ravel()[[0, -1]].tolist() == [0, 255]
 
 
 def test_a_large_picture_of_16_bits_takes_little_memory():

@@ -10,21 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fer_ray.data.sources import RELABELLED, REPEATED, Entry
-from fer_ray.preparation import splitting
-from fer_ray.preparation import statistics as dataset_summary
-from fer_ray.preparation.inventory import RESULTS, Ledger
+from fer_ray.data.sources.files import RELABELLED, REPEATED, Entry
+from fer_ray.preparation import splitting, statistics
+from fer_ray.preparation.inventory import REJECTED, RESULTS, Inventory
 
 Row = tuple[str, str, str | None]
 """Picture, split and label."""
 
 
-def ledger_of(rows: list[Row]) -> Ledger:
-    """A ledger in which these pictures were written."""
-    ledger = Ledger()
+def inventory_of(rows: list[Row]) -> Inventory:
+    """A inventory in which these pictures were written."""
+    inventory = Inventory()
     values = [
         {
-            "part": f"{split}/part-00000.parquet",
+            "shard": f"{split}/part-00000.parquet",
             "path": f"{index:05}",
             "split": split,
             "label": label,
@@ -35,21 +34,21 @@ def ledger_of(rows: list[Row]) -> Ledger:
         }
         for index, (picture, split, label) in enumerate(rows)
     ]
-    ledger.add_results(pa.Table.from_pylist(values, RESULTS))
-    return ledger
+    inventory.add_results(pa.Table.from_pylist(values, RESULTS))
+    return inventory
 
 
 @pytest.fixture
 def results():
-    """Runs something on a ledger of these rows and gives split and reason of each afterwards."""
+    """Runs something on a inventory of these rows and gives split and reason of each afterwards."""
 
     def run(rows: list[Row], change) -> list[tuple[str, str | None]]:
-        ledger = ledger_of(rows)
+        inventory = inventory_of(rows)
         try:
-            change(ledger)
-            return list(ledger.rows("SELECT split, reason FROM results ORDER BY path"))
+            change(inventory)
+            return list(inventory.rows("SELECT split, reason FROM results ORDER BY path"))
         finally:
-            ledger.close()
+            inventory.close()
 
     return run
 
@@ -65,12 +64,12 @@ def results():
     st.integers(0, 5),
 )
 def test_equal_pictures_stay_together_and_each_class_gives_its_share(rows, fraction, seed):
-    ledger = ledger_of(rows)
+    inventory = inventory_of(rows)
     try:
-        splitting.hold_out(ledger, fraction=fraction, seed=seed)
-        splits = [split for (split,) in ledger.rows("SELECT split FROM results ORDER BY path")]
+        splitting.hold_out(inventory, fraction=fraction, seed=seed)
+        splits = [split for (split,) in inventory.rows("SELECT split FROM results ORDER BY path")]
     finally:
-        ledger.close()
+        inventory.close()
     sides = defaultdict(set)
     strata: dict[str, str] = {}
     for (picture, _, label), split in zip(rows, splits):
@@ -142,17 +141,17 @@ def test_train_loses_its_twins_and_nothing_else_is_lost(results):
         ("d", "test", "sad"),
         ("d", "validation", "sad"),
     ]
-    found = results(rows, splitting.drop_twins)
-    of_validation = "the same picture is in validation (--deduplicate)"
-    of_another = "the same picture is in validation, labelled happy (--deduplicate)"
-    of_both = "the same picture is in test and validation (--deduplicate)"
+    found = results(rows, splitting.drop_duplicates)
+    of_validation = "a duplicate is in validation (--deduplicate)"
+    of_another = "a duplicate is in validation, labelled happy (--deduplicate)"
+    of_both = "a duplicate is in test and validation (--deduplicate)"
     dropped = {0: of_validation, 1: of_another, 7: of_both}
     assert [reason for _, reason in found] == [dropped.get(index) for index in range(len(rows))]
     assert [split for split, _ in found] == [split for _, split, _ in rows]
 
 
 def test_duplicates_against_a_case_worked_by_hand():
-    ledger = ledger_of(
+    inventory = inventory_of(
         [
             ("a", "train", "happy"),
             ("a", "train", "sad"),
@@ -164,7 +163,7 @@ def test_duplicates_against_a_case_worked_by_hand():
             ("d", "train", "happy"),
         ]
     )
-    assert dataset_summary.find_duplicates(ledger) == {
+    assert statistics.find_duplicates(inventory) == {
         "groups": 3,
         "images": 7,
         "within": {"train": 1, "validation": 1, "test": 0},
@@ -172,11 +171,11 @@ def test_duplicates_against_a_case_worked_by_hand():
         "conflicting_labels": 1,
         "twins_in_train": {"validation": 0, "test": 2},
     }
-    ledger.close()
+    inventory.close()
 
 
 def test_of_equal_paths_the_first_counts():
-    ledger = Ledger()
+    inventory = Inventory()
     entries = [
         Entry(path="1", split="train", label="a", reason="broken"),
         Entry(path="1", split="train", label="b"),
@@ -184,13 +183,13 @@ def test_of_equal_paths_the_first_counts():
         Entry(path="1", split="train", label="c"),
         Entry(path="0", split="test"),
     ]
-    ledger.list_files(entries)
-    assert ledger.counts() == {"train": 1, "test": 1}
-    assert ledger.labels("train") == ["b"]
-    assert list(ledger.rejected()) == [
+    inventory.add_files(entries)
+    assert inventory.counts() == {"train": 1, "test": 1}
+    assert inventory.labels("train") == ["b"]
+    assert list(inventory.rows(f"{REJECTED} ORDER BY path, reason")) == [
         ("1", REPEATED),
         ("1", RELABELLED),
         ("1", "broken"),
     ]
-    assert [path for path, _ in ledger.listing()] == ["0", "1", "1", "1", "1"]
-    ledger.close()
+    assert [path for path, _ in inventory.listing()] == ["0", "1", "1", "1", "1"]
+    inventory.close()

@@ -13,16 +13,17 @@ from faces import HOSTILE, KEPT, picture, prepare, split_of, write_classes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fer_ray.data import dataset, decoding, sources
+from fer_ray.data import dataset, decoding
+from fer_ray.data.sources import files as source_files
 from fer_ray.errors import UserError
-from fer_ray.preparation import preview, shards
-from fer_ray.preparation import run as preparation
+from fer_ray.preparation import preview, run, shards
+from fer_ray.preparation.plan import plan_preparation
 
 # ------------------------------------------------------------------ held out, dropped, other labels
 
 
 def test_a_folder_without_splits_is_divided_by_class(ray_cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "ROWS_PER_PART", 16)
+    monkeypatch.setattr(shards, "ROWS_PER_SHARD", 16)
     source = write_classes(tmp_path / "faces", 40, ("calm", "glad", "tense"))
     info = prepare(source, tmp_path / "out", validation_fraction=0.25, seed=3)
     assert info["labels"] == ["calm", "glad", "tense"]
@@ -40,7 +41,7 @@ def test_a_folder_without_splits_is_divided_by_class(ray_cluster, tmp_path, monk
             stored = decoding.decode((source / image_id).read_bytes())
             assert np.array_equal(image, stored)
     again = prepare(source, tmp_path / "again", validation_fraction=0.25, seed=3)
-    monkeypatch.setattr(shards, "ROWS_PER_PART", 2048)
+    monkeypatch.setattr(shards, "ROWS_PER_SHARD", 2048)
     whole = prepare(source, tmp_path / "whole", validation_fraction=0.25, seed=3)
     other = prepare(source, tmp_path / "other", validation_fraction=0.25, seed=4)
     assert info["data_sha256"] == again["data_sha256"] == whole["data_sha256"]
@@ -51,8 +52,8 @@ def test_validation_can_be_held_out_beside_a_test_split(ray_cluster, tmp_path):
     write_classes(tmp_path / "faces" / "train", 20, ("calm", "glad"))
     write_classes(tmp_path / "faces" / "test", 5, ("calm", "glad"))
     lines: list[str] = []
-    plan = preparation.plan(source=str(tmp_path / "faces"), output=str(tmp_path / "out"))
-    info = preparation.prepare(plan, log=lines.append)
+    plan = plan_preparation(source=str(tmp_path / "faces"), output=str(tmp_path / "out"))
+    info = run.prepare(plan, log=lines.append)
     assert list(info["splits"]) == ["train", "test"]
     assert any("no validation split" in line and "--validation-fraction" in line for line in lines)
     info = prepare(tmp_path / "faces", tmp_path / "out", validation_fraction=0.2, overwrite=True)
@@ -72,7 +73,7 @@ def test_deduplicate_drops_from_train_what_stands_elsewhere(ray_cluster, hostile
     assert ids == ["images/train/happy/2.jpg", "images/train/sad/large.png"]
     quarantine = pd.read_parquet(tmp_path / "out" / "quarantine.parquet")
     reasons = dict(zip(quarantine["path"], quarantine["reason"]))
-    assert "same picture is in validation" in reasons["images/train/sad/1 again.png"]
+    assert "a duplicate is in validation" in reasons["images/train/sad/1 again.png"]
     assert info["quarantined"] + KEPT - 3 == len(HOSTILE) == len(quarantine) + KEPT - 3
     images = dataset.load_split(dataset.read_info(str(tmp_path / "out")), "train").images
     assert info["pixel_mean"] == pytest.approx(images.mean() / 255, abs=1e-12)
@@ -100,9 +101,11 @@ def test_the_official_test_part_in_validation_is_warned_of(ray_cluster, tmp_path
         (tmp_path / "faces" / path).parent.mkdir(parents=True)
         (tmp_path / "faces" / path).write_bytes(picture(int(path[-5])))
     lines: list[str] = []
-    plan = preparation.plan(source=str(tmp_path / "faces"), output=str(tmp_path / "out"))
-    preparation.prepare(plan, log=lines.append)
-    assert any(line.startswith("warning: 1 of validation are named PrivateTest") for line in lines)
+    plan = plan_preparation(source=str(tmp_path / "faces"), output=str(tmp_path / "out"))
+    run.prepare(plan, log=lines.append)
+    assert any(
+        line.startswith("warning: 1 images of validation are named PrivateTest") for line in lines
+    )
 
 
 def test_fer2013_csv_is_prepared_like_the_pictures_it_holds(ray_cluster, tmp_path):
@@ -147,7 +150,7 @@ def test_a_table_of_paths_is_prepared(ray_cluster, tmp_path):
         "faces/calm/010.png",
         "faces/glad/010.png",
     ]
-    assert quarantine["reason"][0] == sources.REPEATED
+    assert quarantine["reason"][0] == source_files.REPEATED
     assert "No such file" in quarantine["reason"][1]
 
 
@@ -204,8 +207,8 @@ def test_whatever_a_source_holds_rows_and_quarantined_are_the_files_seen(
 def test_the_preview_shows_samples_balance_and_twins(ray_cluster, hostile, tmp_path):
     page = preview.check(str(tmp_path / "page.html"))
     lines: list[str] = []
-    plan = preparation.plan(source=str(hostile), output=str(tmp_path / "out"))
-    preparation.prepare(plan, log=lines.append, finish=preview.writer(page, lines.append))
+    plan = plan_preparation(source=str(hostile), output=str(tmp_path / "out"))
+    run.prepare(plan, log=lines.append, finish=preview.writer(page, lines.append))
     assert lines[-1] == f"preview: {page}"
     text = Path(page).read_text()
     assert text.count("<svg") == 3
@@ -232,7 +235,7 @@ def test_deduplicating_all_of_train_is_refused(ray_cluster, tmp_path):
             folder = tmp_path / "faces" / split / label
             folder.mkdir(parents=True)
             (folder / "1.png").write_bytes(picture(number))
-    with pytest.raises(UserError, match="no train image can be used: the same picture is in test"):
+    with pytest.raises(UserError, match="no train image can be used: a duplicate is in test"):
         prepare(tmp_path / "faces", tmp_path / "out", deduplicate=True)
     assert not (tmp_path / "out").exists()
 
@@ -240,8 +243,8 @@ def test_deduplicating_all_of_train_is_refused(ray_cluster, tmp_path):
 def test_a_label_called_total_has_a_column_of_its_own(ray_cluster, tmp_path):
     write_classes(tmp_path / "faces" / "train", 3, ("glad", "total"))
     lines: list[str] = []
-    plan = preparation.plan(source=str(tmp_path / "faces"), output=str(tmp_path / "out"))
-    preparation.prepare(plan, log=lines.append)
+    plan = plan_preparation(source=str(tmp_path / "faces"), output=str(tmp_path / "out"))
+    run.prepare(plan, log=lines.append)
     (row,) = [line.split() for line in lines if line.startswith("train ")]
     assert row == ["train", "3", "3", "6"]
 
