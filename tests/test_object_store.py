@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def bucket(store, tmp_path_factory):
-    """`s3://faces` with the hostile folder, its zip, and tables of paths and of pixels."""
+    """`s3://faces` with the hostile folder, its zip, a table of paths and fer2013.csv."""
     root = tmp_path_factory.mktemp("upload")
     for path, content in HOSTILE.items():
         target = root / "folder" / path
@@ -97,13 +97,13 @@ def test_every_key_with_a_doubled_slash_is_quarantined_and_nothing_loops(bucket)
     )
 
 
-def test_a_key_that_is_not_there_is_told_apart(bucket):
+def test_a_missing_key_has_its_own_reason(bucket):
     with pytest.raises(ReadError) as caught:
         open_files(f"{bucket}/folder").read("images/absent.png", b"")
     assert str(caught.value) == NOT_FOUND
 
 
-def test_a_query_after_the_name_changes_no_kind(bucket, store):
+def test_a_query_after_the_name_does_not_change_the_type(bucket, store):
     host, port = store.get_host_and_port()
     query = f"?scheme=http&endpoint_override={host}:{port}"
     assert find_type(f"{bucket}/faces.zip{query}") == "zip"

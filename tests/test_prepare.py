@@ -1,4 +1,4 @@
-"""From a source to a prepared dataset: everything accounted for, the same on any machine."""
+"""From a source to a prepared dataset: nothing is lost, and it is the same on any machine."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_folder_and_zip_agree(ray_cluster, hostile, hostile_zip, tmp_path):
     assert tables[0].equals(tables[1])
 
 
-def test_parts_and_their_number_do_not_change_the_data(ray_cluster, tmp_path, monkeypatch):
+def test_the_number_of_shards_does_not_change_the_data(ray_cluster, tmp_path, monkeypatch):
     whole = prepare("synthetic", tmp_path / "1", num_images=90, image_size=24)
     again = prepare("synthetic", tmp_path / "2", num_images=90, image_size=24)
     monkeypatch.setattr(shards, "ROWS_PER_SHARD", 10)
@@ -124,7 +124,7 @@ def test_parts_and_their_number_do_not_change_the_data(ray_cluster, tmp_path, mo
     assert files[0] == files[1]
 
 
-def test_large_images_come_in_smaller_parts():
+def test_large_images_come_in_smaller_shards():
     inventory = Inventory()
     names = [f"{i:03}" for i in range(200)]
     inventory.add_files(sources.Entry(path=name, split="train", label="happy") for name in names)
@@ -134,7 +134,7 @@ def test_large_images_come_in_smaller_parts():
     assert [name for task in tasks for name in task] == names
 
 
-def test_dataset_json_tells_where_the_data_came_from(ray_cluster, tmp_path):
+def test_dataset_json_records_the_source(ray_cluster, tmp_path):
     prepare("synthetic", tmp_path / "out", num_images=30, image_size=16, seed=5)
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert info["source"] == {"kind": "synthetic", "seed": 5, "num_images": 30}
@@ -144,7 +144,7 @@ def test_dataset_json_tells_where_the_data_came_from(ray_cluster, tmp_path):
     assert pq.read_metadata(tmp_path / "out" / "quarantine.parquet").num_rows == 0
 
 
-def test_overwrite_replaces_the_whole_of_it(ray_cluster, tmp_path):
+def test_overwrite_replaces_the_whole_dataset(ray_cluster, tmp_path):
     prepare("synthetic", tmp_path / "out", num_images=30, image_size=16)
     (tmp_path / "out" / "train" / "part-99999.parquet").write_bytes(b"left over")
     with pytest.raises(UserError, match="--overwrite replaces it"):
@@ -157,7 +157,7 @@ def test_overwrite_replaces_the_whole_of_it(ray_cluster, tmp_path):
 
 @dataclass(frozen=True, kw_only=True)
 class FailingImageSource:
-    """A source in which one picture fails with `error`."""
+    """A source in which reading one image (or with `only=None` each) raises `error`."""
 
     error: Exception
     only: str | None = "2"
@@ -179,7 +179,7 @@ class FailingImageSource:
 
 
 def failing_plan(plan: Plan, images: FailingImageSource) -> Plan:
-    """A plan of these images instead of its own."""
+    """Returns the plan with other images."""
     plan.inventory.close()
     inventory = Inventory()
     inventory.add_files(images.entries())
@@ -217,8 +217,8 @@ def test_no_usable_train_image_is_a_user_error(failing, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["hostile", "hostile_zip"])
-def test_a_source_that_workers_do_not_see_is_a_user_error(ray_cluster, kind, request, tmp_path):
-    """Not a quarantine full of good files."""
+def test_a_source_that_workers_cannot_access_is_a_user_error(ray_cluster, kind, request, tmp_path):
+    """The alternative would be a quarantine full of good files."""
     source = request.getfixturevalue(kind)
     plan = plan_preparation(source=str(source), output=str(tmp_path / "out"))
     source.rename(tmp_path / "elsewhere")
@@ -229,7 +229,7 @@ def test_a_source_that_workers_do_not_see_is_a_user_error(ray_cluster, kind, req
 
 
 def as_table(folder: Path) -> Path:
-    """A table of the images below a folder's ``train``."""
+    """Writes a table of the images below a folder's ``train``."""
     paths = [path for path in sorted(folder.glob("images/train/*/*")) if path.is_file()]
     frame = pd.DataFrame({"path": map(str, paths), "label": [path.parent.name for path in paths]})
     frame.to_csv(folder.parent / "faces.csv", index=False)
@@ -237,10 +237,10 @@ def as_table(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["folder", "table"])
-def test_a_file_that_workers_do_not_see_and_this_process_does_is_a_user_error(
+def test_a_file_that_only_the_driver_can_access_is_a_user_error(
     ray_cluster, kind, hostile, tmp_path
 ):
-    """As on other machines, whose disks have the source's folder and not all of its files."""
+    """As on other machines whose disks have the source's folder, but not all of its files."""
     source = as_table(hostile) if kind == "table" else hostile
     plan = plan_preparation(source=str(source), output=str(tmp_path / "out"))
     there, away = hostile / "images/train/happy/2.jpg", tmp_path / "away.jpg"
@@ -250,15 +250,15 @@ def test_a_file_that_workers_do_not_see_and_this_process_does_is_a_user_error(
         if away.exists():
             away.rename(there)
 
-    said = r"--source: not every worker can access '.*images/train/happy/2\.jpg': .* shared disk"
-    with pytest.raises(UserError, match=said) as caught:
+    message = r"--source: not every worker can access '.*images/train/happy/2\.jpg': .* shared disk"
+    with pytest.raises(UserError, match=message) as caught:
         run.prepare(plan, log=log)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "table"])
-def test_a_file_that_is_gone_for_all_is_quarantined(ray_cluster, kind, hostile, tmp_path):
+def test_a_file_that_no_process_can_access_is_quarantined(ray_cluster, kind, hostile, tmp_path):
     source = as_table(hostile) if kind == "table" else hostile
     plan = plan_preparation(source=str(source), output=str(tmp_path / "out"))
     (hostile / "images/train/happy/2.jpg").unlink()
@@ -269,7 +269,7 @@ def test_a_file_that_is_gone_for_all_is_quarantined(ray_cluster, kind, hostile, 
 
 
 @pytest.mark.parametrize(
-    ("error", "raised", "said"),
+    ("error", "raised", "message"),
     [
         (
             OSError(28, "No space left on device\nand more"),
@@ -279,24 +279,24 @@ def test_a_file_that_is_gone_for_all_is_quarantined(ray_cluster, kind, hostile, 
         (OSError("AWS Error ACCESS_DENIED"), UserError, "a worker failed: AWS Error ACCESS_DENIED"),
     ],
 )
-def test_what_the_disk_or_the_store_denies_a_worker_is_one_line(
-    failing, error, raised, said, tmp_path, capfd
+def test_an_error_of_disk_or_store_in_a_worker_is_one_line(
+    failing, error, raised, message, tmp_path, capfd
 ):
     plan = plan_preparation(source="synthetic", output=str(tmp_path / "out"))
     plan = failing_plan(plan, failing(error=error))
-    with pytest.raises(raised, match=said):
+    with pytest.raises(raised, match=message):
         run.prepare(plan, log=lambda line: None)
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr().err == ""
 
 
-def test_a_folder_that_a_worker_does_not_see_is_a_user_error(tmp_path):
+def test_an_output_that_a_worker_cannot_access_is_a_user_error(tmp_path):
     staging, shard = tmp_path / "absent" / "out", "train/part-00000.parquet"
-    said = f"--output: not every worker can access {staging.parent}"
-    with pytest.raises(UserError, match=said):
+    message = f"--output: not every worker can access {staging.parent}"
+    with pytest.raises(UserError, match=message):
         parquet.write_table(dataset.SCHEMA.empty_table(), str(staging), shard)
     rows = shards._pack([("1.png", "validation")], shards._TASK_ROWS)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         shards.rewrite_shard(
             pa.Table.from_pylist([{"shard": shard, "rows": rows}]), staging=str(staging)
         )
@@ -362,9 +362,9 @@ def job(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_mistakes_are_one_line_and_status_2_before_ray_starts(hostile, tmp_path):
+def test_user_errors_are_one_line_and_status_2_before_ray_starts(hostile, tmp_path):
     out = tmp_path / "out"
-    for arguments, said in [
+    for arguments, message in [
         (["--source", "synthetic", "--output", out, "--image-size", 4], "between 8 and 1024"),
         (["--source", tmp_path / "absent", "--output", out], "does not exist"),
         (["--source", "synthetic", "--output", out, "--overwite"], "--overwrite"),
@@ -372,12 +372,12 @@ def test_mistakes_are_one_line_and_status_2_before_ray_starts(hostile, tmp_path)
         done = job(*arguments)
         assert done.returncode == 2
         assert done.stdout == ""
-        assert said in done.stderr
+        assert message in done.stderr
         assert done.stderr.count("\n") == 1
     assert not out.exists()
 
 
-def test_every_other_mistake_shows_when_the_plan_is_made(hostile, tmp_path):
+def test_all_other_user_errors_are_raised_by_the_plan(hostile, tmp_path):
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "thesis.txt").write_text("years of work")
@@ -398,7 +398,7 @@ def test_every_other_mistake_shows_when_the_plan_is_made(hostile, tmp_path):
     names = tmp_path / "names.csv"  # the file's name stands where its label should
     names.write_text("path,label\n" + "".join(f"{n}.png,{n}.png\n" for n in range(1001)))
     out = str(tmp_path / "out")
-    for given, said in [
+    for given, message in [
         ({"source": str(hostile), "num_images": 5}, "--num-images"),
         ({"source": str(names)}, r"1,001 classes, such as 0.png, 1.png, 10.png and 998 more: at"),
         ({"source": "fer2013.csv"}, "does not exist"),
@@ -416,7 +416,7 @@ def test_every_other_mistake_shows_when_the_plan_is_made(hostile, tmp_path):
         ({"source": str(hostile), "output": str(hostile / "out")}, "one lies within the other"),
         ({"source": "synthetic", "output": "/proc"}, "is a mount point"),
     ]:
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             plan_preparation(**{"output": out, **given})
         assert "\n" not in str(caught.value)
     assert (occupied / "thesis.txt").read_text() == "years of work"

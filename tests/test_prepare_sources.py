@@ -1,4 +1,4 @@
-"""Every kind of source becomes a dataset: divided, deduplicated, accounted for, previewed."""
+"""Datasets from every type of source: split, deduplicated, complete, and previewed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from faces import HOSTILE, KEPT, picture, prepare, split_of, write_classes
+from faces import HOSTILE, KEPT, image_file, prepare, split_of, write_classes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,10 +19,10 @@ from fer_ray.errors import UserError
 from fer_ray.preparation import preview, run, shards
 from fer_ray.preparation.plan import plan_preparation
 
-# ------------------------------------------------------------------ held out, dropped, other labels
+# ------------------------------------------------------------------ splits and duplicates
 
 
-def test_a_folder_without_splits_is_divided_by_class(ray_cluster, tmp_path, monkeypatch):
+def test_a_folder_without_splits_is_split_by_class(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "ROWS_PER_SHARD", 16)
     source = write_classes(tmp_path / "faces", 40, ("calm", "glad", "tense"))
     info = prepare(source, tmp_path / "out", validation_fraction=0.25, seed=3)
@@ -64,7 +64,7 @@ def test_validation_can_be_held_out_beside_a_test_split(ray_cluster, tmp_path):
     }
 
 
-def test_deduplicate_drops_from_train_what_stands_elsewhere(ray_cluster, hostile, tmp_path):
+def test_deduplicate_drops_from_train_what_other_splits_have(ray_cluster, hostile, tmp_path):
     before = prepare(hostile, tmp_path / "before")
     info = prepare(hostile, tmp_path / "out", deduplicate=True)
     assert before["duplicates"]["twins_in_train"]["validation"] == 1
@@ -79,27 +79,27 @@ def test_deduplicate_drops_from_train_what_stands_elsewhere(ray_cluster, hostile
     assert info["pixel_mean"] == pytest.approx(images.mean() / 255, abs=1e-12)
 
 
-def test_the_duplicates_file_names_every_twin(ray_cluster, hostile, tmp_path):
+def test_the_duplicates_file_lists_every_duplicate(ray_cluster, hostile, tmp_path):
     prepare(hostile, tmp_path / "out")
-    twins = pd.read_parquet(tmp_path / "out" / "duplicates.parquet")
-    assert sorted(twins["image_id"]) == [
+    duplicates = pd.read_parquet(tmp_path / "out" / "duplicates.parquet")
+    assert sorted(duplicates["image_id"]) == [
         "images/train/happy/1.png",
         "images/train/happy/same as 1.png",
         "images/train/sad/1 again.png",
-        "images/validation/happy/twin.png",
+        "images/validation/happy/duplicate.png",
     ]
-    assert twins["conflicting_labels"].all()
-    assert twins["pixel_sha256"].nunique() == 1
+    assert duplicates["conflicting_labels"].all()
+    assert duplicates["pixel_sha256"].nunique() == 1
     rows = split_of(tmp_path / "out", "validation").set_index("image_id")
-    assert rows.loc["images/validation/happy/twin.png", "pixel_sha256"] in set(
-        twins["pixel_sha256"]
+    assert rows.loc["images/validation/happy/duplicate.png", "pixel_sha256"] in set(
+        duplicates["pixel_sha256"]
     )
 
 
-def test_the_official_test_part_in_validation_is_warned_of(ray_cluster, tmp_path):
+def test_images_of_the_official_test_split_in_validation_cause_a_warning(ray_cluster, tmp_path):
     for path in ("train/a/1.png", "train/b/2.png", "validation/a/PrivateTest_3.png"):
         (tmp_path / "faces" / path).parent.mkdir(parents=True)
-        (tmp_path / "faces" / path).write_bytes(picture(int(path[-5])))
+        (tmp_path / "faces" / path).write_bytes(image_file(int(path[-5])))
     lines: list[str] = []
     plan = plan_preparation(source=str(tmp_path / "faces"), output=str(tmp_path / "out"))
     run.prepare(plan, log=lines.append)
@@ -108,7 +108,7 @@ def test_the_official_test_part_in_validation_is_warned_of(ray_cluster, tmp_path
     )
 
 
-def test_fer2013_csv_is_prepared_like_the_pictures_it_holds(ray_cluster, tmp_path):
+def test_fer2013_csv_is_prepared_like_image_files(ray_cluster, tmp_path):
     lines, tones = ["emotion,pixels,Usage"], {}
     usages = ["Training"] * 6 + ["PublicTest"] * 2 + ["PrivateTest"] * 2
     for index, usage in enumerate(usages):
@@ -156,8 +156,8 @@ def test_a_table_of_paths_is_prepared(ray_cluster, tmp_path):
 
 CONTENTS = st.sampled_from(
     [
-        *(picture(1), picture(2), picture(3, (5, 70)), picture(4, kind="JPEG")),
-        *(picture(5, kind="JPEG")[:300], b"", b"no picture", picture(6)[:40]),
+        *(image_file(1), image_file(2), image_file(3, (5, 70)), image_file(4, file_format="JPEG")),
+        *(image_file(5, file_format="JPEG")[:300], b"", b"no image", image_file(6)[:40]),
     ]
 )
 PATHS = st.builds(
@@ -174,10 +174,10 @@ PATHS = st.builds(
 
 @settings(max_examples=25, deadline=None)
 @given(st.dictionaries(PATHS, CONTENTS, max_size=12), st.booleans(), st.booleans())
-def test_whatever_a_source_holds_rows_and_quarantined_are_the_files_seen(
+def test_rows_and_quarantined_files_are_all_files_of_any_source(
     ray_cluster, tmp_path_factory, files, deduplicate, doubled
 ):
-    """Zips that Hypothesis builds are refused in one line, or accounted for to the last file."""
+    """Zips that Hypothesis builds are refused in one line, or no file of them is lost."""
     root = tmp_path_factory.mktemp("any")
     entries = [*files.items(), *(list(files.items())[:2] if doubled else [])]
     with warnings.catch_warnings(), zipfile.ZipFile(root / "any.zip", "w") as archive:
@@ -204,7 +204,7 @@ def test_whatever_a_source_holds_rows_and_quarantined_are_the_files_seen(
 # ------------------------------------------------------------------ the preview
 
 
-def test_the_preview_shows_samples_balance_and_twins(ray_cluster, hostile, tmp_path):
+def test_the_preview_shows_samples_balance_and_duplicates(ray_cluster, hostile, tmp_path):
     page = preview.check(str(tmp_path / "page.html"))
     lines: list[str] = []
     plan = plan_preparation(source=str(hostile), output=str(tmp_path / "out"))
@@ -212,20 +212,20 @@ def test_the_preview_shows_samples_balance_and_twins(ray_cluster, hostile, tmp_p
     assert lines[-1] == f"preview: {page}"
     text = Path(page).read_text()
     assert text.count("<svg") == 3
-    # 8 labelled images as samples, 4 twins once more
+    # 8 labelled images as samples, and 4 duplicates
     assert text.count('<img src="data:image/png') == KEPT - 1 + 4
     assert "images/train/sad/1 again.png" in text
     assert "1 × the file is empty" in text
     assert "http:" not in text and "https:" not in text
 
 
-def test_a_place_that_no_preview_can_be_written_to_is_refused(tmp_path):
-    for path, said in [
+def test_an_unusable_path_of_the_preview_is_refused(tmp_path):
+    for path, message in [
         (tmp_path, "is a folder"),
         (tmp_path / "page.pdf", "does not end in .html"),
         (tmp_path / "absent" / "page.html", "there is no folder"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             preview.check(str(path))
 
 
@@ -234,7 +234,7 @@ def test_deduplicating_all_of_train_is_refused(ray_cluster, tmp_path):
         for number, label in enumerate(("calm", "glad")):
             folder = tmp_path / "faces" / split / label
             folder.mkdir(parents=True)
-            (folder / "1.png").write_bytes(picture(number))
+            (folder / "1.png").write_bytes(image_file(number))
     with pytest.raises(UserError, match="no train image can be used: a duplicate is in test"):
         prepare(tmp_path / "faces", tmp_path / "out", deduplicate=True)
     assert not (tmp_path / "out").exists()
@@ -249,7 +249,7 @@ def test_a_label_called_total_has_a_column_of_its_own(ray_cluster, tmp_path):
     assert row == ["train", "3", "3", "6"]
 
 
-def test_what_is_dropped_leaves_no_empty_split(ray_cluster, tmp_path):
+def test_dropped_images_leave_no_empty_split_or_stale_shard(ray_cluster, tmp_path):
     write_classes(tmp_path / "faces" / "train", 3, ("calm", "glad"))
     write_classes(tmp_path / "faces" / "test", 1, ("calm", "glad"))
     info = prepare(tmp_path / "faces", tmp_path / "out", deduplicate=True)

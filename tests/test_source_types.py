@@ -88,8 +88,8 @@ def test_a_source_of_a_plugin_is_prepared_by_the_job_and_its_workers(job, tmp_pa
 def test_a_source_of_a_plugin_is_in_the_help_and_in_messages(job, tmp_path):
     help_text = " ".join(job("--help").stdout.split())
     assert "a .toy of tones" in help_text
-    for _, source_type in image_source.SOURCES.items():
-        assert source_type.description in help_text
+    for name in image_source.SOURCES.names:
+        assert image_source.SOURCES[name].description in help_text
     (tmp_path / "notes.txt").write_text("x")
     done = job("--source", "notes.txt", "--output", "out")
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Folders and zips: what they list, what they read, how they are laid out, what they refuse."""
+"""Folders and zips: how they are listed and read, which layouts they have, what is refused."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def located(source: sources.FileSource) -> list[sources.Entry]:
 
 
 def rows(source: sources.FileSource) -> dict[str, tuple[str | None, str | None]]:
-    return {one.path: (one.split, one.label) for one in located(source) if not one.reason}
+    return {entry.path: (entry.split, entry.label) for entry in located(source) if not entry.reason}
 
 
 @BOTH
@@ -62,7 +62,7 @@ def test_entries_are_listed_with_their_sizes_and_readable(kind, tmp_path):
     files = faces("b/2.jpg", "a.jpg", "b/1 é.jpg", "b-c/0.png")
     source = make(kind, tmp_path, files)
     assert content(source) == files
-    assert {one.path: one.size for one in source.entries()} == {
+    assert {entry.path: entry.size for entry in source.entries()} == {
         path: len(data) for path, data in files.items()
     }
 
@@ -70,7 +70,7 @@ def test_entries_are_listed_with_their_sizes_and_readable(kind, tmp_path):
 @BOTH
 def test_a_pickled_source_is_small_and_reads_by_entries_listed_elsewhere(kind, tmp_path):
     source = make(kind, tmp_path, faces(*(f"face-{i:04}.jpg" for i in range(500))))
-    last = max(source.entries(), key=lambda one: one.path)
+    last = max(source.entries(), key=lambda entry: entry.path)
     source.read(last.path, last.at)
     pickled = pickle.dumps(source)
     assert len(pickled) < 500
@@ -78,9 +78,9 @@ def test_a_pickled_source_is_small_and_reads_by_entries_listed_elsewhere(kind, t
 
 
 @BOTH
-def test_what_is_gone_is_a_read_error(kind, tmp_path):
+def test_a_deleted_file_is_a_read_error(kind, tmp_path):
     source = make(kind, tmp_path, {"a.jpg": b"a" * 99, "b.jpg": b"b"})
-    gone = next(one for one in source.entries() if one.path == "a.jpg")
+    gone = next(entry for entry in source.entries() if entry.path == "a.jpg")
     if kind == "folder":
         (tmp_path / "faces" / "a.jpg").unlink()
     else:
@@ -123,7 +123,7 @@ def test_class_folders_without_splits_are_all_train(kind, top, tmp_path):
         f"{top}sad/1.jpg": ("train", "sad"),
         f"{top}happy/2.jpg": ("train", "happy"),
     }
-    reasons = {one.path: one.reason for one in located(source) if one.reason}
+    reasons = {entry.path: entry.reason for entry in located(source) if entry.reason}
     assert len(reasons) == 3
     assert "deeper than class/file" in reasons[f"{top}happy/a/b.jpg"]
     assert "not in a class folder" in reasons[f"{top}c.jpg"]
@@ -144,7 +144,7 @@ def test_files_in_the_wrong_place_are_named_and_none_is_lost(kind, tmp_path):
     }
     good = ["train/happy/1.jpg", "validation/happy/1.jpg", "test/unsorted.jpg"]
     source = make(kind, tmp_path, faces(*reasons, *good))
-    assert {one.path: one.reason for one in located(source) if one.reason} == reasons
+    assert {entry.path: entry.reason for entry in located(source) if entry.reason} == reasons
     assert rows(source) == {
         "train/happy/1.jpg": ("train", "happy"),
         "validation/happy/1.jpg": ("validation", "happy"),
@@ -153,7 +153,7 @@ def test_files_in_the_wrong_place_are_named_and_none_is_lost(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("paths", "said"),
+    ("paths", "message"),
     [
         (["validation/happy/1.jpg"], "found validation but no train"),
         (["val/happy/1.jpg", "val/sad/1.jpg"], "found val but no train"),
@@ -166,8 +166,8 @@ def test_files_in_the_wrong_place_are_named_and_none_is_lost(kind, tmp_path):
     ],
 )
 @BOTH
-def test_a_wrong_layout_is_a_user_error_with_what_was_found(kind, paths, said, tmp_path):
-    with pytest.raises(UserError, match=said) as caught:
+def test_a_wrong_layout_is_a_user_error_with_what_was_found(kind, paths, message, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
         layouts.find_layout(make(kind, tmp_path, faces(*paths)))
     assert "\n" not in str(caught.value)
 
@@ -223,7 +223,7 @@ def test_what_a_folder_holds_beside_files_is_reported_and_never_opened(tmp_path)
         "train/happy/1.jpg": ("train", "happy"),
         "train/happy/linked.jpg": ("train", "happy"),
     }
-    assert {one.path: one.reason for one in located(source) if one.reason} == {
+    assert {entry.path: entry.reason for entry in located(source) if entry.reason} == {
         "train/happy/\\xff.jpg": "the file's name is not UTF-8",
         "train/circle": "a link to a folder that is read already",
         "train/happy/broken.jpg": "a broken link",
@@ -231,12 +231,12 @@ def test_what_a_folder_holds_beside_files_is_reported_and_never_opened(tmp_path)
     }
 
 
-def test_links_that_lead_round_in_circles_are_told_and_not_followed(tmp_path):
+def test_cyclic_links_are_reported_and_not_followed(tmp_path):
     root = Path(write_folder(tmp_path / "faces", faces("train/happy/1.jpg", "train/sad/2.jpg")))
     (root / "train/happy/me").symlink_to("me")
     (root / "train/happy/x").symlink_to("../sad")
     (root / "train/sad/y").symlink_to("../happy")
-    found = {one.path: one.reason for one in image_source.open_files(str(root)).entries()}
+    found = {entry.path: entry.reason for entry in image_source.open_files(str(root)).entries()}
     assert found["train/happy/1.jpg"] is None and found["train/sad/2.jpg"] is None
     assert found["train/happy/me"] == "a broken link"
     assert len(found) < 10
@@ -257,20 +257,20 @@ def test_very_many_folders_are_looked_through_quickly():
     assert time.monotonic() - start < 10
 
 
-def test_a_pipe_that_a_table_names_is_no_picture(tmp_path):
+def test_a_pipe_that_a_table_names_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (str(tmp_path / "pipe"), "/dev/zero"):
         with pytest.raises(sources.ReadError, match="not a regular file"):
             folders.read_file(pafs.LocalFileSystem(), "", path)
 
 
-def test_an_entry_that_can_be_read_has_the_name_before_one_that_cannot(tmp_path):
+def test_of_equal_paths_a_readable_entry_wins(tmp_path):
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
         archive.writestr("/a.png", b"out")
         archive.writestr("a.png", b"in")
     files, others = sources.list_files(image_source.open_files(str(tmp_path / "two.zip")))
-    assert [(one.path, one.reason) for one in files] == [("a.png", None)]
-    assert [one.reason for one in others] == ["its path points outside the zip"]
+    assert [(entry.path, entry.reason) for entry in files] == [("a.png", None)]
+    assert [entry.reason for entry in others] == ["its path points outside the zip"]
 
 
 def test_a_folder_s_fingerprint_follows_paths_and_sizes(tmp_path):
@@ -292,12 +292,12 @@ def test_a_uri_reads_like_a_path(kind, tmp_path):
     assert content(image_source.open_files(f"file://{path}")) == files
 
 
-def test_a_link_in_a_folder_whose_name_is_not_utf_8_can_be_noted(tmp_path):
+def test_a_link_in_a_folder_whose_name_is_not_utf_8_has_a_printable_path(tmp_path):
     root = write_folder(tmp_path / "faces", faces("train/happy/1.jpg"))
     odd = os.fsencode(root) + b"/train/caf\xe9"
     os.mkdir(odd)  # noqa: PTH102 -- a path of bytes
     os.symlink(b"..", odd + b"/up")  # noqa: PTH211
-    reasons = {one.path: one.reason for one in image_source.open_files(root).entries()}
+    reasons = {entry.path: entry.reason for entry in image_source.open_files(root).entries()}
     assert reasons == {
         "train/happy/1.jpg": None,
         "train/caf\\xe9/up": "a link to a folder that is read already",
@@ -306,13 +306,13 @@ def test_a_link_in_a_folder_whose_name_is_not_utf_8_can_be_noted(tmp_path):
 
 
 @BOTH
-def test_a_few_pictures_beside_a_folder_of_classes_are_no_classes(kind, tmp_path):
+def test_a_few_images_beside_a_folder_of_classes_are_no_classes(kind, tmp_path):
     many = [f"faces/{label}/{index}.jpg" for label in ("happy", "sad") for index in range(5)]
     strays = {"logos/1.png": "not in a class folder", "screenshots/2.png": "not in a class folder"}
     source = make(kind, tmp_path, faces(*strays, *many))
     assert layouts.find_layout(source) == layouts.Layout(top=("faces",), has_splits=False)
     assert rows(source) == {path: ("train", path.split("/")[1]) for path in many}
-    assert {one.path: one.reason for one in located(source) if one.reason} == strays
+    assert {entry.path: entry.reason for entry in located(source) if entry.reason} == strays
 
 
 @BOTH
@@ -324,31 +324,31 @@ def test_folders_within_a_class_are_no_classes_however_full(kind, tmp_path):
     assert rows(source) == {path: ("train", path.split("/")[0]) for path in own}
 
 
-def test_a_stray_picture_beside_the_classes_makes_no_class_of_their_folder(tmp_path):
+def test_a_stray_image_beside_the_classes_makes_no_class_of_their_folder(tmp_path):
     many = [f"faces/{label}/{n}.jpg" for label in ("happy", "sad") for n in range(20)]
     source = make("folder", tmp_path, faces(*many, "faces/cover.jpg", "logos/1.png"))
     assert layouts.find_layout(source).top == ("faces",)
 
 
-def test_of_equally_many_files_the_shallower_are_the_classes(tmp_path):
+def test_with_equally_many_files_the_upper_folders_are_the_classes(tmp_path):
     paths = ["happy/1.jpg", "sad/2.jpg", "more/a/3.jpg", "more/b/4.jpg"]
     source = make("folder", tmp_path, faces(*paths))
     assert layouts.find_layout(source).top == ()
 
 
-def test_most_files_in_several_places_are_not_left_for_a_few_in_one(tmp_path):
+def test_classes_in_several_folders_are_refused_despite_a_few_others(tmp_path):
     many = [f"{top}/{label}/{n}.jpg" for top in "ab" for label in ("sad", "glad") for n in range(9)]
     source = make("folder", tmp_path, faces(*many, "logos/1.png", "screenshots/2.png"))
     with pytest.raises(UserError, match="class folders in several places: a, b"):
         layouts.find_layout(source)
 
 
-def test_what_is_no_source_is_refused(tmp_path):
+def test_what_is_not_a_source_is_refused(tmp_path):
     text = tmp_path / "faces.txt"
     text.write_text("x")
-    for path, said in [
+    for path, message in [
         (tmp_path / "absent", "does not exist"),
         (text, "is not a known type of source; expected: a folder"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             image_source.open_files(str(path))

@@ -1,4 +1,4 @@
-"""What is held out and what is dropped: by class, equal pictures on one side, by a stated rule."""
+"""Which images are held out and dropped: by class, with duplicates in the same split."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fer_ray.preparation import splitting, statistics
 from fer_ray.preparation.inventory import REJECTED, RESULTS, Inventory
 
 Row = tuple[str, str, str | None]
-"""Picture, split and label."""
+"""Name of the pixels (duplicates have the same), split and label."""
 
 
 def inventory_of(rows: list[Row]) -> Inventory:
-    """A inventory in which these pictures were written."""
+    """Returns an inventory with these images as results."""
     inventory = Inventory()
     values = [
         {
@@ -27,12 +27,12 @@ def inventory_of(rows: list[Row]) -> Inventory:
             "path": f"{index:05}",
             "split": split,
             "label": label,
-            "pixel_sha256": hashlib.sha256(picture.encode()).digest(),
+            "pixel_sha256": hashlib.sha256(image.encode()).digest(),
             "row_sha256": b"",
             "pixel_sum": 0,
             "pixel_sum_squares": 0,
         }
-        for index, (picture, split, label) in enumerate(rows)
+        for index, (image, split, label) in enumerate(rows)
     ]
     inventory.add_results(pa.Table.from_pylist(values, RESULTS))
     return inventory
@@ -40,7 +40,7 @@ def inventory_of(rows: list[Row]) -> Inventory:
 
 @pytest.fixture
 def results():
-    """Runs something on a inventory of these rows and gives split and reason of each afterwards."""
+    """Applies a change to an inventory of some rows; returns split and reason of each."""
 
     def run(rows: list[Row], change) -> list[tuple[str, str | None]]:
         inventory = inventory_of(rows)
@@ -63,7 +63,7 @@ def results():
     st.floats(0.01, 0.99),
     st.integers(0, 5),
 )
-def test_equal_pictures_stay_together_and_each_class_gives_its_share(rows, fraction, seed):
+def test_duplicates_stay_together_and_each_class_gives_its_fraction(rows, fraction, seed):
     inventory = inventory_of(rows)
     try:
         splitting.hold_out(inventory, fraction=fraction, seed=seed)
@@ -72,30 +72,30 @@ def test_equal_pictures_stay_together_and_each_class_gives_its_share(rows, fract
         inventory.close()
     sides = defaultdict(set)
     strata: dict[str, str] = {}
-    for (picture, _, label), split in zip(rows, splits):
-        sides[picture].add(split)
-        strata.setdefault(picture, label)  # the first by path decides
+    for (image, _, label), split in zip(rows, splits):
+        sides[image].add(split)
+        strata.setdefault(image, label)  # the first by path decides
     assert all(len(found) == 1 for found in sides.values())
     left_in_train = {label for (_, _, label), split in zip(rows, splits) if split == "train"}
     assert left_in_train == {label for _, _, label in rows}
-    strangers = left_in_train - set(strata.values())  # each keeps one picture of another class
-    sizes = Counter(picture for picture, _, _ in rows)
+    strangers = left_in_train - set(strata.values())  # each keeps one group of another class
+    sizes = Counter(image for image, _, _ in rows)
     for stratum in set(strata.values()):
-        members = [picture for picture in sizes if strata[picture] == stratum]
-        held = [picture for picture in members if sides[picture] == {"validation"}]
-        total = sum(sizes[picture] for picture in members)
-        taken = sum(sizes[picture] for picture in held)
+        members = [image for image in sizes if strata[image] == stratum]
+        held = [image for image in members if sides[image] == {"validation"}]
+        total = sum(sizes[image] for image in members)
+        taken = sum(sizes[image] for image in held)
         room = min(max(round(total * fraction), 1), total - 1)
         if len(members) == 1:
             assert not held
         elif strangers:
             assert max(len(members) - len(strangers), 0) == 0 or 0 < len(held) < len(members)
-            assert taken <= max(room, max(sizes[picture] for picture in members))
+            assert taken <= max(room, max(sizes[image] for image in members))
         else:
             assert 0 < len(held) < len(members)
-            smallest = min(sizes[picture] for picture in members)
+            smallest = min(sizes[image] for image in members)
             assert taken <= max(room, smallest)
-            left = [sizes[picture] for picture in members if picture not in held]
+            left = [sizes[image] for image in members if image not in held]
             # what is left does not fit any more
             assert taken + min(left) > room
 
@@ -109,12 +109,12 @@ def test_the_seed_decides_and_the_order_of_the_files_does_not(results):
 
     first = held(rows, 0)
     assert len(first) == 12
-    assert Counter("ab"[int(picture[1:]) % 2] for picture in first) == {"a": 6, "b": 6}
+    assert Counter("ab"[int(image[1:]) % 2] for image in first) == {"a": 6, "b": 6}
     assert held(rows[::-1], 0) == first
     assert held(rows, 1) != first
 
 
-def test_a_class_whose_pictures_all_stand_under_another_one_keeps_one(results):
+def test_a_class_of_duplicates_of_another_class_keeps_one_image(results):
     rows = [(f"p{index}", "train", "a") for index in range(20)]
     rows += [(f"p{index}", "train", "b") for index in (3, 11)]
     for seed in range(20):
@@ -128,7 +128,7 @@ def test_a_class_whose_pictures_all_stand_under_another_one_keeps_one(results):
         assert [split for split, _ in found] == ["validation", "train", "train"]
 
 
-def test_train_loses_its_twins_and_nothing_else_is_lost(results):
+def test_train_loses_duplicates_of_other_splits_and_nothing_else(results):
     rows = [
         ("a", "train", "happy"),
         ("a", "train", "sad"),

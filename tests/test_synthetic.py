@@ -1,4 +1,4 @@
-"""The drawn faces: the same everywhere, varied, and telling the expressions apart."""
+"""Synthetic faces: reproducible, varied, and with recognizable expressions."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def test_splits_are_80_10_10_and_balanced():
 
 
 def test_a_path_names_its_image():
-    pictures = SyntheticImageSource(seed=4, num_images=50, size=48)
-    for entry in pictures.entries():
+    source = SyntheticImageSource(seed=4, num_images=50, size=48)
+    for entry in source.entries():
         index = int(entry.path.rsplit("/", 1)[1])
         assert entry.path.split("/")[:2] == [entry.split, entry.label]
         expected = synthetic.draw(FER2013_LABELS.index(entry.label), 4, index)
-        assert np.array_equal(pictures.grey(entry.path, entry.at), expected)
+        assert np.array_equal(source.grey(entry.path, entry.at), expected)
 
 
 @pytest.fixture

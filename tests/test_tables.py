@@ -27,7 +27,7 @@ def open_source(source: str) -> image_source.ImageSource:
 
 
 def by_path(source) -> dict[str, tuple[str | None, str | None, str | None]]:
-    return {one.path: (one.split, one.label, one.reason) for one in source.entries()}
+    return {entry.path: (entry.split, entry.label, entry.reason) for entry in source.entries()}
 
 
 def table_source(path: Path) -> tables.TableImageSource:
@@ -76,7 +76,7 @@ def test_numbers_are_labels_too_and_gaps_do_not_make_them_fractions(tmp_path):
         assert labels == {"1.jpg": "0", "2.jpg": "3", "3.jpg": None}
 
 
-def test_pictures_are_read_beside_the_table_and_by_absolute_places(tmp_path):
+def test_images_are_read_relative_to_the_table_and_by_absolute_paths(tmp_path):
     (tmp_path / "faces").mkdir()
     (tmp_path / "faces" / "1.jpg").write_bytes(b"one")
     source = table_source(tmp_path / "faces.csv")
@@ -94,7 +94,7 @@ def test_pictures_are_read_beside_the_table_and_by_absolute_places(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.csv", b"name,class\nx,y\n", "columns name, class: expected path and label"),
         ("a.csv", b"", r"\(none\): expected path and label"),
@@ -107,9 +107,9 @@ def test_pictures_are_read_beside_the_table_and_by_absolute_places(tmp_path):
         ("a.csv", "path,label\n1.png,a\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
     ],
 )
-def test_what_is_no_such_table_is_refused(name, content, said, tmp_path):
+def test_an_unusable_table_is_refused(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         open_source(str(tmp_path / name))
     assert "\n" not in str(caught.value)
 
@@ -131,20 +131,20 @@ def test_codes_and_usages_are_mapped_by_name(tmp_path):
     codes = [f"{code},{SQUARE},Training" for code in range(7)]
     rows = pixel_rows(tmp_path, *codes, f"3,{SQUARE},PublicTest", f"4,{SQUARE},PrivateTest")
     entries = list(rows.entries())
-    assert [one.label for one in entries[:7]] == [
+    assert [entry.label for entry in entries[:7]] == [
         *("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
     ]
-    assert [one.split for one in entries[-3:]] == ["train", "validation", "test"]
-    assert [one.path for one in entries[:2]] == ["line-0000002", "line-0000003"]
-    for one in entries:
-        assert np.array_equal(rows.grey(one.path, one.at), np.arange(16).reshape(4, 4))
+    assert [entry.split for entry in entries[-3:]] == ["train", "validation", "test"]
+    assert [entry.path for entry in entries[:2]] == ["line-0000002", "line-0000003"]
+    for entry in entries:
+        assert np.array_equal(rows.grey(entry.path, entry.at), np.arange(16).reshape(4, 4))
 
 
 def test_the_competition_s_copy_has_its_columns_in_another_order(tmp_path):
     rows = pixel_rows(tmp_path, f"3, Training,{SQUARE}", header="emotion, Usage, pixels")
-    (one,) = rows.entries()
-    assert (one.split, one.label) == ("train", "happy")
-    assert rows.grey(one.path, one.at).shape == (4, 4)
+    (entry,) = rows.entries()
+    assert (entry.split, entry.label) == ("train", "happy")
+    assert rows.grey(entry.path, entry.at).shape == (4, 4)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -154,12 +154,12 @@ def test_quotes_blank_lines_and_line_ends_do_not_move_the_rows(tmp_path, end):
     path.write_bytes(end.join(lines).encode())
     rows = pixels.PixelImageSource(str(path), "")
     entries = list(rows.entries())
-    assert [one.path for one in entries] == ["line-0000002", "line-0000004"]
+    assert [entry.path for entry in entries] == ["line-0000002", "line-0000004"]
     assert all(np.array_equal(rows.grey(o.path, o.at).ravel(), range(16)) for o in entries)
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (f"7,{SQUARE},Training", "emotion '7' is not 0 to 6"),
         (f"x,{SQUARE},Training", "emotion 'x' is not 0 to 6"),
@@ -178,21 +178,21 @@ def test_quotes_blank_lines_and_line_ends_do_not_move_the_rows(tmp_path, end):
         ("0,1 2 3 99999999999999999999999,Training", "a pixel is 99999999999999999999: larger"),
     ],
 )
-def test_a_bad_row_says_what_is_wrong_with_it(tmp_path, line, said):
+def test_a_bad_row_says_what_is_wrong_with_it(tmp_path, line, message):
     rows = pixel_rows(tmp_path, f"0,{SQUARE},Training", line)
     good, bad = rows.entries()
     assert good.reason is None
     if bad.reason is None:
         with pytest.raises(sources.ReadError) as caught:
             rows.grey(bad.path, bad.at)
-        assert said in str(caught.value)
+        assert message in str(caught.value)
     else:
-        assert said in bad.reason
+        assert message in bad.reason
 
 
-def test_an_unlabelled_row_of_the_test_part_is_kept(tmp_path):
-    (one,) = pixel_rows(tmp_path, f",{SQUARE},PrivateTest").entries()
-    assert (one.split, one.label, one.reason) == ("test", None, None)
+def test_an_unlabelled_row_of_the_test_split_is_kept(tmp_path):
+    (entry,) = pixel_rows(tmp_path, f",{SQUARE},PrivateTest").entries()
+    assert (entry.split, entry.label, entry.reason) == ("test", None, None)
 
 
 def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
@@ -213,10 +213,10 @@ def test_any_bytes_after_the_header_are_rows_or_reasons(tmp_path_factory, conten
     rows = pixels.PixelImageSource(str(path), "")
     entries = list(rows.entries())
     assert len(entries) == sum(bool(line.strip()) for line in content.split(b"\n"))
-    for one in entries:
-        if one.reason is None:
+    for entry in entries:
+        if entry.reason is None:
             try:
-                rows.grey(one.path, one.at)
+                rows.grey(entry.path, entry.at)
             except sources.ReadError as error:
                 assert str(error)
 
@@ -232,7 +232,7 @@ def test_pixels_read_back(side, random):
 # ------------------------------------------------------------------ Kaggle
 
 
-def test_without_a_network_kaggle_says_what_to_download(monkeypatch):
+def test_without_a_network_the_message_says_what_to_download(monkeypatch):
     import kagglehub
 
     def fail(handle: str) -> str:
@@ -245,7 +245,7 @@ def test_without_a_network_kaggle_says_what_to_download(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_what_kaggle_gives_is_read_as_a_folder(tmp_path, monkeypatch):
+def test_a_download_from_kaggle_is_read_as_a_folder(tmp_path, monkeypatch):
     import kagglehub
 
     for path in ("images/train/sad/1.jpg", "images/train/happy/2.jpg"):
@@ -253,7 +253,7 @@ def test_what_kaggle_gives_is_read_as_a_folder(tmp_path, monkeypatch):
         (tmp_path / path).write_bytes(b"x")
     monkeypatch.setattr(kagglehub, "dataset_download", lambda handle: str(tmp_path))
     found = open_source("kaggle")
-    assert {(one.path, one.label) for one in found.entries()} == {
+    assert {(entry.path, entry.label) for entry in found.entries()} == {
         ("images/train/sad/1.jpg", "sad"),
         ("images/train/happy/2.jpg", "happy"),
     }
@@ -263,7 +263,7 @@ def test_what_kaggle_gives_is_read_as_a_folder(tmp_path, monkeypatch):
 def test_rows_that_do_not_fit_the_header_say_so_and_lose_nothing(tmp_path):
     path = tmp_path / "faces.csv"
     path.write_text("path,label\n1.png,v1.0\na,b.png,sad\n2.png,7.0\n" + "x" * 5000 + ",sad\n")
-    found = [(one.label, one.reason) for one in table_source(path).entries()]
+    found = [(entry.label, entry.reason) for entry in table_source(path).entries()]
     assert found == [
         ("v1.0", None),
         (None, "it has 3 cells, the header has 2"),
@@ -273,15 +273,15 @@ def test_rows_that_do_not_fit_the_header_say_so_and_lose_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ('path,label\n1.png,"happy\n2.png,sad\n', "a quote is not closed"),
         ("path,label,label\n1.png,happy,sad\n", "more than one column label"),
     ],
 )
-def test_a_table_that_would_lose_rows_is_refused(content, said, tmp_path):
+def test_a_table_that_would_lose_rows_is_refused(content, message, tmp_path):
     (tmp_path / "faces.csv").write_text(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         list(table_source(tmp_path / "faces.csv").entries())
 
 

@@ -31,11 +31,11 @@ def everything(path: Path) -> list[tuple[str, bytes | str]]:
     """Path and content, or the reason why there is none, of every entry."""
     source = ZipSource(str(path))
     found: list[tuple[str, bytes | str]] = []
-    for one in source.entries():
+    for entry in source.entries():
         try:
-            found.append((one.path, one.reason or source.read(one.path, one.at)))
+            found.append((entry.path, entry.reason or source.read(entry.path, entry.at)))
         except sources.ReadError as error:
-            found.append((one.path, str(error)))
+            found.append((entry.path, str(error)))
     return found
 
 
@@ -108,8 +108,8 @@ def test_more_entries_than_16_bits_count_are_listed_in_little_memory(tmp_path):
     tracemalloc.start()
     try:
         listed = 0
-        for one in source.entries():
-            listed, last = listed + 1, one
+        for entry in source.entries():
+            listed, last = listed + 1, entry
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -144,8 +144,8 @@ def test_one_path_twice_gives_two_entries_each_with_its_own_content(tmp_path):
         archive.writestr("1.jpg", b"second")
     assert everything(tmp_path / "twice.zip") == [("1.jpg", b"first"), ("1.jpg", b"second")]
     files, others = sources.list_files(ZipSource(str(tmp_path / "twice.zip")))
-    assert [one.path for one in files] == ["1.jpg"]
-    assert [(one.path, one.reason) for one in others] == [("1.jpg", source_files.REPEATED)]
+    assert [entry.path for entry in files] == ["1.jpg"]
+    assert [(entry.path, entry.reason) for entry in others] == [("1.jpg", source_files.REPEATED)]
 
 
 def test_a_zip_from_windows_has_its_slashes_mended(tmp_path):
