@@ -47,9 +47,9 @@ class Layout:
 class LayoutImageSource:
     """The image files of a folder or zip, as an `ImageSource`."""
 
-    def __init__(self, files: FileSource, given: str, layout: Layout) -> None:
+    def __init__(self, files: FileSource, source: str, layout: Layout) -> None:
         """Opened by `open_layout`."""
-        self._files, self._given, self._layout = files, given, layout
+        self._files, self._source, self._layout = files, source, layout
 
     @property
     def has_splits(self) -> bool:
@@ -66,20 +66,20 @@ class LayoutImageSource:
 
     def describe(self, listing: Iterator[tuple[str, int]]) -> dict[str, Any]:
         """See `ImageSource.describe`."""
-        return {"path": self._given, "sha256": self._files.fingerprint(listing)}
+        return {"path": self._source, "sha256": self._files.fingerprint(listing)}
 
 
-def open_layout(files: FileSource, given: str) -> LayoutImageSource:
+def open_layout(files: FileSource, source: str) -> LayoutImageSource:
     """Opens files as labelled images, according to their layout.
 
     Args:
         files: the files of a folder or zip.
-        given: the value of ``--source``, for ``dataset.json``.
+        source: the value of ``--source``, for ``dataset.json``.
 
     Raises:
         UserError: when the layout is not known.
     """
-    return LayoutImageSource(files, given, find_layout(files))
+    return LayoutImageSource(files, source, find_layout(files))
 
 
 @dataclass(kw_only=True)

@@ -47,14 +47,14 @@ class PixelImageSource:
 
     has_splits = True
 
-    def __init__(self, path: str, given: str) -> None:
+    def __init__(self, path: str, source: str) -> None:
         """Opens the file when it is first read.
 
         Args:
             path: absolute path or URI.
-            given: the value of ``--source``, for ``dataset.json``.
+            source: the value of ``--source``, for ``dataset.json``.
         """
-        self.path, self.given = path, given
+        self.path, self.source = path, source
 
     def entries(self) -> Iterator[Entry]:
         """See `ImageSource.entries`; empty lines are skipped."""
@@ -77,7 +77,7 @@ class PixelImageSource:
 
     def describe(self, listing: Iterator[tuple[str, int]]) -> dict[str, Any]:
         """See `ImageSource.describe`."""
-        return {"path": self.given, "sha256": hash_file(self.path)}
+        return {"path": self.source, "sha256": hash_file(self.path)}
 
     def _entry(self, number: int, offset: int, size: int, line: bytes) -> Entry:
         path = f"line-{number:07d}"
@@ -115,7 +115,7 @@ class PixelImageSource:
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "given": self.given}
+        return {"path": self.path, "source": self.source}
 
 
 def _recognizes(source: str) -> bool:

@@ -42,14 +42,14 @@ class TableImageSource:
     the images. Without a column ``split`` all images are train.
     """
 
-    def __init__(self, path: str, given: str) -> None:
+    def __init__(self, path: str, source: str) -> None:
         """Opens the table when it is first read.
 
         Args:
             path: absolute path or URI of the table.
-            given: the value of ``--source``, for ``dataset.json``.
+            source: the value of ``--source``, for ``dataset.json``.
         """
-        self.path, self.given = path, given
+        self.path, self.source = path, source
 
     @cached_property
     def has_splits(self) -> bool:
@@ -88,14 +88,14 @@ class TableImageSource:
 
     def describe(self, listing: Iterator[tuple[str, int]]) -> dict[str, Any]:
         """See `ImageSource.describe`; the hash is that of the table, without the images."""
-        return {"path": self.given, "sha256": hash_file(self.path)}
+        return {"path": self.source, "sha256": hash_file(self.path)}
 
     @cached_property
     def _folder(self) -> tuple[pafs.FileSystem, str]:
         return storage.filesystem(storage.parent_of(self.path))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "given": self.given}
+        return {"path": self.path, "source": self.source}
 
 
 def _open(source: str, options: SourceOptions) -> ImageSource:
