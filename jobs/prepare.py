@@ -1,54 +1,58 @@
 """python jobs/prepare.py --source faces.zip --output data/faces
 
-Turns labelled faces, or drawn ones (--source synthetic), into a prepared dataset: Parquet parts
-for each split, dataset.json, quarantine.parquet and duplicates.parquet.
+Converts labelled faces from any source to a prepared dataset: Parquet shards for each split,
+dataset.json, quarantine.parquet and duplicates.parquet.
 """
 
 from __future__ import annotations
 
 from fer_ray import cli
-
-SOURCE = (
-    "folder or .zip with <split>/<class>/<file> or <class>/<file>; .csv or .parquet table with "
-    "path, label and split; fer2013.csv; kaggle; synthetic"
-)
+from fer_ray.data import dataset, image_source
 
 
 def build_parser() -> cli.JobParser:
-    """What the job takes."""
+    """Returns the parser of the job's flags."""
     parser = cli.JobParser(prog="prepare.py", description=__doc__.partition("\n\n")[2])
     add = parser.add_argument
-    add("--source", required=True, help=SOURCE)
+    size = cli.integer(dataset.MIN_IMAGE_SIZE, dataset.MAX_IMAGE_SIZE)
+    add("--source", required=True, help=image_source.describe_types().replace("%", "%%"))
     add("--output", required=True, help="folder or URI of the prepared dataset")
-    add("--image-size", type=cli.integer(8, 1024), default=48, help="height and width, in pixels")
-    add("--num-images", type=cli.integer(1), help="how many faces synthetic draws (4000)")
-    add("--seed", type=cli.integer(0), default=0, help="of synthetic faces and of what is held out")
+    add("--image-size", type=size, default=48, help="height and width, in pixels")
+    add("--num-images", type=cli.integer(1), help="number of images that synthetic draws (4000)")
+    add(
+        "--seed",
+        type=cli.integer(0),
+        default=0,
+        help="of synthetic faces and held-out images",
+    )
     add(
         "--validation-fraction",
         type=cli.number(0, 0.99),
-        metavar="SHARE",
-        help="of train to hold out where no validation split is (0.1 where no splits are)",
+        metavar="FRACTION",
+        help="fraction of train to hold out if the source has no validation split (0.1 if it has "
+        "no splits at all)",
     )
-    add("--deduplicate", action="store_true", help="drop from train what another split has too")
+    add("--deduplicate", action="store_true", help="drop images from train that other splits have")
     add("--overwrite", action="store_true", help="replace a prepared dataset at --output")
-    add("--preview", metavar="FILE.html", help="draw a page of what is in it")
+    add("--preview", metavar="FILE.html", help="write a page that shows the dataset's contents")
     return parser
 
 
 def main() -> None:
-    """Parses, checks, prepares, and prints where the dataset lies."""
+    """Checks the settings, prepares the dataset and prints its path."""
     settings = vars(build_parser().parse_args())
     page = settings.pop("preview")
 
     from fer_ray.preparation import preview
-    from fer_ray.preparation import run as preparation
+    from fer_ray.preparation.plan import plan_preparation
+    from fer_ray.preparation.run import prepare
 
     cli.lasting("--output", settings["output"])
     if page is not None:
         page = preview.check(cli.lasting("--preview", page))
-    plan = preparation.plan(**settings)
+    plan = plan_preparation(**settings)
     cli.start_ray()
-    preparation.prepare(plan, log=cli.log, finish=preview.writer(page, cli.log) if page else None)
+    prepare(plan, log=cli.log, finish=preview.writer(page, cli.log) if page else None)
     cli.conclude(plan.output)
 
 

@@ -55,11 +55,12 @@ def store():
 @pytest.fixture(scope="session")
 def drawn_faces(ray_cluster, tmp_path_factory) -> str:
     """The place of a prepared data set of 400 drawn faces, 320 of them in train."""
-    from fer_ray.preparation import run as preparation
+    from fer_ray.preparation.plan import plan_preparation
+    from fer_ray.preparation.run import prepare
 
     path = str(tmp_path_factory.mktemp("data") / "faces")
-    plan = preparation.plan(source="synthetic", output=path, num_images=400)
-    preparation.prepare(plan, log=lambda line: None)
+    plan = plan_preparation(source="synthetic", output=path, num_images=400)
+    prepare(plan, log=lambda line: None)
     return path
 
 

@@ -25,7 +25,8 @@ from fer_ray.benchmarks.loops import Plain, Workplace, in_turn, rate, spread, st
 from fer_ray.benchmarks.targets import KEYS, numbers, table
 from fer_ray.config.schema import TrainConfig
 from fer_ray.errors import JobFailed, UserError
-from fer_ray.preparation import run as preparation
+from fer_ray.preparation.plan import plan_preparation
+from fer_ray.preparation.run import prepare
 from fer_ray.reporting import augmentation_page
 from fer_ray.training.feed import Images
 from fer_ray.training.process_group import ProcessGroup
@@ -376,8 +377,8 @@ def test_preparation_is_measured_on_request(ray_cluster, monkeypatch, capfd):
 @pytest.mark.slow
 def test_a_whole_benchmark(ray_cluster, tmp_path):
     data = str(tmp_path / "faces")
-    prepared = preparation.plan(source="synthetic", output=data, num_images=400)
-    preparation.prepare(prepared, log=lambda line: None)
+    prepared = plan_preparation(source="synthetic", output=data, num_images=400)
+    prepare(prepared, log=lambda line: None)
     sections = {"schedule": {"global_batch_size": 32}, "scaling": {"num_workers": 2}}
     config = TrainConfig.from_dict({**small.config(**sections).to_dict(), "data": data})
     output = str(tmp_path / "out" / "benchmark.json")

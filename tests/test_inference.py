@@ -20,7 +20,8 @@ from fer_ray.data.labels import probability_column
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.inference import run as inference
 from fer_ray.models import checkpoint
-from fer_ray.preparation import run as preparation
+from fer_ray.preparation.plan import plan_preparation
+from fer_ray.preparation.run import prepare
 from fer_ray.training import loop
 from fer_ray.training.process_group import ProcessGroup
 
@@ -29,8 +30,8 @@ from fer_ray.training.process_group import ProcessGroup
 def data(ray_cluster, tmp_path_factory):
     """A prepared data set of 90 drawn faces."""
     path = str(tmp_path_factory.mktemp("data") / "faces")
-    plan = preparation.plan(source="synthetic", output=path, num_images=90)
-    preparation.prepare(plan, log=lambda line: None)
+    plan = plan_preparation(source="synthetic", output=path, num_images=90)
+    prepare(plan, log=lambda line: None)
     return read_info(path)
 
 

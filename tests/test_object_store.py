@@ -16,17 +16,18 @@ from processes import kill_with_descendants
 
 from fer_ray import storage
 from fer_ray.data import dataset
-from fer_ray.data.image_source import open_pictures
-from fer_ray.data.sources import NOT_THERE, ReadError, open_files
+from fer_ray.data.image_source import find_type, open_files
+from fer_ray.data.sources import NOT_FOUND, ReadError
 from fer_ray.errors import UserError
-from fer_ray.preparation import run as preparation
+from fer_ray.preparation import run
+from fer_ray.preparation.plan import plan_preparation
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def bucket(store, tmp_path_factory):
-    """`s3://faces` with the hostile folder, its zip, and tables of paths and of pixels."""
+    """`s3://faces` with the hostile folder, its zip, a table of paths and fer2013.csv."""
     root = tmp_path_factory.mktemp("upload")
     for path, content in HOSTILE.items():
         target = root / "folder" / path
@@ -96,23 +97,24 @@ def test_every_key_with_a_doubled_slash_is_quarantined_and_nothing_loops(bucket)
     )
 
 
-def test_a_key_that_is_not_there_is_told_apart(bucket):
+def test_a_missing_key_has_its_own_reason(bucket):
     with pytest.raises(ReadError) as caught:
         open_files(f"{bucket}/folder").read("images/absent.png", b"")
-    assert str(caught.value) == NOT_THERE
+    assert str(caught.value) == NOT_FOUND
 
 
-def test_a_query_after_the_name_changes_no_kind(bucket, store):
+def test_a_query_after_the_name_does_not_change_the_type(bucket, store):
     host, port = store.get_host_and_port()
     query = f"?scheme=http&endpoint_override={host}:{port}"
-    assert open_files(f"{bucket}/faces.zip{query}").kind == "zip"
-    assert open_pictures(f"{bucket}/faces.csv{query}").has_splits
+    assert find_type(f"{bucket}/faces.zip{query}") == "zip"
+    assert find_type(f"{bucket}/faces.csv{query}") == "table"
+    assert find_type(f"{bucket}/fer2013.csv{query}") == "pixels"
 
 
 def test_what_is_not_in_the_store_is_one_line(bucket, tmp_path):
     for source in ("s3://absent/faces", f"{bucket}/absent.zip", f"{bucket}/absent.csv"):
         with pytest.raises(UserError, match="absent") as caught:
-            preparation.plan(source=source, output=str(tmp_path / "out"))
+            plan_preparation(source=source, output=str(tmp_path / "out"))
         assert "\n" not in str(caught.value)
 
 
@@ -120,7 +122,7 @@ def test_a_failure_in_a_store_leaves_nothing(bucket, ray_cluster, tmp_path, monk
     def failing(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(preparation.dataset_summary, "write_duplicates", failing)
+    monkeypatch.setattr(run.statistics, "write_duplicates", failing)
     with pytest.raises(OSError, match="full"):
         prepare(f"{bucket}/folder", f"{bucket}/failing")
     assert not storage.list_names(f"{bucket}/failing")

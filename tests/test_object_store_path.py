@@ -24,7 +24,8 @@ from fer_ray.evaluation import report
 from fer_ray.evaluation import run as evaluation
 from fer_ray.inference import run as inference
 from fer_ray.models import checkpoint
-from fer_ray.preparation import run as preparation
+from fer_ray.preparation.plan import plan_preparation
+from fer_ray.preparation.run import prepare
 from fer_ray.sweeps import plan as planning
 from fer_ray.sweeps import run as tuning
 from fer_ray.sweeps import store as records
@@ -48,8 +49,8 @@ def bucket(store) -> str:
 @pytest.fixture(scope="module")
 def data(bucket, ray_cluster) -> str:
     """A prepared data set of 200 drawn faces, in the store."""
-    plan = preparation.plan(source="synthetic", output=f"{bucket}/faces", num_images=200)
-    preparation.prepare(plan, log=quiet)
+    plan = plan_preparation(source="synthetic", output=f"{bucket}/faces", num_images=200)
+    prepare(plan, log=quiet)
     return f"{bucket}/faces"
 
 

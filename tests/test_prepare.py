@@ -1,4 +1,4 @@
-"""From a source to a prepared dataset: everything accounted for, the same on any machine."""
+"""From a source to a prepared dataset: nothing is lost, and it is the same on any machine."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from PIL import Image
 from fer_ray import __version__
 from fer_ray.data import dataset, decoding, parquet, sources
 from fer_ray.errors import JobFailed, UserError
-from fer_ray.preparation import inventory, shards
-from fer_ray.preparation import run as preparation
+from fer_ray.preparation import run, shards
+from fer_ray.preparation.inventory import Inventory
+from fer_ray.preparation.plan import Plan, plan_preparation
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = ROOT / "jobs" / "prepare.py"
@@ -105,10 +106,10 @@ def test_folder_and_zip_agree(ray_cluster, hostile, hostile_zip, tmp_path):
     assert tables[0].equals(tables[1])
 
 
-def test_parts_and_their_number_do_not_change_the_data(ray_cluster, tmp_path, monkeypatch):
+def test_the_number_of_shards_does_not_change_the_data(ray_cluster, tmp_path, monkeypatch):
     whole = prepare("synthetic", tmp_path / "1", num_images=90, image_size=24)
     again = prepare("synthetic", tmp_path / "2", num_images=90, image_size=24)
-    monkeypatch.setattr(shards, "ROWS_PER_PART", 10)
+    monkeypatch.setattr(shards, "ROWS_PER_SHARD", 10)
     cut = prepare("synthetic", tmp_path / "3", num_images=90, image_size=24)
     other = prepare("synthetic", tmp_path / "4", num_images=90, image_size=24, seed=1)
     assert whole["data_sha256"] == again["data_sha256"] == cut["data_sha256"]
@@ -123,17 +124,17 @@ def test_parts_and_their_number_do_not_change_the_data(ray_cluster, tmp_path, mo
     assert files[0] == files[1]
 
 
-def test_large_images_come_in_smaller_parts():
-    account = inventory.Ledger()
+def test_large_images_come_in_smaller_shards():
+    inventory = Inventory()
     names = [f"{i:03}" for i in range(200)]
-    account.list_files(sources.Entry(path=name, split="train", label="happy") for name in names)
-    tasks = [shards._unpack(task["files"])["path"] for task in shards.write_tasks(account, 1024)]
-    account.close()
-    assert max(map(len, tasks)) * 1024**2 <= shards.BYTES_PER_PART
+    inventory.add_files(sources.Entry(path=name, split="train", label="happy") for name in names)
+    tasks = [shards._unpack(task["files"])["path"] for task in shards.write_tasks(inventory, 1024)]
+    inventory.close()
+    assert max(map(len, tasks)) * 1024**2 <= shards.BYTES_PER_SHARD
     assert [name for task in tasks for name in task] == names
 
 
-def test_dataset_json_tells_where_the_data_came_from(ray_cluster, tmp_path):
+def test_dataset_json_records_the_source(ray_cluster, tmp_path):
     prepare("synthetic", tmp_path / "out", num_images=30, image_size=16, seed=5)
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert info["source"] == {"kind": "synthetic", "seed": 5, "num_images": 30}
@@ -143,11 +144,11 @@ def test_dataset_json_tells_where_the_data_came_from(ray_cluster, tmp_path):
     assert pq.read_metadata(tmp_path / "out" / "quarantine.parquet").num_rows == 0
 
 
-def test_overwrite_replaces_the_whole_of_it(ray_cluster, tmp_path):
+def test_overwrite_replaces_the_whole_dataset(ray_cluster, tmp_path):
     prepare("synthetic", tmp_path / "out", num_images=30, image_size=16)
     (tmp_path / "out" / "train" / "part-99999.parquet").write_bytes(b"left over")
     with pytest.raises(UserError, match="--overwrite replaces it"):
-        preparation.plan(source="synthetic", output=str(tmp_path / "out"))
+        plan_preparation(source="synthetic", output=str(tmp_path / "out"))
     prepare("synthetic", tmp_path / "out", num_images=40, image_size=16, overwrite=True)
     assert dataset.read_info(str(tmp_path / "out")).split("train").rows == 32
     assert not (tmp_path / "out" / "train" / "part-99999.parquet").exists()
@@ -155,8 +156,8 @@ def test_overwrite_replaces_the_whole_of_it(ray_cluster, tmp_path):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FailingPictures:
-    """A source in which one picture fails with `error`."""
+class FailingImageSource:
+    """A source in which reading one image (or with `only=None` each) raises `error`."""
 
     error: Exception
     only: str | None = "2"
@@ -174,61 +175,61 @@ class FailingPictures:
         return np.full((8, 8), int(path), np.uint8)
 
     def describe(self, listing) -> dict[str, str]:
-        return {"kind": "failing"}
+        return {}
 
 
-def failing_plan(plan: preparation.Plan, pictures: FailingPictures) -> preparation.Plan:
-    """A plan of these pictures instead of its own."""
-    plan.ledger.close()
-    account = inventory.Ledger()
-    account.list_files(pictures.entries())
-    return replace(plan, pictures=pictures, ledger=account, labels=("happy", "sad"))
+def failing_plan(plan: Plan, images: FailingImageSource) -> Plan:
+    """Returns the plan with other images."""
+    plan.inventory.close()
+    inventory = Inventory()
+    inventory.add_files(images.entries())
+    return replace(plan, images=images, inventory=inventory, labels=("happy", "sad"))
 
 
 @pytest.fixture
 def failing(ray_cluster):
-    """`FailingPictures`, sent to workers whole: they cannot import this module."""
+    """`FailingImageSource`, sent to workers whole: they cannot import this module."""
     ray_cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield FailingPictures
+    yield FailingImageSource
     ray_cluster.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 def test_a_failing_preparation_leaves_what_was_there(failing, tmp_path):
     prepare("synthetic", tmp_path / "out", num_images=30, image_size=16)
     before = (tmp_path / "out" / "dataset.json").read_bytes()
-    plan = preparation.plan(source="synthetic", output=str(tmp_path / "out"), overwrite=True)
-    pictures = failing(error=RuntimeError("a defect"))
-    plan = failing_plan(plan, pictures)
+    plan = plan_preparation(source="synthetic", output=str(tmp_path / "out"), overwrite=True)
+    images = failing(error=RuntimeError("a defect"))
+    plan = failing_plan(plan, images)
     with pytest.raises(Exception, match="a defect"):
-        preparation.prepare(plan, log=lambda line: None)
+        run.prepare(plan, log=lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "dataset.json").read_bytes() == before
     assert dataset.load_split(dataset.read_info(str(tmp_path / "out")), "train").images.any()
 
 
 def test_no_usable_train_image_is_a_user_error(failing, tmp_path):
-    plan = preparation.plan(source="synthetic", output=str(tmp_path / "out"))
-    pictures = failing(error=decoding.DecodeError("it is green"), only=None)
-    plan = failing_plan(plan, pictures)
+    plan = plan_preparation(source="synthetic", output=str(tmp_path / "out"))
+    images = failing(error=decoding.DecodeError("it is green"), only=None)
+    plan = failing_plan(plan, images)
     with pytest.raises(UserError, match="no train image can be used: it is green"):
-        preparation.prepare(plan, log=lambda line: None)
+        run.prepare(plan, log=lambda line: None)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["hostile", "hostile_zip"])
-def test_a_source_that_workers_do_not_see_is_a_user_error(ray_cluster, kind, request, tmp_path):
-    """Not a quarantine full of good files."""
+def test_a_source_that_workers_cannot_access_is_a_user_error(ray_cluster, kind, request, tmp_path):
+    """The alternative would be a quarantine full of good files."""
     source = request.getfixturevalue(kind)
-    plan = preparation.plan(source=str(source), output=str(tmp_path / "out"))
+    plan = plan_preparation(source=str(source), output=str(tmp_path / "out"))
     source.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="--source") as caught:
-        preparation.prepare(plan, log=lambda line: None)
+        run.prepare(plan, log=lambda line: None)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def as_table(folder: Path) -> Path:
-    """A table of the pictures below a folder's ``train``."""
+    """Writes a table of the images below a folder's ``train``."""
     paths = [path for path in sorted(folder.glob("images/train/*/*")) if path.is_file()]
     frame = pd.DataFrame({"path": map(str, paths), "label": [path.parent.name for path in paths]})
     frame.to_csv(folder.parent / "faces.csv", index=False)
@@ -236,12 +237,12 @@ def as_table(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["folder", "table"])
-def test_a_file_that_workers_do_not_see_and_this_process_does_is_a_user_error(
+def test_a_file_that_only_the_driver_can_access_is_a_user_error(
     ray_cluster, kind, hostile, tmp_path
 ):
-    """As on other machines, whose disks have the source's folder and not all of its files."""
+    """As on other machines whose disks have the source's folder, but not all of its files."""
     source = as_table(hostile) if kind == "table" else hostile
-    plan = preparation.plan(source=str(source), output=str(tmp_path / "out"))
+    plan = plan_preparation(source=str(source), output=str(tmp_path / "out"))
     there, away = hostile / "images/train/happy/2.jpg", tmp_path / "away.jpg"
     there.rename(away)
 
@@ -249,26 +250,26 @@ def test_a_file_that_workers_do_not_see_and_this_process_does_is_a_user_error(
         if away.exists():
             away.rename(there)
 
-    said = r"--source: '.*images/train/happy/2\.jpg' is not seen by every worker: .* shared disk"
-    with pytest.raises(UserError, match=said) as caught:
-        preparation.prepare(plan, log=log)
+    message = r"--source: not every worker can access '.*images/train/happy/2\.jpg': .* shared disk"
+    with pytest.raises(UserError, match=message) as caught:
+        run.prepare(plan, log=log)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "table"])
-def test_a_file_that_is_gone_for_all_is_quarantined(ray_cluster, kind, hostile, tmp_path):
+def test_a_file_that_no_process_can_access_is_quarantined(ray_cluster, kind, hostile, tmp_path):
     source = as_table(hostile) if kind == "table" else hostile
-    plan = preparation.plan(source=str(source), output=str(tmp_path / "out"))
+    plan = plan_preparation(source=str(source), output=str(tmp_path / "out"))
     (hostile / "images/train/happy/2.jpg").unlink()
-    preparation.prepare(plan, log=lambda line: None)
+    run.prepare(plan, log=lambda line: None)
     quarantine = pd.read_parquet(tmp_path / "out" / "quarantine.parquet")
-    gone = quarantine[quarantine["reason"] == sources.NOT_THERE]
+    gone = quarantine[quarantine["reason"] == sources.NOT_FOUND]
     assert [Path(path).name for path in gone["path"]] == ["2.jpg"]
 
 
 @pytest.mark.parametrize(
-    ("error", "raised", "said"),
+    ("error", "raised", "message"),
     [
         (
             OSError(28, "No space left on device\nand more"),
@@ -278,25 +279,27 @@ def test_a_file_that_is_gone_for_all_is_quarantined(ray_cluster, kind, hostile, 
         (OSError("AWS Error ACCESS_DENIED"), UserError, "a worker failed: AWS Error ACCESS_DENIED"),
     ],
 )
-def test_what_the_disk_or_the_store_denies_a_worker_is_one_line(
-    failing, error, raised, said, tmp_path, capfd
+def test_an_error_of_disk_or_store_in_a_worker_is_one_line(
+    failing, error, raised, message, tmp_path, capfd
 ):
-    plan = preparation.plan(source="synthetic", output=str(tmp_path / "out"))
+    plan = plan_preparation(source="synthetic", output=str(tmp_path / "out"))
     plan = failing_plan(plan, failing(error=error))
-    with pytest.raises(raised, match=said):
-        preparation.prepare(plan, log=lambda line: None)
+    with pytest.raises(raised, match=message):
+        run.prepare(plan, log=lambda line: None)
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr().err == ""
 
 
-def test_a_folder_that_a_worker_does_not_see_is_a_user_error(tmp_path):
-    staging, part = tmp_path / "absent" / "out", "train/part-00000.parquet"
-    said = f"--output: {staging.parent} is not seen by every worker"
-    with pytest.raises(UserError, match=said):
-        parquet.write_table(dataset.SCHEMA.empty_table(), str(staging), part)
-    rows = shards._pack([("1.png", "validation")], shards._TASK_MOVES)
-    with pytest.raises(UserError, match=said):
-        shards.move_rows(pa.Table.from_pylist([{"part": part, "rows": rows}]), staging=str(staging))
+def test_an_output_that_a_worker_cannot_access_is_a_user_error(tmp_path):
+    staging, shard = tmp_path / "absent" / "out", "train/part-00000.parquet"
+    message = f"--output: not every worker can access {staging.parent}"
+    with pytest.raises(UserError, match=message):
+        parquet.write_table(dataset.SCHEMA.empty_table(), str(staging), shard)
+    rows = shards._pack([("1.png", "validation")], shards._TASK_ROWS)
+    with pytest.raises(UserError, match=message):
+        shards.rewrite_shard(
+            pa.Table.from_pylist([{"shard": shard, "rows": rows}]), staging=str(staging)
+        )
 
 
 def test_the_job_s_last_line_is_the_path(ray_cluster, hostile, tmp_path, monkeypatch, capsys):
@@ -309,8 +312,8 @@ def test_the_job_s_last_line_is_the_path(ray_cluster, hostile, tmp_path, monkeyp
 
 def test_the_table_shows_every_count(ray_cluster, hostile, tmp_path):
     lines: list[str] = []
-    plan = preparation.plan(source=str(hostile), output=str(tmp_path / "out"))
-    preparation.prepare(plan, log=lines.append)
+    plan = plan_preparation(source=str(hostile), output=str(tmp_path / "out"))
+    run.prepare(plan, log=lines.append)
     cells = {line.split()[0]: line.split()[1:] for line in lines}
     assert cells["split"] == ["happy", "sad", "unlabelled", "total"]
     assert cells["train"] == ["3", "2", "0", "5"]
@@ -359,9 +362,9 @@ def job(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_mistakes_are_one_line_and_status_2_before_ray_starts(hostile, tmp_path):
+def test_user_errors_are_one_line_and_status_2_before_ray_starts(hostile, tmp_path):
     out = tmp_path / "out"
-    for arguments, said in [
+    for arguments, message in [
         (["--source", "synthetic", "--output", out, "--image-size", 4], "between 8 and 1024"),
         (["--source", tmp_path / "absent", "--output", out], "does not exist"),
         (["--source", "synthetic", "--output", out, "--overwite"], "--overwrite"),
@@ -369,12 +372,12 @@ def test_mistakes_are_one_line_and_status_2_before_ray_starts(hostile, tmp_path)
         done = job(*arguments)
         assert done.returncode == 2
         assert done.stdout == ""
-        assert said in done.stderr
+        assert message in done.stderr
         assert done.stderr.count("\n") == 1
     assert not out.exists()
 
 
-def test_every_other_mistake_shows_when_the_plan_is_made(hostile, tmp_path):
+def test_all_other_user_errors_are_raised_by_the_plan(hostile, tmp_path):
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "thesis.txt").write_text("years of work")
@@ -395,11 +398,11 @@ def test_every_other_mistake_shows_when_the_plan_is_made(hostile, tmp_path):
     names = tmp_path / "names.csv"  # the file's name stands where its label should
     names.write_text("path,label\n" + "".join(f"{n}.png,{n}.png\n" for n in range(1001)))
     out = str(tmp_path / "out")
-    for given, said in [
+    for given, message in [
         ({"source": str(hostile), "num_images": 5}, "--num-images"),
         ({"source": str(names)}, r"1,001 classes, such as 0.png, 1.png, 10.png and 998 more: at"),
         ({"source": "fer2013.csv"}, "does not exist"),
-        ({"source": "synthetic", "validation_fraction": 0.1}, "a validation split of its own"),
+        ({"source": "synthetic", "validation_fraction": 0.1}, "already has a validation split"),
         ({"source": "synthetic", "validation_fraction": 1.0}, "--validation-fraction"),
         ({"source": str(one_class)}, "train has one class, happy: two or more"),
         ({"source": str(strange)}, "validation has classes that train lacks: joy"),
@@ -409,12 +412,12 @@ def test_every_other_mistake_shows_when_the_plan_is_made(hostile, tmp_path):
         ({"source": "synthetic", "output": str(occupied)}, "not a prepared dataset"),
         ({"source": "synthetic", "output": str(occupied), "overwrite": True}, "never replaced"),
         ({"source": "synthetic", "output": str(occupied / "thesis.txt")}, "is a file"),
-        ({"source": "synthetic", "output": f"{occupied}/thesis.txt/x"}, "is not a folder that"),
-        ({"source": str(hostile), "output": str(hostile / "out")}, "within the other"),
+        ({"source": "synthetic", "output": f"{occupied}/thesis.txt/x"}, "is not a writable folder"),
+        ({"source": str(hostile), "output": str(hostile / "out")}, "one lies within the other"),
         ({"source": "synthetic", "output": "/proc"}, "is a mount point"),
     ]:
-        with pytest.raises(UserError, match=said) as caught:
-            preparation.plan(**{"output": out, **given})
+        with pytest.raises(UserError, match=message) as caught:
+            plan_preparation(**{"output": out, **given})
         assert "\n" not in str(caught.value)
     assert (occupied / "thesis.txt").read_text() == "years of work"
 

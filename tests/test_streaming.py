@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import load_split, read_info
-from fer_ray.data.row_groups import Piece, cut, pieces
+from fer_ray.data.row_groups import RowGroupSlice, row_group_slices, take_rows
 from fer_ray.errors import UserError
-from fer_ray.preparation import run as preparation
+from fer_ray.preparation.plan import plan_preparation
+from fer_ray.preparation.run import prepare
 from fer_ray.training import stream_feed
 from fer_ray.training.feed import albumentations_augmenter
 from fer_ray.training.process_group import ProcessGroup
@@ -23,8 +24,8 @@ from fer_ray.training.stream_feed import StreamFeed
 def data(tmp_path_factory, ray_cluster):
     """A prepared data set of 700 drawn faces with row groups of 64."""
     folder = tmp_path_factory.mktemp("data") / "faces"
-    plan = preparation.plan(source="synthetic", output=str(folder), num_images=1000)
-    preparation.prepare(plan, log=lambda line: None)
+    plan = plan_preparation(source="synthetic", output=str(folder), num_images=1000)
+    prepare(plan, log=lambda line: None)
     info = read_info(str(folder))
     # the groups that prepare writes are larger than this split
     for part in info.splits.values():
@@ -41,7 +42,7 @@ def settings(**sections) -> TrainConfig:
 
 
 def feed(config: TrainConfig, data, rank: int = 0, size: int = 1) -> StreamFeed:
-    found = {name: pieces(data, name) for name in ("train", "validation")}
+    found = {name: row_group_slices(data, name) for name in ("train", "validation")}
     return StreamFeed(config, data, found, group=ProcessGroup(rank=rank, size=size), spare_cpus=1.0)
 
 
@@ -53,20 +54,20 @@ def seen(batches) -> np.ndarray:
 def test_a_cut_holds_just_the_rows_asked_for(lengths, draw):
     found, first = [], 0
     for number, rows in enumerate(lengths):
-        found.append(Piece(file="f", row_group=number, begin=0, end=rows, first=first))
+        found.append(RowGroupSlice(file="f", row_group=number, begin=0, end=rows, first=first))
         first += rows
     begin = draw.draw(st.integers(0, first))
     end = draw.draw(st.integers(begin, first))
     rows = [
         piece.first + row
-        for piece in cut(found, begin, end)
+        for piece in take_rows(found, begin, end)
         for row in range(piece.begin, piece.end)
     ]
     assert rows == list(range(begin, end))
 
 
-def test_pieces_are_the_row_groups_in_order(data):
-    found = pieces(data, "train")
+def test_slices_are_the_row_groups_in_order(data):
+    found = row_group_slices(data, "train")
     assert [piece.first for piece in found] == list(
         np.cumsum([0] + [piece.end for piece in found[:-1]])
     )
@@ -152,7 +153,7 @@ def test_files_with_other_rows_than_promised_are_refused(data, tmp_path):
     part = tmp_path / "copy" / info.split("train").files[0]
     pq.write_table(pq.read_table(part, partitioning=None).slice(1), part)
     with pytest.raises(UserError, match=r"has 799 rows, dataset\.json says 800"):
-        pieces(info, "train")
+        row_group_slices(info, "train")
 
 
 def test_it_mixes_within_a_workers_part(data):
@@ -166,7 +167,7 @@ def test_columns_are_flat_bytes(data):
     reader = stream_feed._Reader(data, settings(), None)
     import pyarrow as pa
 
-    row = dataclasses.asdict(pieces(data, "train")[0])
+    row = dataclasses.asdict(row_group_slices(data, "train")[0])
     table = reader(pa.Table.from_pylist([row]))
     assert table.schema.field("image").type == pa.binary(data.image_size**2)
 
@@ -186,7 +187,7 @@ def test_it_reads_no_further_ahead_than_it_may(data, tmp_path, monkeypatch):
     batches = feed(config, data).train(0)
     next(batches)
     time.sleep(2)
-    whole = len(pieces(data, "train"))
+    whole = len(row_group_slices(data, "train"))
     assert len(list(tmp_path.iterdir())) < whole - 3
     assert len(list(batches)) == data.split("train").rows // 8 - 1
     assert len(list(tmp_path.iterdir())) == whole

@@ -1,4 +1,4 @@
-"""The drawn faces: the same everywhere, varied, and telling the expressions apart."""
+"""Synthetic faces: reproducible, varied, and with recognizable expressions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from fer_ray.data import synthetic
 from fer_ray.data.labels import FER2013_LABELS
+from fer_ray.data.sources.synthetic import SyntheticImageSource
 
 
 def test_an_image_depends_on_seed_and_index_alone():
@@ -50,7 +51,7 @@ def test_the_label_changes_the_middle_of_the_face_and_not_the_person():
 
 
 def test_splits_are_80_10_10_and_balanced():
-    entries = list(synthetic.SyntheticPictures(seed=0, num_images=2000, size=48).entries())
+    entries = list(SyntheticImageSource(seed=0, num_images=2000, size=48).entries())
     assert len({entry.path for entry in entries}) == 2000
     splits = Counter(entry.split for entry in entries)
     assert splits == {"train": 1600, "validation": 200, "test": 200}
@@ -61,12 +62,12 @@ def test_splits_are_80_10_10_and_balanced():
 
 
 def test_a_path_names_its_image():
-    pictures = synthetic.SyntheticPictures(seed=4, num_images=50, size=48)
-    for entry in pictures.entries():
+    source = SyntheticImageSource(seed=4, num_images=50, size=48)
+    for entry in source.entries():
         index = int(entry.path.rsplit("/", 1)[1])
         assert entry.path.split("/")[:2] == [entry.split, entry.label]
         expected = synthetic.draw(FER2013_LABELS.index(entry.label), 4, index)
-        assert np.array_equal(pictures.grey(entry.path, entry.at), expected)
+        assert np.array_equal(source.grey(entry.path, entry.at), expected)
 
 
 @pytest.fixture

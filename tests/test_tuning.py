@@ -120,7 +120,7 @@ def test_as_many_images_are_seen_as_the_plan_says(data, counts, fraction):
         return
     labels = np.repeat(np.arange(len(counts)), counts)
     kept = object_store.stratified(labels, fraction, seed=0)
-    assert len(kept) == sum(object_store.share_of(count, fraction) for count in counts)
+    assert len(kept) == sum(object_store.stratum_size(count, fraction) for count in counts)
 
 
 def test_a_plan_counts_the_images_that_trials_see(data, tmp_path):

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fer_ray.benchmarks.loops import Workplace, now, rate, spread
 from fer_ray.data.dataset import DatasetInfo, SplitInfo
-from fer_ray.data.row_groups import pieces
+from fer_ray.data.row_groups import row_group_slices
 from fer_ray.models.forward import Forward, resize
 from fer_ray.training.feed import Feed, Images
 from fer_ray.training.stream_feed import StreamFeed
@@ -114,7 +114,7 @@ class Inputs:
 
         def feed(passes: int) -> StreamFeed:
             info = repeated(self._place.info, passes)
-            found = {name: pieces(info, name) for name in ("train", "validation")}
+            found = {name: row_group_slices(info, name) for name in ("train", "validation")}
             spare, group = self._settings["spare_cpus"], self._place.group
             return StreamFeed(self._place.config, info, found, group=group, spare_cpus=spare)
 

@@ -21,7 +21,7 @@ from fer_ray.data.dataset import DatasetInfo, load_split, read_info
 from fer_ray.errors import JobFailed
 from fer_ray.inference import run as inference
 from fer_ray.models import checkpoint
-from fer_ray.preparation.shards import ROWS_PER_PART
+from fer_ray.preparation.shards import ROWS_PER_SHARD
 from fer_ray.training.feed import Images
 from fer_ray.training.loop import Trainer
 from fer_ray.training.memory_feed import MemoryFeed
@@ -57,7 +57,7 @@ class Bare:
             images,
             self._forward,
             batch_size=inference.BATCH_SIZE,
-            steps=ROWS_PER_PART // inference.BATCH_SIZE,
+            steps=ROWS_PER_SHARD // inference.BATCH_SIZE,
             device=device,
         )
         self._run(2)
@@ -125,7 +125,7 @@ def parts_for(speed: float, round_s: float) -> tuple[int, int]:
         round_s: seconds of a round.
     """
     batches = max(round(speed * round_s / 2 / inference.BATCH_SIZE), 1)
-    rows = min(batches * inference.BATCH_SIZE, ROWS_PER_PART)
+    rows = min(batches * inference.BATCH_SIZE, ROWS_PER_SHARD)
     return min(1 + max(math.ceil(speed * round_s / rows), 2), _MOST_PARTS), rows
 
 

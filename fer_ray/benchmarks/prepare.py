@@ -27,7 +27,8 @@ from fer_ray.benchmarks.loops import in_turn
 from fer_ray.data import dataset, decoding
 from fer_ray.data.sources.zips import ZipSource
 from fer_ray.errors import JobFailed
-from fer_ray.preparation import run as preparation
+from fer_ray.preparation import run
+from fer_ray.preparation.plan import plan_preparation
 
 _JPEG_QUALITY = 95
 _FEW, _MANY = 30_000, 600_000
@@ -64,10 +65,10 @@ def against_pillow(
 
     def prepare() -> float:
         start = time.perf_counter()
-        plan = preparation.plan(
+        plan = plan_preparation(
             source=str(archive), output=ours, image_size=info.image_size, overwrite=True
         )
-        preparation.prepare(plan, log=lambda line: None)
+        run.prepare(plan, log=lambda line: None)
         return count / (time.perf_counter() - start)
 
     def by_hand() -> float:

@@ -32,7 +32,8 @@ from fer_ray.data.dataset import DatasetInfo, read_info
 from fer_ray.data.labels import FER2013_LABELS
 from fer_ray.errors import UserError, unknown
 from fer_ray.models import registry
-from fer_ray.preparation import run as preparation
+from fer_ray.preparation.plan import plan_preparation
+from fer_ray.preparation.run import prepare
 from fer_ray.runtime import environment, resources
 from fer_ray.training import ray_trainer
 
@@ -281,8 +282,8 @@ class _Run:
 
 def _draw_faces(folder: str) -> str:
     path = storage.join(folder, "faces")
-    plan = preparation.plan(source="synthetic", output=path, image_size=_IMAGE_SIZE)
-    preparation.prepare(plan, log=lambda line: None)
+    plan = plan_preparation(source="synthetic", output=path, image_size=_IMAGE_SIZE)
+    prepare(plan, log=lambda line: None)
     return path
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from fer_ray import storage
 from fer_ray.config import overrides
 from fer_ray.config.schema import TrainConfig
-from fer_ray.preparation import run as preparation
+from fer_ray.preparation.plan import plan_preparation
+from fer_ray.preparation.run import prepare
 from fer_ray.sweeps import plan as planning
 from fer_ray.sweeps import run as tuning
 from fer_ray.sweeps import store
@@ -136,8 +137,8 @@ def _config(data: str, *, width: int, epochs: int) -> TrainConfig:
 
 def _draw(folder: str, num_images: int) -> str:
     path = storage.join(folder, "faces")
-    plan = preparation.plan(source="synthetic", output=path, num_images=num_images)
-    preparation.prepare(plan, log=lambda line: None)
+    plan = plan_preparation(source="synthetic", output=path, num_images=num_images)
+    prepare(plan, log=lambda line: None)
     return path
 
 

@@ -1,1 +1,1 @@
-"""The data contracts: labels, prepared data sets, predictions, histories; sources of images."""
+"""Images and results on disk: sources, prepared datasets, predictions, run folders."""

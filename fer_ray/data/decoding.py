@@ -1,4 +1,4 @@
-"""One image file to grey pixels: decoding, fitting into a square, hashing."""
+"""From an image file to grey pixels: decoding, fitting into a square, hashing."""
 
 from __future__ import annotations
 
@@ -12,133 +12,157 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from fer_ray.errors import first_line
+
 MAX_PIXELS = 50_000_000
-"""The most pixels that a picture may declare: above, it is taken for a decompression bomb."""
-
-
-_PIXELS_AT_ONCE = 2**18
-"""Pixels of 16 bits that are scaled at once: meanwhile each takes several times its bytes."""
-
+"""Images that declare more pixels are refused as decompression bombs."""
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-"""What is decoded. A short list, because some of Pillow's other formats run programs."""
+"""The formats that are decoded. Some of Pillow's other formats run external programs."""
 
+_BLOCK_PIXELS = 2**18
+"""Pixels that are scaled to 8 bits in one step: the temporary arrays are several times larger."""
 
-_SOF, _SOS = (0xC0, 0xC1), 0xDA
+_RANGE_16_BITS = (0, 65535)
+_BITS_PER_SAMPLE, _MIN_SAMPLE, _MAX_SAMPLE = 258, 340, 341
+"""TIFF tags BitsPerSample, SMinSampleValue and SMaxSampleValue (TIFF 6.0, pages 29 and 81)."""
 
+# Segments of a JPEG file (ITU-T T.81, table B.1).
+_START_OF_FRAME, _START_OF_SCAN = (0xC0, 0xC1), 0xDA
+_PLAIN_SEGMENTS = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # DHT, DQT, DRI, APP0 (JFIF), COM
+_SEGMENT = struct.Struct(">BBHBHHB")
+"""0xFF, marker, length; in a frame header followed by bits, height, width and channels."""
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
+"""A marker within a scan other than a stuffed byte (00) or a restart marker (d0 to d7)."""
 
-_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # DHT, DQT, DRI, APP0 (JFIF), COM
-
-
-_FRAME = struct.Struct(">BBHBHHB")
-"""A segment's mark, kind and length; and in a SOF bits, height, width and channels."""
-
-
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # neither a stuffed byte nor a restart
-
-
-_AS_IT_IS = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
+_GREY_UNROTATED = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 class DecodeError(Exception):
-    """A picture that cannot be used, with the reason in plain words."""
+    """An image that cannot be used; the message is the reason in plain words."""
 
 
 def decode(content: bytes) -> np.ndarray:
-    """Decodes a picture file to grey.
+    """Decodes an image file to grey.
 
-    Colour becomes luma (ITU-R 601-2), 16 bits are scaled to 8, the EXIF rotation is applied,
-    of an animation the first frame is taken, transparency is ignored.
+    Colours become luma (ITU-R 601-2), 16 bits are scaled to 8, the EXIF rotation is applied. Of
+    an animation only the first frame is read. Transparency is ignored.
 
     Args:
-        content: the file's bytes, in one of `FORMATS`.
+        content: the bytes of a file in one of `FORMATS`.
 
     Returns:
-        (H, W) uint8, 0 to 255, of the picture's own size.
+        (H, W) uint8, 0 to 255, in the image's own size.
 
     Raises:
-        DecodeError: for whatever cannot be decoded, with the reason.
+        DecodeError: when the image cannot be decoded, for whatever reason.
     """
     if not content:
         raise DecodeError("the file is empty")
     if _is_plain_jpeg(content):
-        # the same library as Pillow's, without what Pillow does around it: a quarter of the time
-        found = cv2.imdecode(np.frombuffer(content, np.uint8), _AS_IT_IS)
-        if found is not None:
-            return found
+        # libjpeg-turbo, as in Pillow, but without Pillow's overhead: a quarter of the time
+        grey = cv2.imdecode(np.frombuffer(content, np.uint8), _GREY_UNROTATED)
+        if grey is not None:
+            return grey
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-            width, height = picture.size
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
             if width * height > MAX_PIXELS:
                 raise DecodeError(f"{width} x {height} pixels: more than {MAX_PIXELS:,}")
-            return _grey(ImageOps.exif_transpose(picture))
+            return _to_grey(image)
     except DecodeError:
         raise
     except Image.UnidentifiedImageError as error:
         raise DecodeError(f"not an image of a known format ({', '.join(FORMATS)})") from error
-    except Exception as error:  # Pillow's decoders raise nearly anything on hostile input
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DecodeError(f"cannot be decoded: {reason}") from error
+    except Exception as error:  # on hostile input Pillow's decoders raise nearly any type
+        raise DecodeError(f"cannot be decoded: {first_line(error)}") from error
 
 
 def _is_plain_jpeg(content: bytes) -> bool:
-    """Whether this is a complete JPEG of one scan, 8 bits and grey, that says nothing else.
+    """Whether this is a complete grey JPEG with one scan, 8 bits and no EXIF data.
 
-    Both libraries then give the same pixels: both call libjpeg-turbo. OpenCV would also take a
-    file that is cut, or damaged so that a marker stands among the pixels, and say so on standard
-    error only; and it would not turn what EXIF says is rotated.
+    For these files OpenCV and Pillow give the same pixels, since both call libjpeg-turbo. OpenCV
+    alone would also accept truncated files and files with markers among the pixels (it reports
+    them on standard error only), and `_GREY_UNROTATED` ignores the EXIF rotation.
     """
     if not content.startswith(b"\xff\xd8"):
         return False
-    position, grey = 2, False
-    while position + _FRAME.size <= len(content):
-        start, marker, length, bits, height, width, channels = _FRAME.unpack_from(content, position)
+    position, is_grey = 2, False
+    while position + _SEGMENT.size <= len(content):
+        segment = _SEGMENT.unpack_from(content, position)
+        start, marker, length, bits, height, width, channels = segment
         if start != 0xFF:
             return False
-        if marker == _SOS:
+        if marker == _START_OF_SCAN:
             end = _MARKER.search(content, position + 2 + length)
-            return grey and end is not None and content[end.start() :] == b"\xff\xd9"
-        if marker in _SOF:
-            grey = bits == 8 and channels == 1 and 0 < height * width <= MAX_PIXELS
-        elif marker not in _TABLES or length < 2:
+            return is_grey and end is not None and content[end.start() :] == b"\xff\xd9"
+        if marker in _START_OF_FRAME:
+            is_grey = bits == 8 and channels == 1 and 0 < height * width <= MAX_PIXELS
+        elif marker not in _PLAIN_SEGMENTS or length < 2:
             return False
         position += 2 + length
     return False
 
 
-def _grey(picture: Image.Image) -> np.ndarray:
-    if picture.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
-        return _scaled(picture)
-    if picture.mode == "F":
+def _to_grey(image: Image.Image) -> np.ndarray:
+    if image.mode == "F":
         raise DecodeError("the pixels are floating-point numbers of unknown range")
-    return np.array(picture.convert("L"), np.uint8)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        limits = _integer_range(image)  # before the rotation, whose result has no TIFF tags
+        return _scale_to_8_bits(ImageOps.exif_transpose(image), *limits)
+    return np.array(ImageOps.exif_transpose(image).convert("L"), np.uint8)
 
 
-def _scaled(picture: Image.Image) -> np.ndarray:
-    """16 bits as 8, rounded to the nearest, block by block."""
-    width, height = picture.size
+def _integer_range(image: Image.Image) -> tuple[int, int]:
+    """Returns the values that are black and white in an image of 16 or 32 bits.
+
+    Raises:
+        DecodeError: for 32 bits when the file does not declare its range.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if image.mode != "I" or max(_tag_values(tags, _BITS_PER_SAMPLE), default=16) <= 16:
+        return _RANGE_16_BITS  # Pillow scales PPM files of any range to 16 bits
+    low = _tag_values(tags, _MIN_SAMPLE)
+    high = _tag_values(tags, _MAX_SAMPLE)
+    limits = (*low, *high)
+    if len(limits) != 2 or limits[0] >= limits[1] or any(int(value) != value for value in limits):
+        raise DecodeError(
+            "the pixels are 32-bit integers of unknown range: save the image with 8 or 16 bits"
+        )
+    return int(limits[0]), int(limits[1])
+
+
+def _tag_values(tags: object, number: int) -> tuple[float, ...]:
+    values = tags.get(number, ())  # type: ignore[attr-defined]
+    return values if isinstance(values, tuple) else (values,)
+
+
+def _scale_to_8_bits(image: Image.Image, low: int, high: int) -> np.ndarray:
+    """Maps `low`..`high` linearly to 0..255, rounded to the nearest, block by block."""
+    width, height = image.size
     grey = np.empty((height, width), np.uint8)
-    columns = min(width, _PIXELS_AT_ONCE)
-    rows = _PIXELS_AT_ONCE // columns
+    columns = min(width, _BLOCK_PIXELS)
+    rows = _BLOCK_PIXELS // columns
+    span = high - low
     for top, left in itertools.product(range(0, height, rows), range(0, width, columns)):
         bottom, right = min(top + rows, height), min(left + columns, width)
-        block = np.asarray(picture.crop((left, top, right, bottom)))
-        if block.min() < 0 or block.max() > 65535:
-            raise DecodeError("the pixels have more than 16 bits")
-        # 65,535 x 255 is within 32 bits
-        grey[top:bottom, left:right] = (block.astype(np.uint32) * 255 + 32767) // 65535
+        block = np.asarray(image.crop((left, top, right, bottom)))
+        if block.min() < low or block.max() > high:
+            raise DecodeError(f"a pixel is outside the range {low} to {high}")
+        scaled = ((block.astype(np.int64) - low) * 255 + span // 2) // span
+        grey[top:bottom, left:right] = scaled
     return grey
 
 
 def fit(grey: np.ndarray, size: int) -> np.ndarray:
-    """Scales a picture to fit a square and pads it with its own edge; never stretches it.
+    """Scales an image to fit into a square and pads it with its edge pixels, without stretching.
 
-    Shrinks by area averaging, enlarges by cubic interpolation; what has the right shape stays
-    byte for byte.
+    Images are shrunk by area averaging and enlarged by cubic interpolation. An image that
+    already has the right shape is returned unchanged.
 
     Args:
         grey: (H, W) uint8.
-        size: the square's side in pixels.
+        size: height and width of the square, in pixels.
 
     Returns:
         (size, size) uint8.
@@ -158,10 +182,10 @@ def fit(grey: np.ndarray, size: int) -> np.ndarray:
 
 
 def pixel_sha256(grey: np.ndarray) -> str:
-    """The hash that finds the same picture under two names.
+    """Returns the hash by which duplicates are recognized, in hexadecimal.
 
-    SHA-256, in hexadecimal, of the ASCII text ``<height>x<width>:`` followed by the grey pixels
-    row by row; the shape is part of it, so that equal bytes in other shapes differ.
+    It is the SHA-256 of the ASCII text ``<height>x<width>:`` followed by the pixels, row by row.
+    The shape is included so that equal bytes in another shape differ.
 
     Args:
         grey: (H, W) uint8, as decoded, before resizing.
@@ -170,6 +194,6 @@ def pixel_sha256(grey: np.ndarray) -> str:
 
 
 def pixel_digest(grey: np.ndarray) -> bytes:
-    """`pixel_sha256` as 32 bytes."""
+    """Returns `pixel_sha256` as 32 bytes."""
     height, width = grey.shape
     return hashlib.sha256(f"{height}x{width}:".encode() + grey.tobytes()).digest()

@@ -1,128 +1,144 @@
-"""Pictures with labels, whatever they lie in: what `preparation` makes a dataset of."""
+"""Sources of labelled images: what every type of source provides, and the registry of types.
+
+A type of source is one module in `fer_ray.data.sources`, or a module of a plugin, that registers
+a `SourceType`. Its name then works in ``--source``, its description appears in ``--help`` and in
+messages, and ``dataset.json`` names it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from fer_ray import storage
-from fer_ray.data import decoding
-from fer_ray.data.sources import Entry, Source, kaggle, layouts, open_files, pixels, tables
+from fer_ray.data.sources.files import Entry, FileSource
 from fer_ray.errors import UserError
-
-KINDS = "a folder, a .zip, a .csv or .parquet table, fer2013.csv, kaggle or synthetic"
-"""What ``--source`` may name."""
+from fer_ray.registry import Registry
 
 
-class Pictures(Protocol):
-    """Where the rows come from; sent to workers, so cheap to pickle."""
+class ImageSource(Protocol):
+    """Labelled images, wherever they come from.
+
+    It is pickled and sent to workers, so its state has to be small. A worker reads only the
+    images whose entries it is given.
+    """
 
     @property
     def has_splits(self) -> bool:
-        """Whether the source says which split a picture belongs to; else all is train."""
+        """Whether the source assigns images to splits; otherwise all of them are train."""
 
     def entries(self) -> Iterator[Entry]:
-        """Every file seen: with split and label, or with the reason why it is no row."""
+        """Lists every file or row: with its split and label, or with the reason why it has none.
 
-    def grey(self, path: str, at: bytes) -> np.ndarray:
-        """One picture, (H, W) uint8; raises `ReadError` or `DecodeError`."""
-
-    def describe(self, listing: Iterator[tuple[str, int]]) -> dict[str, Any]:
-        """What ``dataset.json`` says about the source; `listing` as in `Source.fingerprint`."""
-
-
-class _Files:
-    """Picture files, wherever they are."""
-
-    def __init__(self, source: Source, given: str) -> None:
-        self._source, self._given = source, given
-
-    def grey(self, path: str, at: bytes) -> np.ndarray:
-        """See `Pictures.grey`."""
-        return decoding.decode(self._source.read(path, at))
-
-    def describe(self, listing: Iterator[tuple[str, int]]) -> dict[str, Any]:
-        """See `Pictures.describe`."""
-        return {
-            "kind": self._source.kind,
-            "path": self._given,
-            "sha256": self._source.fingerprint(listing),
-        }
-
-
-class FilePictures(_Files):
-    """The picture files of a folder or zip, told apart by where they lie."""
-
-    def __init__(self, source: Source, given: str) -> None:
-        """Looks for the layout.
-
-        Args:
-            source: where the files are.
-            given: the place as the user named it.
+        Listed one by one, so that memory does not grow with the number of images.
 
         Raises:
-            UserError: when there is none that is known.
+            UserError: when the source cannot be listed.
         """
-        super().__init__(source, given)
-        self._layout = layouts.find(source)
 
-    @property
-    def has_splits(self) -> bool:
-        """See `Pictures.has_splits`."""
-        return self._layout.has_splits
+    def grey(self, path: str, at: bytes) -> np.ndarray:
+        """Returns one image as grey pixels, (H, W) uint8.
 
-    def entries(self) -> Iterator[Entry]:
-        """See `Pictures.entries`."""
-        return layouts.located(self._source, self._layout)
+        Args:
+            path: the entry's path.
+            at: the entry's location.
 
+        Raises:
+            ReadError: when the image cannot be read.
+            DecodeError: when the image cannot be decoded.
+            UserError: when the whole source cannot be reached.
+        """
 
-class TablePictures(_Files):
-    """The picture files that a table names."""
+    def describe(self, listing: Iterator[tuple[str, int]]) -> dict[str, Any]:
+        """Returns what ``dataset.json`` records about the source, beside the name of its type.
 
-    _source: tables.TableSource
-
-    @property
-    def has_splits(self) -> bool:
-        """See `Pictures.has_splits`."""
-        return self._source.has_splits
-
-    def entries(self) -> Iterator[Entry]:
-        """See `Pictures.entries`."""
-        return self._source.entries()
+        Args:
+            listing: paths and sizes of all entries, ordered by path.
+        """
 
 
-def open_pictures(given: str) -> Pictures:
-    """Opens whatever ``--source`` names, but for the synthetic one.
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Settings of a preparation that some types of sources need."""
+
+    image_size: int = 48
+    """Height and width of the prepared images, in pixels."""
+    num_images: int | None = None
+    """How many images to generate; None for the source's default. Only for generated images."""
+    seed: int = 0
+    """Seed of generated images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceType:
+    """A type of source, registered in `SOURCES` under the name that ``dataset.json`` records."""
+
+    description: str
+    """What the user gives, as a noun phrase for ``--help`` and messages: "a .zip"."""
+    recognizes: Callable[[str], bool]
+    """Whether a value of ``--source`` names a source of this type."""
+    open: Callable[[str, SourceOptions], ImageSource]
+    """Opens a source that `recognizes` accepts; raises `UserError` when it is not usable."""
+    open_files: Callable[[str], FileSource] | None = None
+    """Opens the plain files of an absolute path, for ``predict --images``; None if there are
+    none."""
+    precedence: int = 0
+    """Types with a higher value are asked first whether they recognize a source: for types that
+    look into a file or folder which another type recognizes by its name."""
+    is_path: bool = True
+    """Whether the value of ``--source`` is a path or URI, and not just a name."""
+    is_generated: bool = False
+    """Whether the images are generated, so that ``--num-images`` applies."""
+
+
+SOURCES: Registry[SourceType] = Registry("--source", "fer_ray.data.sources")
+"""All types of sources."""
+
+
+def describe_types() -> str:
+    """Returns the descriptions of all types, for ``--help`` and messages."""
+    return "; ".join(source_type.description for _, source_type in SOURCES.items())
+
+
+def find_type(source: str) -> str:
+    """Returns the name of the type that recognizes a value of ``--source``.
+
+    A type of exactly this name is asked first, then the others by their precedence.
 
     Raises:
-        UserError: when it is not there, or nothing that is known.
+        UserError: when no type does.
     """
-    if given == "kaggle":
-        return FilePictures(open_files(kaggle.download()), given)
-    path = storage.absolute(given)
-    name = storage.name_of(path).lower()
-    if name.endswith((".csv", ".parquet")) and not storage.is_directory(path):
-        return _table(path, given)
-    try:
-        return FilePictures(open_files(path), given)
-    except UserError as error:
-        if str(error).endswith("neither a folder nor a .zip"):
-            raise UserError(f"--source: {path} is none of {KINDS}") from error
-        raise
+    by_precedence = sorted(SOURCES.names, key=lambda name: -SOURCES[name].precedence)
+    for name in sorted(by_precedence, key=lambda name: name != source):
+        if SOURCES[name].recognizes(source):
+            return name
+    raise _unknown_source("--source", source, SOURCES.names)
 
 
-def _table(path: str, given: str) -> Pictures:
+def open_files(path: str) -> FileSource:
+    """Opens the files that ``--images`` names, whatever their layout.
+
+    Args:
+        path: local path or URI.
+
+    Raises:
+        UserError: when the path does not exist, or is of no type that consists of files.
+    """
+    path = storage.absolute(path)
+    with_files = [name for name, source_type in SOURCES.items() if source_type.open_files]
+    for name in with_files:
+        source_type = SOURCES[name]
+        if source_type.open_files and source_type.recognizes(path):
+            return source_type.open_files(path)
+    raise _unknown_source("--images", path, with_files)
+
+
+def _unknown_source(flag: str, source: str, names: Iterable[str]) -> UserError:
+    path = storage.absolute(source)
     if not storage.exists(path):
-        raise UserError(f"--source: {path} does not exist")
-    names = tables.columns_of(path)
-    if not tables.is_parquet(path) and set(names) >= pixels.COLUMNS:
-        return pixels.PixelRows(path, given)
-    if set(names) >= set(tables.COLUMNS):
-        return TablePictures(tables.TableSource(path), given)
-    raise UserError(
-        f"--source: {path} has the columns {', '.join(names)[:200] or '(none)'}: expected "
-        f"{' and '.join(tables.COLUMNS)}, and split if there is one, or those of fer2013.csv: "
-        "emotion, pixels, Usage"
-    )
+        return UserError(f"{flag}: {path} does not exist")
+    expected = "; ".join(SOURCES[name].description for name in names)
+    return UserError(f"{flag}: {path} is not a known type of source; expected: {expected}")

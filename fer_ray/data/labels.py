@@ -1,21 +1,21 @@
 """The names of classes and splits.
 
-Labels are a property of each prepared data set; the constants here are FER-2013's and serve
-as the default of the synthetic source.
+Each prepared dataset has labels of its own. The labels here are those of FER-2013, which the
+synthetic source uses too.
 """
 
 from __future__ import annotations
 
 FER2013_LABELS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
-"""FER-2013's seven expressions, alphabetical: the order of every ``prob_<label>`` column."""
+"""FER-2013's seven expressions in alphabetical order, as in every prepared dataset."""
 
 SPLITS = ("train", "validation", "test")
-"""The splits that a prepared data set can have."""
+"""The splits that a prepared dataset can have."""
 
 UNKNOWN_LABEL = -1
-"""The label's index of an image whose label is not known (null in Parquet)."""
+"""Label index of an image without a label (null in Parquet)."""
 
 
 def probability_column(label: str) -> str:
-    """The name of the predictions' column that holds a label's probability."""
+    """Returns the name of the prediction column with a label's probability."""
     return f"prob_{label}"

@@ -1,6 +1,6 @@
-"""The images of both splits, read once by Ray and shared by all processes of a node.
+"""Splits in Ray's object store: read once, then shared by all processes of a node.
 
-Apart from `training`: the process that reads has no need of torch, whose import takes longer.
+This module does not import torch, so that the process that reads the images starts quickly.
 """
 
 from __future__ import annotations
@@ -22,61 +22,64 @@ def share(
     seed: int = 0,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """References to (images, labels) of each split; each node keeps one copy of them.
+    """Loads splits into the object store; each node keeps one copy.
 
     Args:
-        info: the data set.
-        fractions: what part of each split, above 0 and at most 1.
-        seed: decides which part.
-        meanwhile: called while the images are read.
+        info: the dataset.
+        fractions: by split, the fraction of its images to load, above 0 and at most 1.
+        seed: decides which images are loaded where the fraction is below 1.
+        meanwhile: called once while Ray reads the images.
 
     Returns:
-        By split, a reference to pixels (N, S, S) uint8 and labels (N,) int64.
+        By split, a reference to a tuple of images, (N, S, S) uint8, and labels, (N,) int64.
 
     Raises:
-        UserError: for damaged files.
+        UserError: when files of the dataset cannot be read.
     """
     import ray
 
     load = ray.remote(num_cpus=0, num_returns=2)(_load)
-    answers: dict[str, Any] = {
+    references: dict[str, Any] = {
         name: load.remote(info, name, fraction, seed) for name, fraction in fractions.items()
     }
     meanwhile()
-    for problem, _ in answers.values():
+    for problem, _ in references.values():
         if reason := ray.get(problem):
             raise UserError(reason)
-    return {name: images for name, (_, images) in answers.items()}
+    return {name: images for name, (_, images) in references.items()}
 
 
 def _load(info: DatasetInfo, name: str, fraction: float, seed: int) -> tuple[str, Any]:
-    """A split's pixels and labels, or a part of them, or why they cannot be read."""
+    """Returns ("", (images, labels)) of a split, or (reason, None) when it cannot be read."""
     try:
         split = load_split(info, name)
     except UserError as error:
         return str(error), None
     if fraction == 1.0:
         return "", (split.images, split.labels)
-    keep = stratified(split.labels, fraction, seed)
-    return "", (split.images[keep], split.labels[keep])
+    selected = stratified(split.labels, fraction, seed)
+    return "", (split.images[selected], split.labels[selected])
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Positions of a part of the images that has the same share of each class, in order.
+    """Draws the same fraction of each class at random.
 
     Args:
         labels: (N,) int64; images without a label are left out.
-        fraction: above 0, at most 1; rounded for each class, at least one image.
-        seed: decides which.
+        fraction: above 0 and at most 1; see `stratum_size` for the rounding.
+        seed: decides which images are drawn.
+
+    Returns:
+        Sorted indices into `labels`, (M,) int64.
     """
     random = np.random.default_rng((seed, 0x5EED))
-    kept = []
+    selected = []
     for label in np.unique(labels[labels != UNKNOWN_LABEL]):
-        where = np.flatnonzero(labels == label)
-        kept.append(random.permutation(where)[: share_of(len(where), fraction)])
-    return np.sort(np.concatenate(kept))
+        members = np.flatnonzero(labels == label)
+        selected.append(random.permutation(members)[: stratum_size(len(members), fraction)])
+    return np.sort(np.concatenate(selected))
 
 
-def share_of(count: int, fraction: float) -> int:
-    """How many of a class's images are a fraction of them: one at least, where there are any."""
+def stratum_size(count: int, fraction: float) -> int:
+    """Returns how many of a class's images are drawn: rounded, at least 1 unless there are none."""
     return max(round(count * fraction), 1) if count else 0

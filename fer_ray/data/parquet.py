@@ -1,4 +1,4 @@
-"""Writing a Parquet part from a worker."""
+"""Writing Parquet shards from workers."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from fer_ray import storage
 from fer_ray.errors import UserError
 
 
-def write_table(table: pa.Table, staging: str, part: str, **settings: Any) -> None:
-    """Writes a part as Parquet.
+def write_table(table: pa.Table, staging: str, shard: str, **settings: Any) -> None:
+    """Writes one shard as a Parquet file, compressed with zstd.
 
     Args:
-        table: its rows.
-        staging: place of the unfinished output.
-        part: path of the part in it.
+        table: the rows.
+        staging: absolute path or URI of the unfinished output.
+        shard: path of the file within `staging`; its folder has to exist.
         settings: further arguments of `pyarrow.parquet.write_table`.
 
     Raises:
-        UserError: when this worker does not see the folder.
+        UserError: when the folder does not exist on this machine.
     """
-    fs, path = storage.filesystem(storage.join(staging, part))
+    fs, path = storage.filesystem(storage.join(staging, shard))
     try:
         pq.write_table(table, path, filesystem=fs, compression="zstd", **settings)
     except FileNotFoundError as error:
-        raise unseen(storage.parent_of(staging)) from error
+        raise output_not_shared_error(storage.parent_of(staging)) from error
 
 
-def unseen(path: str) -> UserError:
-    """Builds the error for an output that workers on other machines do not see."""
+def output_not_shared_error(path: str) -> UserError:
+    """Builds the error for an output folder that some workers cannot access."""
     return UserError(
-        f"--output: {path} is not seen by every worker: with several machines it has to be on a "
-        "shared disk or at a URI"
+        f"--output: not every worker can access {path}: on several machines, use a shared disk "
+        "or a URI"
     )

@@ -1,33 +1,27 @@
-"""Drawn faces with seven expressions: images for trying everything out without any data.
+"""Drawing of synthetic faces with seven expressions.
 
-A face is drawn from polygons at a higher resolution and scaled down. The expression acts on
-brows, eyes, nose and mouth as it does in people (the combinations follow the action units of
-Ekman and Friesen's Facial Action Coding System), at varying strength; identity, pose, light and
-noise vary independently of it. Nothing but (seed, index) decides what is drawn, so that any
+A face is drawn from polygons at a higher resolution and scaled down. The expression changes
+brows, eyes, nose and mouth as in people, by a varying intensity (the combinations follow the
+action units of Ekman and Friesen's Facial Action Coding System). Identity, pose, light and noise
+vary independently of the expression. Only the seed and the index decide what is drawn, so any
 worker can draw any image.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import cv2
 import numpy as np
 
 from fer_ray.data.labels import FER2013_LABELS
-from fer_ray.data.sources import Entry
-
-NUM_IMAGES = 4000
-"""How many images there are unless the user says otherwise."""
 
 _CANVAS = 192
-"""Smallest side of the sheet that is drawn on, in pixels: four times a 48-pixel image."""
+"""Smallest side of the canvas, in pixels: four times that of a 48-pixel image."""
 
 _SHIFT = 4
-"""Fractional bits of the coordinates handed to OpenCV."""
+"""Fractional bits of the coordinates that OpenCV receives."""
 
 _TURN = np.linspace(0, 2 * np.pi, 20, endpoint=False)
 _CIRCLE = np.stack([np.cos(_TURN), np.sin(_TURN)], axis=1)
@@ -36,34 +30,34 @@ _SPAN = np.linspace(-1, 1, 9)
 
 @dataclass(frozen=True, kw_only=True)
 class Expression:
-    """What an expression does to a face, in units of half the face's width; y points down."""
+    """How an expression changes a face. Lengths are in units of half the face's width."""
 
     brow_inner: float = 0.0
-    """Raising of the inner ends of the brows; negative where they are lowered."""
+    """How far the inner ends of the brows are raised; negative: lowered."""
     brow_outer: float = 0.0
-    """Raising of the outer ends."""
+    """How far the outer ends of the brows are raised."""
     brow_pinch: float = 0.0
-    """How much nearer to each other the brows are."""
+    """How far each brow moves towards the middle."""
     eye_open: float = 0.115
-    """Half the height of the opened eye."""
+    """Half the height of the open eye."""
     eye_slant: float = 0.0
-    """Lowering of the outer corner of the eye."""
+    """How far the outer corner of the eye is lowered."""
     mouth_curve: float = 0.0
-    """Raising of the corners above the middle: a smile is positive."""
+    """How far the corners of the mouth are above its middle: positive for a smile."""
     mouth_open: float = 0.0
-    """Half the height of the open mouth, in its middle."""
+    """Half the height of the open mouth, at its middle."""
     mouth_width: float = 0.34
     """Half the width of the mouth."""
     mouth_square: float = 0.0
-    """Shape of the open mouth: 0 pointed at the corners, 1 nearly rectangular."""
+    """Shape of the open mouth: 0 for pointed corners, 1 for nearly rectangular."""
     upper_lip: float = 0.0
-    """Raising of the middle of the upper lip."""
+    """How far the middle of the upper lip is raised."""
     teeth: float = 0.0
-    """Share of the open mouth that teeth cover, from above."""
+    """Fraction of the open mouth that the teeth cover, from above, 0 to 1."""
     nose_wrinkle: float = 0.0
     """Depth of the wrinkles across the nose and of the folds beside it, 0 to 1."""
     cheeks: float = 0.0
-    """Depth of the smiling folds below the eyes, 0 to 1."""
+    """Depth of the folds below the eyes when smiling, 0 to 1."""
 
 
 _REST = Expression()
@@ -96,58 +90,20 @@ EXPRESSIONS = {
         mouth_square=0.25, teeth=0.12,
     ),
 }  # fmt: skip
-"""Each label's expression at full strength; what is drawn lies between it and rest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyntheticPictures:
-    """Drawn faces as a source: 80 % train, 10 % validation, 10 % test, classes in balance."""
-
-    seed: int
-    """Other seeds give other faces."""
-    num_images: int
-    """How many images all splits hold together."""
-    size: int
-    """Height and width, in pixels."""
-
-    @property
-    def has_splits(self) -> bool:
-        """Every image belongs to a split."""
-        return True
-
-    def entries(self) -> Iterator[Entry]:
-        """Every image: ``<split>/<label>/<index>``."""
-        for index in range(self.num_images):
-            split = {8: "validation", 9: "test"}.get(index % 10, "train")
-            label = FER2013_LABELS[label_of(index)]
-            yield Entry(path=f"{split}/{label}/{index:07d}", split=split, label=label)
-
-    def grey(self, path: str, at: bytes) -> np.ndarray:
-        """One face, (size, size) uint8, by its path."""
-        index = int(path.rsplit("/", 1)[1])
-        return draw(label_of(index), self.seed, index, self.size)
-
-    def describe(self, listing: Iterator[tuple[str, int]]) -> dict[str, Any]:
-        """What ``dataset.json`` says about the source."""
-        return {"kind": "synthetic", "seed": self.seed, "num_images": self.num_images}
-
-
-def label_of(index: int) -> int:
-    """An image's label: every split, a fixed last digit, goes through all labels in turn."""
-    return (index // 10 + index % 10) % len(FER2013_LABELS)
+"""Each label's expression at full intensity; most faces are drawn between it and rest."""
 
 
 def draw(label: int, seed: int, index: int, size: int = 48) -> np.ndarray:
-    """Draws a face.
+    """Draws one face; the same arguments always give the same pixels.
 
     Args:
         label: index into `FER2013_LABELS`.
-        seed: of all images together.
-        index: of this image.
+        seed: seed of the whole dataset.
+        index: number of the image within the dataset.
         size: height and width, in pixels.
 
     Returns:
-        (size, size) uint8, the same for the same arguments.
+        (size, size) uint8, grey.
     """
     rng = np.random.default_rng((seed, index))
     expression = _vary(EXPRESSIONS[FER2013_LABELS[label]], rng)
@@ -161,7 +117,10 @@ def draw(label: int, seed: int, index: int, size: int = 48) -> np.ndarray:
 
 
 class _Sheet:
-    """Collects shapes in the face's coordinates, so that all are posed in one product."""
+    """Collects shapes in face coordinates, to transform all of them to pixels at once.
+
+    The origin is the middle of the face, the unit half its width, and y points down.
+    """
 
     def __init__(self) -> None:
         self.points: list[np.ndarray] = []
@@ -169,17 +128,17 @@ class _Sheet:
         self.widths: list[float] = []
 
     def fill(self, points: np.ndarray, tone: float) -> None:
-        """A polygon, (N, 2), filled with a grey tone, 0 to 255."""
+        """Adds a polygon, (N, 2), filled with a grey tone; the tone is clipped to 0..255."""
         self.line(points, tone, 0.0)
 
     def line(self, points: np.ndarray, tone: float, width: float) -> None:
-        """An open line through points, (N, 2), of a width in face units."""
+        """Adds an open line through points, (N, 2); `width` is in face units."""
         self.points.append(points)
         self.tones.append(int(min(max(tone, 0), 255)))
         self.widths.append(width)
 
     def paint(self, canvas: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> None:
-        """Draws every shape at ``matrix @ point + offset``, in pixels."""
+        """Draws every shape with its points at ``matrix @ point + offset``, in pixels."""
         posed = np.concatenate(self.points) @ matrix.T + offset
         fixed = np.rint(posed * 2**_SHIFT).astype(np.int32)
         scale = math.sqrt(abs(matrix[0, 0] * matrix[1, 1] - matrix[0, 1] * matrix[1, 0]))
@@ -195,14 +154,14 @@ class _Sheet:
 
 
 def _vary(full: Expression, rng: np.random.Generator) -> Expression:
-    """An expression at 60 to 105 % of its strength, each of its parts a little off."""
-    magnitude = rng.uniform(0.6, 1.05)
+    """Returns an expression at 60 to 105 % of its intensity, with noise on every field."""
+    intensity = rng.uniform(0.6, 1.05)
     jitter = rng.normal(0, 1, len(fields(Expression)))
     values = {}
     for field, noise in zip(fields(Expression), jitter):
         rest, goal = getattr(_REST, field.name), getattr(full, field.name)
         spread = 0.012 + 0.12 * abs(goal - rest)
-        values[field.name] = rest + magnitude * (goal - rest) + spread * noise
+        values[field.name] = rest + intensity * (goal - rest) + spread * noise
     for name in ("mouth_open", "teeth", "nose_wrinkle", "cheeks", "mouth_square"):
         values[name] = max(0.0, values[name]) if getattr(full, name) else 0.0
     values["eye_open"] = max(0.03, values["eye_open"])
@@ -210,7 +169,7 @@ def _vary(full: Expression, rng: np.random.Generator) -> Expression:
 
 
 def _pose(rng: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the head is: (2, 2) matrix and (2,) offset from face units to pixels."""
+    """Draws a pose: the (2, 2) matrix and (2,) offset from face units to pixels."""
     tilt = np.clip(rng.normal(0, 0.12), -0.35, 0.35)
     scale = side * rng.uniform(0.33, 0.43)
     stretch = rng.uniform(0.92, 1.08)
@@ -220,11 +179,11 @@ def _pose(rng: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_head(sheet: _Sheet, expression: Expression, rng: np.random.Generator) -> int:
-    """Draws one person; returns the tone of the background."""
+    """Draws a head with a random identity; returns the background's tone."""
     skin = rng.uniform(95, 225)
     hair = rng.uniform(15, 110) if rng.random() < 0.8 else rng.uniform(170, 235)
     background = int(rng.integers(20, 236))
-    turn = np.clip(rng.normal(0, 0.08), -0.2, 0.2)  # of the head: features move sideways
+    turn = np.clip(rng.normal(0, 0.08), -0.2, 0.2)  # turning the head moves its features sideways
     long, tall = rng.uniform(1.15, 1.38), rng.random()
     if tall < 0.4:  # long hair falls behind the neck
         sheet.fill(_CIRCLE * (1.22, long + 0.25) + (0, 0.1), hair)
@@ -259,7 +218,7 @@ def _draw_eye(
     skin: float,
     hair: float,
 ) -> None:
-    """Draws an eye and its brow; `side` is -1 for the one on the left of the image."""
+    """Draws an eye and its brow; `side` is -1 for the left side of the image, 1 for the right."""
     center = np.array([side * 0.4 + turn, -0.18])
     half, lift = 0.21, expression.eye_open
     slant = side * expression.eye_slant * _SPAN
@@ -301,9 +260,9 @@ def _draw_nose(
         for y in (-0.16, -0.06, 0.04):
             wrinkle = np.array([(turn - 0.11, y + 0.03), (turn, y - 0.03), (turn + 0.11, y + 0.03)])
             sheet.line(wrinkle, tone, 0.03)
-        for hand in (-1, 1):
+        for sign in (-1, 1):
             fold = np.array([(0.2, length - 0.08), (0.36, length + 0.1), (0.42, length + 0.32)])
-            sheet.line(fold * (hand, 1) + (x, 0), tone, 0.04)
+            sheet.line(fold * (sign, 1) + (x, 0), tone, 0.04)
 
 
 def _draw_mouth(
@@ -319,10 +278,10 @@ def _draw_mouth(
     lower = np.stack([across, y + bend + 1.2 * open_ * round_ - 0.35 * raised], axis=1)
     if open_ > 0.01:
         sheet.fill(np.concatenate([upper, lower[::-1]]), 25)
-        share = min(1.0, expression.teeth)
-        edge = upper + share * (lower - upper)
+        covered = min(1.0, expression.teeth)
+        edge = upper + covered * (lower - upper)
         sheet.fill(np.concatenate([upper, edge[::-1]]), min(245, skin * 0.3 + 170))
-        if share > 0.9:  # clenched: the rows of teeth meet
+        if covered > 0.9:  # clenched: a line where the rows of teeth meet
             sheet.line((upper + lower)[1:-1] / 2, 90, 0.02)
     lip = skin * rng.uniform(0.38, 0.55)
     thick = rng.uniform(0.045, 0.075)
@@ -333,11 +292,11 @@ def _draw_mouth(
 
 
 def _expose(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Light from one side, exposure and the sensor's noise; (N, N) uint8 to the same."""
+    """Adds light from one side, exposure and sensor noise to an image, (N, N) uint8."""
     size = len(image)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
-    angle, magnitude = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.45)
-    light = 1 + magnitude * (math.cos(angle) * ramp[None] + math.sin(angle) * ramp[:, None])
+    angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.45)
+    light = 1 + slope * (math.cos(angle) * ramp[None] + math.sin(angle) * ramp[:, None])
     contrast, brightness = rng.uniform(0.65, 1.05), rng.uniform(-30, 30)
     noise = rng.standard_normal((size, size), np.float32) * rng.uniform(2, 12)
     lit = (image * light - 128) * contrast + 128 + brightness + noise

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from fer_ray import storage
-from fer_ray.data import dataset, decoding, parquet, predictions, row_groups, sources
+from fer_ray.data import dataset, decoding, image_source, parquet, predictions, row_groups, sources
 from fer_ray.data.labels import probability_column
-from fer_ray.errors import UserError
+from fer_ray.errors import UserError, first_line
 from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
 from fer_ray.runtime import resources
@@ -53,7 +53,7 @@ class Plan:
     """Name of the split in the rows and in the output's path."""
     output: str
     """The folder of all predictions: absolute place."""
-    source: sources.Source | None
+    source: sources.FileSource | None
     """Where loose images are; None for a prepared data set."""
     tasks: list[dict[str, Any]]
     """One a part: its name, and either its Parquet file or its images' paths."""
@@ -102,7 +102,7 @@ def plan(
         tasks, rows, described = _prepared_tasks(data, split, found.labels)
     else:
         assert images is not None
-        source = sources.open_files(images, flag="--images")
+        source = image_source.open_files(images)
         tasks, rows, described = _loose_tasks(source, images)
     return Plan(
         checkpoint=found,
@@ -128,7 +128,9 @@ def _prepared_tasks(
     part = info.split(split)
     if not part.rows:
         raise UserError(f"--split: {split} of {info.path} has no images")
-    row_groups.pieces(info, split)  # absent and damaged parts are found here and not by workers
+    row_groups.row_group_slices(
+        info, split
+    )  # absent and damaged parts are found here and not by workers
     tasks = [
         {"part": f"part-{number:05d}.parquet", "file": storage.join(info.path, file)}
         for number, file in enumerate(part.files)
@@ -137,7 +139,7 @@ def _prepared_tasks(
 
 
 def _loose_tasks(
-    source: sources.Source, given: str
+    source: sources.FileSource, given: str
 ) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
     files, rejected = sources.list_files(source)
     if not files:
@@ -262,7 +264,7 @@ class _Predictor:
         *,
         path: str,
         row: dict[str, Any],
-        source: sources.Source | None,
+        source: sources.FileSource | None,
         staging: str,
         device: str,
     ) -> None:
@@ -324,7 +326,7 @@ def _read_prepared(file: str, size: int) -> tuple[list[dict[str, Any]], np.ndarr
         with fs.open_input_file(path) as stream:
             table = pq.ParquetFile(stream).read()
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"--data: {file} cannot be read: {sources.first_line(error)}") from error
+        raise UserError(f"--data: {file} cannot be read: {first_line(error)}") from error
     columns = table.select(["image_id", "pixel_sha256", "label"])
     rows = [{**row, "error": None} for row in columns.to_pylist()]
     fit = functools.partial(decoding.fit, size=size)
@@ -336,7 +338,7 @@ def _read_prepared(file: str, size: int) -> tuple[list[dict[str, Any]], np.ndarr
 
 
 def _read_loose(
-    source: sources.Source, task: dict[str, Any], size: int
+    source: sources.FileSource, task: dict[str, Any], size: int
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Decodes images; one that cannot be is a row with the reason and no image."""
     rows: list[dict[str, Any]] = []

@@ -1,1 +1,1 @@
-"""`jobs/prepare.py`: from any source of images to a prepared data set."""
+"""`jobs/prepare.py`: from any source of images to a prepared dataset."""

@@ -1,7 +1,7 @@
-"""The account of a preparation: every file that was seen, and what became of it.
+"""The inventory of a preparation: every file of the source, and what became of it.
 
-It is a DuckDB file in a temporary folder, so that the memory of the driver does not grow with
-the number of images; it also answers what grouping and ordering need.
+It is a DuckDB file in a temporary folder, so that the driver's memory does not grow with the
+number of images. It also does the grouping and sorting.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import pyarrow as pa
 
 from fer_ray import storage
 from fer_ray.data.labels import SPLITS
-from fer_ray.data.sources import RELABELLED, REPEATED, Entry
+from fer_ray.data.sources.files import RELABELLED, REPEATED, Entry
 
 _MEMORY = "48MiB"
-"""What DuckDB may hold of it in memory; the rest is on the disk."""
+"""Memory limit of DuckDB; the rest of the tables is on disk."""
 _BATCH = 8192
 
 LISTED = pa.schema(
@@ -36,38 +36,53 @@ LISTED = pa.schema(
         ("reason", pa.string()),
     ]
 )
-"""A file as the source lists it; without `reason` it is to become a row."""
+"""Columns of the table ``listed``: one row for each file of the source, numbered from 0.
+
+A file with a `reason` is not decoded.
+"""
 
 RESULTS = pa.schema(
     [
-        ("part", pa.string()),
+        ("shard", pa.string()),
         ("path", pa.string()),
         ("split", pa.string()),
         ("label", pa.string()),
-        ("reason", pa.string()),  # null: the file became a row
+        ("reason", pa.string()),
         ("pixel_sha256", pa.binary()),
         ("row_sha256", pa.binary()),
         ("pixel_sum", pa.int64()),
         ("pixel_sum_squares", pa.int64()),
     ]
 )
-"""What a worker says of a file; `part` is where its row is, `split` where it belongs."""
+"""Columns of the table ``results``: one row for each file that a worker has tried to decode.
+
+`reason` is null where the file is an image of the dataset; `shard` is the file that holds it, and
+`split` the split that it shall belong to.
+"""
 
 KEPT = "results WHERE reason IS NULL"
-"""The rows of the dataset, for queries."""
+"""The images of the dataset, for queries."""
 
 
-class Ledger:
-    """Two tables: ``listed`` (`LISTED`), then ``results`` (`RESULTS`)."""
+REJECTED = (
+    "SELECT path, reason FROM listed WHERE reason IS NOT NULL UNION ALL "
+    "SELECT path, reason FROM results WHERE reason IS NOT NULL"
+)
+"""Query for every file that is not in the dataset, and the reason."""
+
+
+class Inventory:
+    """A database with two tables: ``listed`` (`LISTED`) and ``results`` (`RESULTS`)."""
 
     def __init__(self) -> None:
-        self._claim = contextlib.ExitStack()
+        """Creates an empty one; it has to be closed."""
+        self._resources = contextlib.ExitStack()
         parent = Path(tempfile.gettempdir())
-        folder = self._claim.enter_context(
-            storage.claimed_directory(parent, f"fer_ray-ledger-{os.getuid()}-")
+        folder = self._resources.enter_context(
+            storage.claimed_directory(parent, f"fer_ray-inventory-{os.getuid()}-")
         )
         self._connection = duckdb.connect(
-            str(folder / "ledger.duckdb"),
+            str(folder / "inventory.duckdb"),
             config={
                 "memory_limit": _MEMORY,
                 "threads": 1,
@@ -76,23 +91,22 @@ class Ledger:
             },
         )
         for name, schema in (("listed", LISTED), ("results", RESULTS)):
-            empty = schema.empty_table()
-            self.insert(f"CREATE TABLE {name} AS SELECT * FROM given", empty)
+            self.insert(f"CREATE TABLE {name} AS SELECT * FROM new_rows", schema.empty_table())
 
     def close(self) -> None:
-        """Closes and deletes it."""
+        """Closes and deletes the database."""
         self._connection.close()
-        self._claim.close()
+        self._resources.close()
 
-    def list_files(self, entries: Iterable[Entry]) -> None:
-        """Takes in what a source lists; of equal paths the first one counts."""
+    def add_files(self, entries: Iterable[Entry]) -> None:
+        """Adds the files of a source; of equal paths, only the first keeps its split and label."""
         numbers = itertools.count()
         remaining = iter(entries)
         while batch := list(itertools.islice(remaining, _BATCH)):
-            columns = [[getattr(one, name) for one in batch] for name in LISTED.names[1:]]
+            columns = [[getattr(entry, name) for entry in batch] for name in LISTED.names[1:]]
             columns = [[next(numbers) for _ in batch], *columns]
             table = pa.table([pa.array(c, f.type) for c, f in zip(columns, LISTED)], schema=LISTED)
-            self.insert("INSERT INTO listed SELECT * FROM given", table)
+            self.insert("INSERT INTO listed SELECT * FROM new_rows", table)
         self.execute(
             "UPDATE listed SET reason = CASE WHEN again.same THEN ? ELSE ? END FROM ("
             "  SELECT * FROM (SELECT number, row_number() OVER (PARTITION BY path ORDER BY number)"
@@ -104,49 +118,55 @@ class Ledger:
         )
 
     def add_results(self, table: pa.Table) -> None:
-        """Takes in what workers say of some files; columns as in `RESULTS`."""
-        self.insert("INSERT INTO results SELECT * FROM given", table)
+        """Adds the results of some files; columns as in `RESULTS`."""
+        self.insert("INSERT INTO results SELECT * FROM new_rows", table)
 
-    def move(self, table: pa.Table) -> None:
-        """Notes where rows are now: `path`, `part` and `row_sha256`."""
+    def update_shards(self, table: pa.Table) -> None:
+        """Records the new shards of some images; columns `path`, `shard` and `row_sha256`."""
         self.insert(
-            "UPDATE results SET part = given.part, row_sha256 = given.row_sha256 "
-            "FROM given WHERE results.path = given.path AND results.reason IS NULL",
+            "UPDATE results SET shard = new_rows.shard, row_sha256 = new_rows.row_sha256 "
+            "FROM new_rows WHERE results.path = new_rows.path AND results.reason IS NULL",
             table,
         )
 
-    def execute(self, query: str, *values: Any) -> None:
-        """Runs a statement."""
-        self._connection.execute(query, list(values))
+    def execute(self, statement: str, *values: Any) -> None:
+        """Runs a statement without a result; `values` replace its question marks."""
+        self._connection.execute(statement, list(values))
+
+    def insert(self, statement: str, new_rows: pa.Table) -> None:
+        """Runs a statement that reads from a table named ``new_rows``."""
+        self._connection.register("new_rows", new_rows)
+        self._connection.execute(statement)
+        self._connection.unregister("new_rows")
 
     def rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """The rows of a query, a few at a time; other queries may run meanwhile."""
+        """Yields the rows of a query, fetched in batches; other queries may run meanwhile."""
         cursor = self._connection.cursor()
         cursor.execute(query, list(values))
         while rows := cursor.fetchmany(_BATCH):
             yield from rows
 
-    def one(self, query: str, *values: Any) -> tuple[Any, ...]:
-        """The only row of a query."""
+    def row(self, query: str, *values: Any) -> tuple[Any, ...]:
+        """Returns the only row of a query."""
         (row,) = self.rows(query, *values)
         return row
 
     def batches(self, query: str, length: int) -> Iterator[pa.RecordBatch]:
-        """The result of a query in Arrow, so many rows at a time."""
+        """Yields the result of a query as Arrow batches of at most `length` rows."""
         with self._connection.cursor() as cursor:
             reader = cursor.sql(query).to_arrow_reader(length)
             assert reader is not None
             yield from reader
 
     def counts(self) -> dict[str, int]:
-        """How many listed files are to become rows, by split, in the order of `SPLITS`."""
-        found = dict(
+        """Returns by split how many listed files are to be decoded, in the order of `SPLITS`."""
+        counts = dict(
             self.rows("SELECT split, count(*) FROM listed WHERE reason IS NULL GROUP BY split")
         )
-        return {split: found[split] for split in SPLITS if split in found}
+        return {split: counts[split] for split in SPLITS if split in counts}
 
     def labels(self, split: str) -> list[str]:
-        """The labels of a split's listed files, alphabetical."""
+        """Returns the labels of a split's listed files, in alphabetical order."""
         query = (
             "SELECT DISTINCT label FROM listed "
             "WHERE reason IS NULL AND label IS NOT NULL AND split = ? ORDER BY label"
@@ -154,28 +174,18 @@ class Ledger:
         return [label for (label,) in self.rows(query, split)]
 
     def listing(self) -> Iterator[tuple[str, int]]:
-        """Path and size of every file that can be named, ordered by path."""
+        """Yields path and size of every listed file, ordered by path."""
         yield from self.rows("SELECT path, size FROM listed ORDER BY path, number")
 
-    def rejected(self) -> Iterator[tuple[str, str]]:
-        """Path and reason of every file that is no row, ordered by path."""
-        yield from self.rows(
-            "SELECT path, reason FROM listed WHERE reason IS NOT NULL UNION ALL "
-            "SELECT path, reason FROM results WHERE reason IS NOT NULL ORDER BY path, reason"
-        )
-
     def reasons(self) -> list[tuple[str, int]]:
-        """How many files are no rows, by reason, the most frequent first."""
+        """Returns every reason with its number of files, the most frequent one first."""
         return list(
             self.rows(
-                "SELECT reason, count(*) AS n FROM (SELECT reason FROM listed UNION ALL "
-                "SELECT reason FROM results) WHERE reason IS NOT NULL GROUP BY reason "
+                f"SELECT reason, count(*) AS n FROM ({REJECTED}) GROUP BY reason "
                 "ORDER BY n DESC, reason"
             )
         )
 
-    def insert(self, statement: str, given: pa.Table) -> None:
-        """Runs a statement that takes its rows from the table called ``given``."""
-        self._connection.register("given", given)
-        self._connection.execute(statement)
-        self._connection.unregister("given")
+    def summarize_reasons(self, most: int) -> list[str]:
+        """Returns the most frequent reasons as text: ``3 x the file is empty``."""
+        return [f"{count:,} x {reason}" for reason, count in self.reasons()[:most]]

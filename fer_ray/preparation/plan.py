@@ -1,4 +1,4 @@
-"""What a preparation is asked to do, checked before Ray starts."""
+"""The settings of a preparation, checked before Ray starts."""
 
 from __future__ import annotations
 
@@ -8,39 +8,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fer_ray import storage
-from fer_ray.data import dataset, synthetic
-from fer_ray.data.image_source import Pictures, open_pictures
+from fer_ray.data import dataset
+from fer_ray.data.image_source import SOURCES, ImageSource, SourceOptions, find_type
 from fer_ray.errors import UserError
 from fer_ray.preparation import splitting
-from fer_ray.preparation.inventory import Ledger
+from fer_ray.preparation.inventory import Inventory
 
 MAX_CLASSES = 1000
-"""As many as ImageNet's: more are names of files or people, taken for labels by mistake."""
+"""As many as ImageNet has; with more, the labels are probably names of files or people."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A preparation whose settings are known to be right. Made by `plan`."""
+    """A preparation whose settings are valid, created by `plan_preparation`."""
 
-    pictures: Pictures
-    """Where the rows come from."""
-    ledger: Ledger
-    """What the source holds; `prepare` closes it."""
+    source_type: str
+    """Name of the source's type."""
+    images: ImageSource
+    """Where the images come from."""
+    inventory: Inventory
+    """The files of the source; `run.prepare` closes it."""
     labels: tuple[str, ...]
-    """The classes of train, alphabetical."""
+    """The classes of train, in alphabetical order."""
     output: str
-    """Absolute place of the prepared dataset."""
+    """Absolute path or URI of the prepared dataset."""
     image_size: int
-    """Height and width of every image, in pixels."""
+    """Height and width of all images, in pixels."""
     held_out: float = 0.0
-    """Share of train that goes to validation; 0: none."""
+    """Fraction of train that becomes validation; 0 for none."""
     seed: int = 0
-    """Decides which."""
+    """Decides which images are held out."""
     deduplicate: bool = False
-    """Whether train loses what also stands in another split."""
+    """Whether images that also occur in another split are dropped from train."""
 
 
-def plan(
+def plan_preparation(
     *,
     source: str,
     output: str,
@@ -51,45 +53,45 @@ def plan(
     deduplicate: bool = False,
     overwrite: bool = False,
 ) -> Plan:
-    """Checks the settings and lists the source; needs no Ray.
+    """Checks the settings and lists the source; Ray is not needed.
 
     Args:
-        source: one of `pictures.KINDS`.
-        output: place of the prepared dataset.
-        image_size: height and width of every image, in pixels.
-        num_images: for the synthetic source only; None for its default.
-        seed: for the synthetic source, and for what is held out.
-        validation_fraction: share of train that is held out where the source has no validation
-            split, between 0 and 1; None for a tenth where it has no splits at all, else none.
-        deduplicate: whether train loses what also stands in another split.
+        source: path, URI or name that one of the types in `SOURCES` recognizes.
+        output: path or URI of the prepared dataset.
+        image_size: height and width of all images, in pixels.
+        num_images: number of images to generate; None for the source's default.
+        seed: seed of generated images, and of the choice of images to hold out.
+        validation_fraction: fraction of train to hold out where the source has no validation
+            split, between 0 and 1; None for a tenth if it has no splits at all, else for none.
+        deduplicate: whether images that also occur in another split are dropped from train.
         overwrite: whether a prepared dataset at `output` may be replaced.
 
     Raises:
-        UserError: for everything about them that is wrong.
+        UserError: when a setting or the source is not valid.
     """
     _check_numbers(image_size, validation_fraction)
     output = storage.absolute(output)
     _check_output(output, overwrite)
-    pictures: Pictures
-    if source == "synthetic":
-        count = synthetic.NUM_IMAGES if num_images is None else num_images
-        pictures = synthetic.SyntheticPictures(seed=seed, num_images=count, size=image_size)
-    else:
-        if num_images is not None:
-            raise UserError("--num-images: only --source synthetic has a choice of how many")
-        _check_apart(source if source == "kaggle" else storage.absolute(source), output)
-        pictures = open_pictures(source)
-    ledger = Ledger()
+    name = find_type(source)
+    source_type = SOURCES[name]
+    if num_images is not None and not source_type.is_generated:
+        raise UserError(f"--num-images: the images of {source} are not generated: omit the flag")
+    if source_type.is_path:
+        _check_apart(storage.absolute(source), output)
+    options = SourceOptions(image_size=image_size, num_images=num_images, seed=seed)
+    images = source_type.open(source, options)
+    inventory = Inventory()
     try:
-        ledger.list_files(pictures.entries())
-        labels = _check_labels(ledger, source)
-        held_out = _held_out(ledger, pictures, validation_fraction)
+        inventory.add_files(images.entries())
+        labels = _check_labels(inventory, source)
+        held_out = _held_out(inventory, images, validation_fraction)
     except BaseException:
-        ledger.close()
+        inventory.close()
         raise
     return Plan(
-        pictures=pictures,
-        ledger=ledger,
+        source_type=name,
+        images=images,
+        inventory=inventory,
         labels=labels,
         output=output,
         image_size=image_size,
@@ -107,16 +109,16 @@ def _check_numbers(image_size: int, validation_fraction: float | None) -> None:
         raise UserError(f"--validation-fraction: {validation_fraction} is not between 0 and 1")
 
 
-def _check_labels(ledger: Ledger, source: str) -> tuple[str, ...]:
-    """The classes of train, when the source as a whole makes sense."""
-    counts = ledger.counts()
-    labels = ledger.labels("train")
+def _check_labels(inventory: Inventory, source: str) -> tuple[str, ...]:
+    """Returns the classes of train, after checking those of all splits."""
+    counts = inventory.counts()
+    labels = inventory.labels("train")
     if not labels:
-        refused = [f"{count:,} x {reason}" for reason, count in ledger.reasons()[:3]]
-        found = [f"{count:,} images of {split}" for split, count in counts.items()]
+        images = [f"{count:,} images of {split}" for split, count in counts.items()]
+        contents = ", ".join([*images, *inventory.summarize_reasons(3)])
         raise UserError(
-            f"--source: {source}: train holds no images in a class folder, or with a label; found "
-            f"{', '.join([*found, *refused]) or 'nothing'}"
+            f"--source: {source}: train has no images in class folders or with labels; found "
+            f"{contents or 'nothing'}"
         )
     if len(labels) == 1:
         raise UserError(
@@ -128,18 +130,18 @@ def _check_labels(ledger: Ledger, source: str) -> tuple[str, ...]:
             f"{_names(labels, 3)}: at most {MAX_CLASSES:,} are allowed"
         )
     for split in counts:
-        strange = sorted(set(ledger.labels(split)) - set(labels))
-        if strange:
+        missing = sorted(set(inventory.labels(split)) - set(labels))
+        if missing:
             raise UserError(
                 f"--source: {source}: {split} has classes that train lacks: "
-                f"{_names(strange)} (train has {_names(labels)})"
+                f"{_names(missing)} (train has {_names(labels)})"
             )
-    first: dict[str, str] = {}
+    by_lower_case: dict[str, str] = {}
     for label in labels:
-        if (other := first.setdefault(label.lower(), label)) != label:
+        if (other := by_lower_case.setdefault(label.lower(), label)) != label:
             raise UserError(
                 f"--source: {source}: the classes {other!r} and {label!r} differ only in case, "
-                "which SQL's column names do not tell apart"
+                "but the names of SQL columns are case-insensitive"
             )
     return tuple(labels)
 
@@ -150,12 +152,12 @@ def _names(labels: Iterable[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _held_out(ledger: Ledger, pictures: Pictures, fraction: float | None) -> float:
-    """The share of train that is held out for validation; 0 where the source has its own."""
-    if not pictures.has_splits:
+def _held_out(inventory: Inventory, images: ImageSource, fraction: float | None) -> float:
+    """Returns the fraction of train to hold out for validation."""
+    if not images.has_splits:
         return splitting.DEFAULT_VALIDATION_FRACTION if fraction is None else fraction
-    if fraction is not None and "validation" in ledger.counts():
-        raise UserError("--validation-fraction: the source has a validation split of its own")
+    if fraction is not None and "validation" in inventory.counts():
+        raise UserError("--validation-fraction: the source already has a validation split")
     return fraction or 0.0
 
 
@@ -170,20 +172,20 @@ def _check_output(output: str, overwrite: bool) -> None:
     if storage.list_names(output) and not storage.is_unfinished(output):
         if not storage.exists(storage.join(output, dataset.INFO_NAME)):
             raise UserError(
-                f"--output: {output} is not empty and not a prepared dataset: "
-                "it is never replaced, choose another folder"
+                f"--output: {output} is not empty and not a prepared dataset, so it is never "
+                "replaced: choose another folder"
             )
         if not overwrite:
             raise UserError(f"--output: {output} exists: --overwrite replaces it")
     if not storage.is_uri(output):
         above = next(path for path in Path(os.path.realpath(output)).parents if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
-            raise UserError(f"--output: {above} is not a folder that can be written to")
+            raise UserError(f"--output: {above} is not a writable folder")
 
 
 def _check_apart(source: str, output: str) -> None:
-    if source == "kaggle" or storage.is_uri(source) or storage.is_uri(output):
+    if storage.is_uri(source) or storage.is_uri(output):
         return
-    inner, outer = Path(source).resolve(), Path(output).resolve()
-    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise UserError(f"--output: {output} and --source {source} lie one within the other")
+    source_path, output_path = Path(source).resolve(), Path(output).resolve()
+    if source_path.is_relative_to(output_path) or output_path.is_relative_to(source_path):
+        raise UserError(f"--output: {output} and --source {source}: one lies within the other")

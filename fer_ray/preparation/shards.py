@@ -1,4 +1,4 @@
-"""What workers do in a preparation: decode and write a part, then move some of its rows."""
+"""The work of the tasks: decode and write one shard, and later rewrite it without some rows."""
 
 from __future__ import annotations
 
@@ -13,47 +13,49 @@ import pyarrow.parquet as pq
 
 from fer_ray import storage
 from fer_ray.data import dataset, decoding
-from fer_ray.data.image_source import Pictures
+from fer_ray.data.image_source import ImageSource
 from fer_ray.data.labels import SPLITS
-from fer_ray.data.parquet import unseen, write_table
-from fer_ray.data.sources import ReadError
-from fer_ray.preparation.inventory import RESULTS, Ledger
+from fer_ray.data.parquet import output_not_shared_error, write_table
+from fer_ray.data.sources.files import ReadError
+from fer_ray.preparation.inventory import RESULTS, Inventory
 
-ROWS_PER_PART = 2048
-"""The most rows of a part: parts of equal size keep all CPUs busy."""
+ROWS_PER_SHARD = 2048
+"""Maximum rows of a shard; shards of nearly equal size keep all CPUs busy."""
 
-MANY_PARTS = 64
-"""From so many on, parts are twice as long: Ray keeps account of each task in memory."""
+MANY_SHARDS = 64
+"""With more shards than this, they are twice as long: Ray keeps each task's data in memory."""
 
 ROWS_PER_GROUP = 256
-"""The most rows of a row group, the unit in which a stream shuffles."""
+"""Maximum rows of a row group, the unit in which streaming shuffles."""
 
-BYTES_PER_PART = 64 * 2**20
-"""The most pixel bytes of a part: bounds a worker's memory where images are large."""
+BYTES_PER_SHARD = 64 * 2**20
+"""Maximum pixel bytes of a shard; bounds a worker's memory when images are large."""
 
-_PACKED = pa.ipc.IpcWriteOptions(compression="zstd")
+_COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
 
 _TASK_FILES = pa.schema([("path", pa.string()), ("label", pa.string()), ("at", pa.binary())])
-_TASK_MOVES = pa.schema([("path", pa.string()), ("split", pa.string())])
-MOVED = pa.schema([("part", pa.string()), ("path", pa.string()), ("row_sha256", pa.binary())])
-"""What `move_rows` says of each row: where it is now."""
+_TASK_ROWS = pa.schema([("path", pa.string()), ("split", pa.string())])
+REWRITTEN = pa.schema([("shard", pa.string()), ("path", pa.string()), ("row_sha256", pa.binary())])
+"""Columns of `rewrite_shard`'s result: where each row is now, and its new hash."""
 
 
-# ------------------------------------------------------------------ what there is to do
+# ------------------------------------------------------------------ the tasks, in the driver
 
 
-def write_tasks(ledger: Ledger, image_size: int) -> Iterator[dict[str, Any]]:
-    """Cuts each split, ordered by path, into parts of nearly equal length.
+def write_tasks(inventory: Inventory, image_size: int) -> Iterator[dict[str, Any]]:
+    """Divides each split, ordered by path, into shards of nearly equal length.
 
-    The files of a part are packed: all tasks of a large source are in memory at once.
+    Yields:
+        Arguments of `write_shard`. The files are compressed, because all tasks of a large source
+        are in memory at the same time.
     """
-    counts = ledger.counts()
-    rows_per_part = ROWS_PER_PART
-    if sum(counts.values()) > MANY_PARTS * ROWS_PER_PART:
-        rows_per_part *= 2
-    most = max(1, min(rows_per_part, BYTES_PER_PART // image_size**2))
+    counts = inventory.counts()
+    rows_per_shard = ROWS_PER_SHARD
+    if sum(counts.values()) > MANY_SHARDS * ROWS_PER_SHARD:
+        rows_per_shard *= 2
+    most = max(1, min(rows_per_shard, BYTES_PER_SHARD // image_size**2))
     for split, total in counts.items():
-        rows = ledger.rows(
+        rows = inventory.rows(
             'SELECT path, label, "at" FROM listed WHERE reason IS NULL AND split = ? ORDER BY path',
             split,
         )
@@ -61,30 +63,30 @@ def write_tasks(ledger: Ledger, image_size: int) -> Iterator[dict[str, Any]]:
         for number in range(count):
             length = total * (number + 1) // count - total * number // count
             files = [next(rows) for _ in range(length)]
-            part = f"{split}/part-{number:05d}.parquet"
-            yield {"part": part, "split": split, "files": _pack(files, _TASK_FILES)}
+            shard = f"{split}/part-{number:05d}.parquet"
+            yield {"shard": shard, "split": split, "files": _pack(files, _TASK_FILES)}
 
 
-def move_tasks(ledger: Ledger) -> Iterator[dict[str, Any]]:
-    """The parts that hold a row which belongs to another split, or to none any more."""
-    changed = ledger.rows(
-        "SELECT part FROM results WHERE pixel_sha256 IS NOT NULL GROUP BY part "
-        "HAVING bool_or(reason IS NOT NULL OR split <> split_part(part, '/', 1)) ORDER BY part"
+def rewrite_tasks(inventory: Inventory) -> Iterator[dict[str, Any]]:
+    """Yields arguments of `rewrite_shard` for shards with rows that are moved or dropped."""
+    changed = inventory.rows(
+        "SELECT shard FROM results WHERE pixel_sha256 IS NOT NULL GROUP BY shard "
+        "HAVING bool_or(reason IS NOT NULL OR split <> split_part(shard, '/', 1)) ORDER BY shard"
     )
-    for (part,) in changed:
-        rows = ledger.rows(
+    for (shard,) in changed:
+        rows = inventory.rows(
             "SELECT path, CASE WHEN reason IS NULL THEN split END FROM results "
-            "WHERE part = ? AND pixel_sha256 IS NOT NULL ORDER BY path",
-            part,
+            "WHERE shard = ? AND pixel_sha256 IS NOT NULL ORDER BY path",
+            shard,
         )
-        yield {"part": part, "rows": _pack(rows, _TASK_MOVES)}
+        yield {"shard": shard, "rows": _pack(rows, _TASK_ROWS)}
 
 
 def _pack(rows: Iterable[tuple[Any, ...]], schema: pa.Schema) -> bytes:
     columns = list(zip(*rows))
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema)]
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema, options=_PACKED) as stream:
+    with pa.ipc.new_stream(sink, schema, options=_COMPRESSED) as stream:
         stream.write_table(pa.Table.from_arrays(arrays, schema=schema))
     return sink.getvalue().to_pybytes()
 
@@ -94,114 +96,114 @@ def _unpack(packed: bytes) -> dict[str, list[Any]]:
         return stream.read_all().to_pydict()
 
 
-# ------------------------------------------------------------------ in the workers
+# ------------------------------------------------------------------ the work, in the workers
 
 
-def write_part(batch: pa.Table, *, pictures: Pictures, staging: str, size: int) -> pa.Table:
-    """Decodes and writes one part.
+def write_shard(batch: pa.Table, *, images: ImageSource, staging: str, size: int) -> pa.Table:
+    """Decodes the images of one shard and writes it.
 
     Args:
-        batch: one task of `write_tasks`.
-        pictures: where the rows come from.
-        staging: place of the unfinished dataset.
-        size: height and width of the images.
+        batch: one task of `write_tasks`, as a table with one row.
+        images: where the images come from.
+        staging: absolute path or URI of the unfinished dataset.
+        size: height and width of the written images, in pixels.
 
     Returns:
-        One row a file, as in `RESULTS`.
+        One row per file, columns as in `RESULTS`.
 
     Raises:
-        UserError: when the whole source is not there, or the folder to write into.
-        OSError: when the part cannot be written for another reason.
+        UserError: when this machine cannot access the source or `staging`.
+        OSError: when the shard cannot be written for another reason.
     """
-    cv2.setNumThreads(1)  # Ray runs one task a CPU: more threads would only compete
+    cv2.setNumThreads(1)  # Ray runs one task per CPU: more threads would only compete
     (task,) = batch.to_pylist()
     files = _unpack(task["files"])
     count = len(files["path"])
     reasons: list[str | None] = [None] * count
-    hashes: list[bytes | None] = [None] * count
-    images = np.empty((count, size, size), np.uint8)
-    kept: list[int] = []
+    digests: list[bytes | None] = [None] * count
+    pixels = np.empty((count, size, size), np.uint8)
+    decoded: list[int] = []
     for index, (path, at) in enumerate(zip(files["path"], files["at"])):
         try:
-            grey = pictures.grey(path, at)
+            grey = images.grey(path, at)
         except (ReadError, decoding.DecodeError) as error:
             reasons[index] = str(error)
             continue
-        hashes[index] = decoding.pixel_digest(grey)
-        images[len(kept)] = decoding.fit(grey, size)
-        kept.append(index)
+        digests[index] = decoding.pixel_digest(grey)
+        pixels[len(decoded)] = decoding.fit(grey, size)
+        decoded.append(index)
     rows = _Rows(
         split=task["split"],
-        paths=[files["path"][i] for i in kept],
-        labels=[files["label"][i] for i in kept],
-        pictures=[hashes[i].hex() for i in kept],  # type: ignore[union-attr]
-        images=images[: len(kept)],
+        paths=[files["path"][i] for i in decoded],
+        labels=[files["label"][i] for i in decoded],
+        pixel_sha256=[digests[i].hex() for i in decoded],  # type: ignore[union-attr]
+        images=pixels[: len(decoded)],
     )
-    if kept:
-        rows.write(staging, task["part"])
-    return _results(task, files, reasons, hashes, kept, rows)
+    if decoded:
+        rows.write(staging, task["shard"])
+    return _results(task, files, reasons, digests, decoded, rows)
 
 
 def _results(
     task: dict[str, Any],
     files: dict[str, list[Any]],
     reasons: list[str | None],
-    hashes: list[bytes | None],
-    kept: list[int],
+    digests: list[bytes | None],
+    decoded: list[int],
     rows: _Rows,
 ) -> pa.Table:
     count = len(reasons)
     sums: list[Any] = [None] * count
-    squares, digests = list(sums), list(sums)
-    for index, (total, squared), digest in zip(kept, rows.moments(), rows.hash()):
-        sums[index], squares[index], digests[index] = total, squared, digest
+    squares, row_digests = list(sums), list(sums)
+    for index, (total, squared), digest in zip(decoded, rows.moments(), rows.hash()):
+        sums[index], squares[index], row_digests[index] = total, squared, digest
     columns = [
-        *([task["part"]] * count, files["path"], [task["split"]] * count, files["label"]),
-        *(reasons, hashes, digests, sums, squares),
+        *([task["shard"]] * count, files["path"], [task["split"]] * count, files["label"]),
+        *(reasons, digests, row_digests, sums, squares),
     ]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, RESULTS)]
     return pa.Table.from_arrays(arrays, schema=RESULTS)
 
 
-def move_rows(batch: pa.Table, *, staging: str) -> pa.Table:
-    """Gives each row of a part to the split where it belongs, and drops the others.
+def rewrite_shard(batch: pa.Table, *, staging: str) -> pa.Table:
+    """Distributes the rows of a shard over new shards, one per split, and drops the others.
 
     Args:
-        batch: one task of `move_tasks`.
-        staging: place of the unfinished dataset.
+        batch: one task of `rewrite_tasks`, as a table with one row.
+        staging: absolute path or URI of the unfinished dataset.
 
     Returns:
-        One row for each that is left: `path`, `part` and `row_sha256`.
+        One row per image that is left, columns as in `REWRITTEN`.
 
     Raises:
-        UserError: when this worker does not see the part.
+        UserError: when this machine cannot access the shard.
         OSError: when it cannot be read or written for another reason.
     """
     (task,) = batch.to_pylist()
     targets = _unpack(task["rows"])
-    fs, path = storage.filesystem(storage.join(staging, task["part"]))
+    fs, path = storage.filesystem(storage.join(staging, task["shard"]))
     try:
         table = pq.read_table(path, filesystem=fs, partitioning=None)
     except FileNotFoundError as error:
-        raise unseen(storage.parent_of(staging)) from error
-    assert table["image_id"].to_pylist() == targets["path"], f"{task['part']} holds other rows"
-    # under another name, and the old part stays: a task that Ray runs again finds it
-    name = task["part"].split("/", 1)[1].replace(".parquet", "-settled.parquet")
-    moved = [MOVED.empty_table()]
+        raise output_not_shared_error(storage.parent_of(staging)) from error
+    assert table["image_id"].to_pylist() == targets["path"], f"{task['shard']} holds other rows"
+    # the old shard stays, under another name: Ray may run this task again
+    name = task["shard"].split("/", 1)[1].replace(".parquet", "-rewritten.parquet")
+    rewritten = [REWRITTEN.empty_table()]
     for split in SPLITS:
-        chosen = [index for index, target in enumerate(targets["split"]) if target == split]
-        if not chosen:
+        selected = [index for index, target in enumerate(targets["split"]) if target == split]
+        if not selected:
             continue
-        rows = _Rows.of(table.take(chosen), split)
-        part = f"{split}/{name}"
-        rows.write(staging, part)
-        columns = [[part] * len(chosen), rows.paths, rows.hash()]
-        moved.append(pa.table(columns, schema=MOVED))
-    return pa.concat_tables(moved)
+        rows = _Rows.of(table.take(selected), split)
+        shard = f"{split}/{name}"
+        rows.write(staging, shard)
+        columns = [[shard] * len(selected), rows.paths, rows.hash()]
+        rewritten.append(pa.table(columns, schema=REWRITTEN))
+    return pa.concat_tables(rewritten)
 
 
 class _Rows:
-    """Rows of one part."""
+    """The rows of one shard."""
 
     def __init__(
         self,
@@ -209,25 +211,25 @@ class _Rows:
         split: str,
         paths: list[str],
         labels: list[str | None],
-        pictures: list[str],
+        pixel_sha256: list[str],
         images: np.ndarray,
     ) -> None:
         self.split, self.paths, self.labels = split, paths, labels
-        self.pictures, self.images = pictures, images
+        self.pixel_sha256, self.images = pixel_sha256, images
 
     @classmethod
     def of(cls, table: pa.Table, split: str) -> _Rows:
-        """Those of a table of the dataset, as rows of another split."""
+        """Converts rows of the dataset, and assigns them to a split."""
         size = table["height"][0].as_py()
         return cls(
             split=split,
             paths=table["image_id"].to_pylist(),
             labels=table["label"].to_pylist(),
-            pictures=table["pixel_sha256"].to_pylist(),
+            pixel_sha256=table["pixel_sha256"].to_pylist(),
             images=dataset.stack(table["image"], size),
         )
 
-    def write(self, staging: str, part: str) -> None:
+    def write(self, staging: str, shard: str) -> None:
         """Writes them as a Parquet file."""
         count, size = len(self.images), self.images.shape[1]
         offsets = np.arange(count + 1, dtype=np.int32) * (size * size)
@@ -239,19 +241,19 @@ class _Rows:
             pa.array(self.paths, pa.string()),
             pa.array([self.split] * count, pa.string()),
             pa.array(self.labels, pa.string()),
-            *(pixels, side, side, pa.array(self.pictures, pa.string())),
+            *(pixels, side, side, pa.array(self.pixel_sha256, pa.string())),
         ]
         write_table(
             pa.Table.from_arrays(columns, schema=dataset.SCHEMA),
             staging,
-            part,
+            shard,
             row_group_size=ROWS_PER_GROUP,
             use_dictionary=["split", "label"],
             write_statistics=["image_id", "split", "label"],
         )
 
     def hash(self) -> list[bytes]:
-        """SHA-256 of each row: id, split, label, shape and pixels."""
+        """Returns the SHA-256 of each row's id, split, label, shape and pixels."""
         size = self.images.shape[1]
         end = f"{size}x{size}:"
         return [
@@ -262,8 +264,8 @@ class _Rows:
         ]
 
     def moments(self) -> list[list[int]]:
-        """The sum of each image's pixels, and that of their squares."""
-        # rounded: OpenCV squares a root
+        """Returns for each image the sum of its pixels, and the sum of their squares."""
+        # round: OpenCV computes the squared norm as the square of a root
         return [
             [int(cv2.sumElems(image)[0]), round(cv2.norm(image, cv2.NORM_L2SQR))]
             for image in self.images

@@ -18,7 +18,7 @@ from fer_ray.config.schema import ScalingConfig, TrainConfig, differences
 from fer_ray.data import object_store, row_groups
 from fer_ray.data.dataset import DatasetInfo, read_info
 from fer_ray.data.history import write_history
-from fer_ray.data.row_groups import Piece
+from fer_ray.data.row_groups import RowGroupSlice
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.models import registry
 from fer_ray.runtime import environment, resources
@@ -235,14 +235,14 @@ def _what_to_feed(plan: Plan, streams: bool) -> dict[str, Any]:
         UserError: for files that are damaged or not those of the run that is resumed.
     """
     if streams:
-        found = {name: row_groups.pieces(plan.info, name) for name in SPLITS}
+        found = {name: row_groups.row_group_slices(plan.info, name) for name in SPLITS}
         _check_pieces(plan, found)
         return {"pieces": found, "spare_cpus": _spare_cpus(plan.config.scaling)}
     fractions = dict.fromkeys(SPLITS, 1.0)
     return {"images": object_store.share(plan.info, fractions, meanwhile=ray_trainer.warm_up)}
 
 
-def _check_pieces(plan: Plan, found: dict[str, list[Piece]]) -> None:
+def _check_pieces(plan: Plan, found: dict[str, list[RowGroupSlice]]) -> None:
     """Refuses to resume a stream whose row groups were cut anew: its order would be another."""
     path = storage.join(plan.folder, _ROW_GROUPS)
     rows = {name: [piece.end for piece in parts] for name, parts in found.items()}

@@ -21,7 +21,7 @@ import torch
 from fer_ray import storage
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo, label_indices, stack
-from fer_ray.data.row_groups import Piece, cut
+from fer_ray.data.row_groups import RowGroupSlice, take_rows
 from fer_ray.runtime.data_tasks import quiet_ray_data
 from fer_ray.training.feed import (
     EVALUATION_BATCH_SIZE,
@@ -51,7 +51,7 @@ class StreamFeed:
         self,
         config: TrainConfig,
         info: DatasetInfo,
-        found: dict[str, list[Piece]],
+        found: dict[str, list[RowGroupSlice]],
         *,
         group: ProcessGroup,
         spare_cpus: float,
@@ -61,7 +61,7 @@ class StreamFeed:
         Args:
             config: decides the order, the augmentation and the size of the buffer.
             info: the prepared data set; all images of both splits are labelled.
-            found: `pieces` of ``train`` and ``validation``.
+            found: `row_group_slices` of ``train`` and ``validation``.
             group: the workers.
             spare_cpus: CPUs of the cluster that no worker reserves, for each worker. If there is
                 less than one, reading reserves none: a task that needs a CPU which the workers
@@ -83,7 +83,9 @@ class StreamFeed:
         random = np.random.default_rng((schedule.seed, epoch))
         order = random.permutation(len(self._pieces["train"]))
         steps = self.steps_per_epoch
-        mine = cut([self._pieces["train"][i] for i in order], steps * part.start, steps * part.stop)
+        mine = take_rows(
+            [self._pieces["train"][i] for i in order], steps * part.start, steps * part.stop
+        )
         size = part.stop - part.start
         assert size > 0, "a configuration has at least one image a worker and step"
         batches = self._read(
@@ -121,14 +123,14 @@ class StreamFeed:
     def _whole(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This worker's shard of a split, in order and unchanged."""
         part = self._group.part(self._info.split(split).rows)
-        mine = cut(self._pieces[split], part.start, part.stop)
+        mine = take_rows(self._pieces[split], part.start, part.stop)
         for rows in self._read(mine, batch_size=EVALUATION_BATCH_SIZE) if mine else ():
             images, targets, _ = _unpack(rows, self._info.image_size)
             yield images.to(self._group.device), targets
 
     def _read(
         self,
-        mine: list[Piece],
+        mine: list[RowGroupSlice],
         *,
         batch_size: int,
         epoch: int | None = None,
@@ -185,7 +187,7 @@ class _Reader:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (row,) = batch.to_pylist()
-        piece, size = Piece(**row), self._info.image_size
+        piece, size = RowGroupSlice(**row), self._info.image_size
         fs, path = storage.filesystem(piece.file)
         with pq.ParquetFile(path, filesystem=fs) as file:
             table = file.read_row_group(piece.row_group, columns=["image", "label"])

@@ -1,4 +1,4 @@
-"""A folder of files, on any file system that pyarrow reads."""
+"""A folder of image files, on any file system that pyarrow reads."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from fer_ray import storage
+from fer_ray.data.image_source import SOURCES, SourceType
+from fer_ray.data.sources import layouts
 from fer_ray.data.sources.files import Entry, ReadError, check_size, read_error
 from fer_ray.errors import UserError, first_line
 
-NOT_PLAIN = "not a plain file"
+NOT_REGULAR = "not a regular file"
 
 
 class FolderSource:
-    """The files below a folder."""
-
-    kind = "folder"
+    """The files below a folder, as a `FileSource`."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def entries(self) -> Iterator[Entry]:
-        """Every file, folder by folder; pipes, broken links and bad names with a reason."""
+        """Lists all files, folder by folder; pipes, broken links and bad names have a reason."""
         fs, root = self._filesystem
         walk = _walk_local if isinstance(fs, pafs.LocalFileSystem) else _walk
         try:
@@ -41,16 +41,18 @@ class FolderSource:
             ) from error
 
     def read(self, path: str, at: bytes) -> bytes:
-        """One file's content; see `Source.read`."""
+        """Returns the content of one file; see `FileSource.read`."""
         try:
             return read_file(*self._filesystem, path)
         except (OSError, pa.ArrowException, ValueError) as error:
             if not storage.is_directory(self.path):
-                raise UserError(f"--source: {self.path} is gone, or not on all machines") from error
+                raise UserError(
+                    f"--source: {self.path} no longer exists, or not on all machines"
+                ) from error
             raise read_error(error) from error
 
     def fingerprint(self, listing: Iterator[tuple[str, int]]) -> str:
-        """Hash of the listing: one line a file, path, tab and size."""
+        """Returns the hash of the listing: one line per file with path, tab and size."""
         digest = hashlib.sha256()
         for path, size in listing:
             digest.update(f"{path}\t{size}\n".encode())
@@ -65,20 +67,32 @@ class FolderSource:
         return {"path": self.path}
 
 
+SOURCES.register("folder")(
+    SourceType(
+        description="a folder with <split>/<class>/<file> or <class>/<file>",
+        recognizes=storage.is_directory,
+        open=lambda source, options: layouts.open_layout(
+            FolderSource(storage.absolute(source)), source
+        ),
+        open_files=FolderSource,
+    )
+)
+
+
 def read_file(fs: pafs.FileSystem, root: str, path: str) -> bytes:
-    """A file below a folder.
+    """Returns the content of the file at `path` below the folder `root`.
 
     Raises:
-        ReadError: when it is too large, or a pipe or device.
+        ReadError: when the file is too large, or is a pipe or device.
         OSError: when it cannot be read.
     """
     full = f"{root}/{path}" if root else path
     if isinstance(fs, pafs.LocalFileSystem):
-        # not waiting: a pipe would; half the time of Path.open
+        # O_NONBLOCK: opening a pipe would wait; FileIO takes half the time of Path.open
         with io.FileIO(os.open(full, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as local:
             status = os.fstat(local.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise ReadError(NOT_PLAIN)
+                raise ReadError(NOT_REGULAR)
             check_size(status.st_size)
             return local.read(status.st_size)
     with fs.open_input_file(full) as file:
@@ -87,13 +101,13 @@ def read_file(fs: pafs.FileSystem, root: str, path: str) -> bytes:
 
 
 def _walk(fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
-    """Every file of a store, one folder's listing at a time."""
+    """Lists all files below a folder of an object store, one folder at a time."""
     folders = [root]
     while folders:
         folder = folders.pop()
         for info in fs.get_file_info(pafs.FileSelector(folder)):
             path = info.path[len(root) :].strip("/")
-            if info.path.strip("/") == folder.strip("/"):  # of a key with a doubled slash
+            if info.path.strip("/") == folder.strip("/"):  # there is a key with a double slash
                 yield from _walk_nameless(fs, root, folder)
             elif info.type == pafs.FileType.Directory:
                 folders.append(info.path)
@@ -102,9 +116,9 @@ def _walk(fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
 
 
 def _walk_nameless(fs: pafs.FileSystem, root: str, folder: str) -> Iterator[Entry]:
-    """Every file of a store whose key has a doubled slash after a folder: pyarrow opens none.
+    """Lists the files whose key has a double slash after a folder; pyarrow cannot open them.
 
-    Nor does it list such a folder but together with all that its parent holds, at once.
+    pyarrow lists them only in a recursive listing of the folder, which is held in memory.
     """
     for info in fs.get_file_info(pafs.FileSelector(folder, recursive=True)):
         if info.path.startswith(f"{folder}//") and info.type != pafs.FileType.Directory:
@@ -113,22 +127,22 @@ def _walk_nameless(fs: pafs.FileSystem, root: str, folder: str) -> Iterator[Entr
 
 
 def _walk_local(fs: pafs.FileSystem, root: str) -> Iterator[Entry]:
-    """Every file below a local folder; pyarrow's own listing omits broken links in silence."""
+    """Lists all files below a local folder; pyarrow's listing silently omits broken links."""
     folders = [root or "/"]
-    seen: set[tuple[int, int]] = set()  # else links could lead round in circles
+    visited: set[tuple[int, int]] = set()  # symbolic links may form cycles
     while folders:
         folder = folders.pop()
-        seen.add(_identity(Path(folder)))
-        with os.scandir(folder) as found:
-            for item in found:
+        visited.add(_identity(Path(folder)))
+        with os.scandir(folder) as items:
+            for item in items:
                 path = item.path[len(root) :].strip("/")
                 if not _is_folder(item):
                     yield _local_entry(item, path)
                 elif item.is_symlink() and (
-                    _leads_up(item.path, folder) or _identity(item) in seen
+                    _points_to_parent(item.path, folder) or _identity(item) in visited
                 ):
                     reason = "a link to a folder that is read already"
-                    yield Entry(path=_in_utf8(path), reason=reason)
+                    yield Entry(path=_as_utf8(path), reason=reason)
                 else:
                     folders.append(item.path)
 
@@ -146,23 +160,23 @@ def _identity(item: os.DirEntry[str] | Path) -> tuple[int, int]:
 
 
 def _local_entry(item: os.DirEntry[str], path: str) -> Entry:
-    shown = _in_utf8(path)
-    if shown != path:
-        return Entry(path=shown, reason="the file's name is not UTF-8")
+    valid = _as_utf8(path)
+    if valid != path:
+        return Entry(path=valid, reason="the file's name is not UTF-8")
     try:
         status = item.stat()
     except OSError:
         return Entry(path=path, reason="a broken link")
     if not stat.S_ISREG(status.st_mode):
-        return Entry(path=path, reason=NOT_PLAIN)
+        return Entry(path=path, reason=NOT_REGULAR)
     return Entry(path=path, size=status.st_size)
 
 
-def _in_utf8(path: str) -> str:
-    """A path whose bytes that are not UTF-8 are written out: Arrow takes no others."""
+def _as_utf8(path: str) -> str:
+    """Escapes the bytes of a path that are not UTF-8, which Arrow refuses."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def _leads_up(link: str, folder: str) -> bool:
+def _points_to_parent(link: str, folder: str) -> bool:
     target, real = os.path.realpath(link), os.path.realpath(folder)
     return real == target or real.startswith(target.rstrip("/") + "/")

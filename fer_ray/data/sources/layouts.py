@@ -1,4 +1,4 @@
-"""Which split and class each file of a folder or zip has, told by where it lies."""
+"""The layout of a folder or zip: which split and class each file has, according to its path."""
 
 from __future__ import annotations
 
@@ -7,172 +7,279 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from fer_ray.data.sources.files import Entry, Source, junk_reason
+import numpy as np
+
+from fer_ray.data import decoding
+from fer_ray.data.sources.files import Entry, FileSource, system_file_reason
 from fer_ray.errors import UserError
 
 SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
-"""The folders that hold a split, and the split's name."""
+"""Names of folders that hold a split, and the name of that split."""
 
 EXPECTED = (
     "expected train/<class>/<file> and validation/<class>/<file>, or <class>/<file>, "
     "at the top or below one or two folders"
 )
-"""What a folder or zip has to look like, for messages."""
+"""The layouts that are known, for messages."""
 
 _MAX_LEVELS_ABOVE = 2
-_MOST_FOLDERS = 10_000
-"""So many different folders at one level are no classes; bounds the memory of looking."""
-_STRAYS = 0.1
-"""Fewer files than this share of those below them are strays, and their folders no classes."""
+_MAX_FOLDERS = 10_000
+"""More folders at one level are not recorded, to bound the memory; they are no classes."""
+_STRAY_FRACTION = 0.1
+"""A folder with fewer files than this fraction of those below its siblings is no class."""
+
+Top = tuple[str, ...]
+"""The names of the folders above the splits or classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the files of a source are told apart."""
+    """Where the splits and classes of a source are."""
 
-    top: tuple[str, ...]
+    top: Top
     """The folders above the splits, or above the classes where there are no splits."""
     has_splits: bool
-    """Whether ``<split>/<class>/<file>``; else ``<class>/<file>``, and all is train."""
+    """True for ``<split>/<class>/<file>``; False for ``<class>/<file>``, where all is train."""
+
+
+class LayoutImageSource:
+    """The image files of a folder or zip, as an `ImageSource`."""
+
+    def __init__(self, files: FileSource, source: str, layout: Layout) -> None:
+        """Opened by `open_layout`."""
+        self._files, self._source, self._layout = files, source, layout
+
+    @property
+    def has_splits(self) -> bool:
+        """See `ImageSource.has_splits`."""
+        return self._layout.has_splits
+
+    def entries(self) -> Iterator[Entry]:
+        """See `ImageSource.entries`."""
+        return locate_files(self._files, self._layout)
+
+    def grey(self, path: str, at: bytes) -> np.ndarray:
+        """See `ImageSource.grey`."""
+        return decoding.decode(self._files.read(path, at))
+
+    def describe(self, listing: Iterator[tuple[str, int]]) -> dict[str, Any]:
+        """See `ImageSource.describe`."""
+        return {"path": self._source, "sha256": self._files.fingerprint(listing)}
+
+
+def open_layout(files: FileSource, source: str) -> LayoutImageSource:
+    """Opens files as labelled images, according to their layout.
+
+    Args:
+        files: the files of a folder or zip.
+        source: the value of ``--source``, for ``dataset.json``.
+
+    Raises:
+        UserError: when the layout is not known.
+    """
+    return LayoutImageSource(files, source, find_layout(files))
 
 
 @dataclass(kw_only=True)
-class _Classes:
-    """What may be classes: the folders below one folder that hold files themselves."""
+class _Folders:
+    """Folders with the same parent that hold files directly: they may be classes."""
 
     names: set[str] = field(default_factory=set)
-    """Their names; some, when there are very many."""
+    """Their names; not all of them when there are very many."""
     num_files: int = 0
-    """How many files lie in them."""
+    """Number of files directly in them."""
 
 
 @dataclass(kw_only=True)
-class _Seen:
-    """What one look through the paths has found, in bounded memory."""
+class _TrainFolder:
+    """The files of one folder named ``train``."""
+
+    loose: _Folders = field(default_factory=_Folders)
+    """Counts the files directly in it."""
+    in_classes: _Folders = field(default_factory=_Folders)
+    """Counts the files in its class folders."""
+
+
+@dataclass(kw_only=True)
+class _Survey:
+    """What one pass over all paths has found, in bounded memory."""
 
     num_files: int = 0
-    folders: dict[str, _Classes | None] = field(default_factory=dict)
-    """Those whose files have been looked at, with where they count; some of very many."""
-    refused: Counter[str] = field(default_factory=Counter)
-    """Files that cannot be read at all, by reason."""
-    train_tops: set[tuple[str, ...]] = field(default_factory=set)
-    """The folders above each ``train``."""
-    other_split: str = ""
-    """A split's folder that is not train."""
-    classes: list[dict[tuple[str, ...], _Classes]] = field(
+    counters: dict[str, _Folders | None] = field(default_factory=dict)
+    """By folder, where its files are counted; not for all folders when there are very many."""
+    unreadable: Counter[str] = field(default_factory=Counter)
+    """Number of files that cannot be read, by reason."""
+    train: dict[Top, _TrainFolder] = field(default_factory=dict)
+    """Every folder named ``train``, by the folders above it."""
+    other_split: Top = ()
+    """The path of a split's folder that is not ``train``."""
+    classes: list[dict[Top, _Folders]] = field(
         default_factory=lambda: [{} for _ in range(_MAX_LEVELS_ABOVE + 1)]
     )
-    """At each depth what may be classes, by the folders above them; `_MOST_FOLDERS`."""
+    """At each depth, the folders that may be classes, by the folders above them."""
     num_classes: list[int] = field(default_factory=lambda: [0] * (_MAX_LEVELS_ABOVE + 1))
 
-    def take(self, path: str) -> None:
-        """Notes one path."""
+    def add(self, path: str) -> None:
+        """Records one path."""
         self.num_files += 1
         folder = path.rpartition("/")[0]
-        if folder in self.folders:  # another file of it is one more, and says nothing else
-            classes = self.folders[folder]
+        if folder in self.counters:  # a further file of a known folder is only counted
+            counter = self.counters[folder]
         else:
-            classes = self._look(tuple(folder.split("/")) if folder else ())
-            if len(self.folders) < _MOST_FOLDERS:
-                self.folders[folder] = classes
-        if classes:
-            classes.num_files += 1
+            counter = self._add_folder(tuple(folder.split("/")) if folder else ())
+            if len(self.counters) < _MAX_FOLDERS:
+                self.counters[folder] = counter
+        if counter:
+            counter.num_files += 1
 
-    def _look(self, folders: tuple[str, ...]) -> _Classes | None:
-        """Notes a file's folders; returns what it counts for."""
+    def _add_folder(self, folders: Top) -> _Folders | None:
+        """Records the folder of a file; returns where its files are counted."""
         for depth, name in enumerate(folders[: _MAX_LEVELS_ABOVE + 1]):
             if name == "train":
-                self.train_tops.add(folders[:depth])
-                return None
+                train = self.train.setdefault(folders[:depth], _TrainFolder())
+                below = len(folders) - depth - 1
+                return {0: train.loose, 1: train.in_classes}.get(below)
             if name in SPLIT_FOLDERS:
-                self.other_split = self.other_split or "/".join(folders[: depth + 1])
+                self.other_split = self.other_split or folders[: depth + 1]
         depth = len(folders) - 1
         if not 0 <= depth <= _MAX_LEVELS_ABOVE:
             return None
-        if self.num_classes[depth] >= _MOST_FOLDERS:
+        if self.num_classes[depth] >= _MAX_FOLDERS:
             return self.classes[depth].get(folders[:depth])
-        classes = self.classes[depth].setdefault(folders[:depth], _Classes())
+        classes = self.classes[depth].setdefault(folders[:depth], _Folders())
         self.num_classes[depth] += folders[depth] not in classes.names
         classes.names.add(folders[depth])
         return classes
 
-    def _is_class(self, top: tuple[str, ...], num_files: int) -> bool:
-        """Whether a folder is itself one of several classes, and not of a few strays."""
-        around = self.classes[len(top) - 1].get(top[:-1]) if top else None
-        if around is None or len(around.names) < 2 or top[-1] not in around.names:
-            return False
-        return around.num_files > _STRAYS * num_files
+    def siblings(self, folder: Top) -> list[str]:
+        """Returns the names of the folders beside a split's folder that may be classes."""
+        beside = self.classes[len(folder) - 1].get(folder[:-1], _Folders())
+        return sorted(beside.names - set(SPLIT_FOLDERS))
 
-    def tops(self) -> list[tuple[str, ...]]:
-        """What lies above two class folders or more, at the depth where these hold most files.
+    def tops(self) -> list[Top]:
+        """Returns what lies above two or more class folders, at the depth with the most files.
 
-        A few pictures beside a folder of classes are no classes. Of equal depths it is the least.
+        Of two depths with equally many files the upper one counts.
         """
-        best: dict[tuple[str, ...], int] = {}
+        best: dict[Top, int] = {}
         for by_top in self.classes:
-            found = {
-                top: one.num_files
-                for top, one in by_top.items()
-                if len(one.names) > 1 and not self._is_class(top, one.num_files)
+            candidates = {
+                top: classes.num_files
+                for top, classes in by_top.items()
+                if len(classes.names) > 1 and not self._is_class(top, classes.num_files)
             }
-            if sum(found.values()) > sum(best.values()):
-                best = found
+            if sum(candidates.values()) > sum(best.values()):
+                best = candidates
         return sorted(best)
 
+    def _is_class(self, top: Top, num_files: int) -> bool:
+        """Whether a folder is itself one of several classes, and these are not a few strays."""
+        siblings = self.classes[len(top) - 1].get(top[:-1]) if top else None
+        if siblings is None or len(siblings.names) < 2 or top[-1] not in siblings.names:
+            return False
+        return siblings.num_files > _STRAY_FRACTION * num_files
 
-def find(source: Source) -> Layout:
-    """Looks through all paths of a source for its layout.
+
+def find_layout(source: FileSource) -> Layout:
+    """Finds the layout of a source from all its paths.
 
     Raises:
-        UserError: when it has none that is known, with what was expected and what was found.
+        UserError: when the layout is not known, or a folder may be a split as well as a class.
     """
-    seen = _Seen()
+    survey = _Survey()
     for entry in source.entries():
         if entry.reason:
-            seen.refused[entry.reason] += 1
-        elif not junk_reason(entry.path):
-            seen.take(entry.path)
-    if seen.train_tops:
-        return Layout(top=_one_top(source.path, seen.train_tops), has_splits=True)
-    tops = seen.tops()
-    if len(tops) == 1 and not seen.other_split:
+            survey.unreadable[entry.reason] += 1
+        elif not system_file_reason(entry.path):
+            survey.add(entry.path)
+    if survey.train:
+        top = _only_top(source.path, survey.train)
+        train = survey.train[top]
+        if train.loose.num_files > train.in_classes.num_files:
+            _check_is_split(source.path, survey, (*top, "train"))
+        return Layout(top=top, has_splits=True)
+    if split := survey.other_split:
+        beside = survey.classes[len(split) - 1].get(split[:-1], _Folders())
+        if split[-1] in beside.names:
+            _check_is_split(source.path, survey, split)
+    tops = survey.tops()
+    if len(tops) == 1 and not survey.other_split:
         return Layout(top=tops[0], has_splits=False)
-    raise UserError(f"--source: {source.path} has no train images: {EXPECTED}; {_found(seen)}")
+    raise UserError(f"--source: {source.path} has no train images: {EXPECTED}; {_describe(survey)}")
 
 
-def located(source: Source, layout: Layout) -> Iterator[Entry]:
-    """Every file of a source with its split and label, or with the reason why it has none.
+def _check_is_split(path: str, survey: _Survey, folder: Top) -> None:
+    """Refuses a folder that has a split's name and holds images itself, as its siblings do."""
+    if siblings := survey.siblings(folder):
+        raise UserError(
+            f"--source: {path}: {'/'.join(folder)} has the name of a split, but holds images like "
+            f"the class folders beside it ({', '.join(siblings[:3])}): if it is a class, rename "
+            "the folder; if it is a split, put its images into class folders"
+        )
 
-    Only ``test`` may hold files without a class folder: their label is unknown.
+
+def _only_top(path: str, train: dict[Top, _TrainFolder]) -> Top:
+    """Returns the shortest of the tops above a ``train`` folder."""
+    fewest = min(map(len, train))
+    tops = sorted(top for top in train if len(top) == fewest)
+    if len(tops) > 1:
+        names = " and ".join("/".join((*top, "train")) for top in tops[:2])
+        raise UserError(f"--source: {path} has more than one train folder: {names}")
+    return tops[0]
+
+
+def _describe(survey: _Survey) -> str:
+    """Describes the files of a source whose layout is not known."""
+    if not survey.num_files:
+        reasons = survey.unreadable.most_common(3)
+        unreadable = ", ".join(f"{count:,} x {reason}" for reason, count in reasons)
+        return f"found {unreadable or 'no files that may be images'}"
+    if survey.other_split:
+        return f"found {'/'.join(survey.other_split)} but no train"
+    if tops := survey.tops():
+        names = ", ".join("/".join(top) for top in tops[:3])
+        return f"found class folders in several places: {names}"
+    for by_top in survey.classes:
+        for top, classes in by_top.items():
+            name = "/".join((*top, *classes.names))
+            return f"found {survey.num_files:,} files, one class folder: {name}"
+    return f"found {survey.num_files:,} files, none in a class folder"
+
+
+def locate_files(source: FileSource, layout: Layout) -> Iterator[Entry]:
+    """Yields every file of a source with its split and label, or with the reason for having none.
+
+    Only ``test`` may hold files without a class folder; their label is unknown.
     """
-    known = functools.lru_cache(_MOST_FOLDERS)(lambda folder: locate(f"{folder}/_", layout))
+    of_folder = functools.lru_cache(_MAX_FOLDERS)(lambda folder: locate(f"{folder}/_", layout))
     for entry in source.entries():
         path, size, at = entry.path, entry.size, entry.at
         if entry.reason:
             yield entry
-        elif reason := junk_reason(path):
+        elif reason := system_file_reason(path):
             yield Entry(path=path, size=size, at=at, reason=reason)
         else:
             folder = path.rpartition("/")[0]
-            split, label, reason = known(folder) if folder else locate(path, layout)
+            split, label, reason = of_folder(folder) if folder else locate(path, layout)
             yield Entry(
                 path=path, size=size, at=at, split=split, label=label, reason=reason or None
             )
 
 
 def locate(path: str, layout: Layout) -> tuple[str | None, str | None, str]:
-    """The split and label of a path, or (None, None, the reason why it has none)."""
+    """Returns a path's split, label and "", or None, None and the reason for having neither."""
     parts = tuple(path.split("/"))
     depth = len(layout.top)
-    inside = len(parts) > depth + 1 and parts[:depth] == layout.top
+    is_below_top = len(parts) > depth + 1 and parts[:depth] == layout.top
     if not layout.has_splits:
-        if not inside:
+        if not is_below_top:
             return None, None, "not in a class folder"
         if len(parts) > depth + 2:
             return None, None, "deeper than class/file"
         return "train", _label(parts[depth]), ""
-    split = SPLIT_FOLDERS.get(parts[depth]) if inside else None
+    split = SPLIT_FOLDERS.get(parts[depth]) if is_below_top else None
     if split is None:
         return None, None, "not below a train, validation or test folder"
     below = parts[depth + 1 :]
@@ -186,32 +293,5 @@ def locate(path: str, layout: Layout) -> tuple[str | None, str | None, str]:
 
 
 def _label(folder: str) -> str:
-    """A class folder's name; composed, as a Mac would not write it (Unicode's NFC)."""
+    """Returns a class folder's name in Unicode's form NFC; macOS stores names decomposed."""
     return unicodedata.normalize("NFC", folder)
-
-
-def _one_top(path: str, found: set[tuple[str, ...]]) -> tuple[str, ...]:
-    """The folders above ``train``: the fewest."""
-    fewest = min(map(len, found))
-    tops = sorted(top for top in found if len(top) == fewest)
-    if len(tops) > 1:
-        names = " and ".join("/".join((*top, "train")) for top in tops[:2])
-        raise UserError(f"--source: {path} has more than one train folder: {names}")
-    return tops[0]
-
-
-def _found(seen: _Seen) -> str:
-    """What a source without a layout has instead."""
-    if not seen.num_files:
-        refused = [f"{count:,} x {reason}" for reason, count in seen.refused.most_common(3)]
-        return f"found {', '.join(refused) or 'no files that may be pictures'}"
-    if seen.other_split:
-        return f"found {seen.other_split} but no train"
-    if tops := seen.tops():
-        places = ", ".join("/".join(top) for top in tops[:3])
-        return f"found class folders in several places: {places}"
-    for by_top in seen.classes:
-        for top, one in by_top.items():
-            name = "/".join((*top, *one.names))
-            return f"found {seen.num_files:,} files, one class folder: {name}"
-    return f"found {seen.num_files:,} files, none in a class folder"

@@ -1,8 +1,8 @@
-"""FER-2013 as it was published: a CSV whose rows are the pictures (``fer2013.csv``).
+"""FER-2013 as it was published: ``fer2013.csv``, with the pixels of one image in each row.
 
-Its columns are ``emotion`` (0 to 6), ``pixels`` (2,304 grey values with blanks between) and
-``Usage`` (Training, PublicTest, PrivateTest): Goodfellow et al. 2013, arXiv:1307.0414. The copy
-called ``icml_face_data.csv`` has them in another order, with blanks before the names.
+Its columns are ``emotion`` (0 to 6), ``pixels`` (2,304 grey values separated by blanks) and
+``Usage`` (Training, PublicTest, PrivateTest): Goodfellow et al. 2013, arXiv:1307.0414. In the
+copy named ``icml_face_data.csv`` the columns have another order and blanks before their names.
 """
 
 from __future__ import annotations
@@ -18,40 +18,46 @@ import numpy as np
 import pyarrow as pa
 
 from fer_ray import storage
-from fer_ray.data.sources.files import Entry, ReadError
-from fer_ray.data.sources.tables import columns_of
-from fer_ray.data.sources.zips import hash_file
+from fer_ray.data.image_source import SOURCES, ImageSource, SourceOptions, SourceType
+from fer_ray.data.sources.files import Entry, ReadError, hash_file
+from fer_ray.data.sources.tables import columns_of, is_parquet, is_table
 from fer_ray.errors import UserError, first_line
 
 COLUMNS = frozenset({"emotion", "pixels", "usage"})
-"""What the file has to have."""
+"""The columns that the file needs, in lower case."""
 
 EMOTIONS = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
-"""The labels of the codes 0 to 6, which are not in the alphabet's order."""
+"""The labels of the codes 0 to 6; the order is not alphabetical."""
 
 USAGES = {"training": "train", "publictest": "validation", "privatetest": "test"}
-"""The splits of the column ``Usage``, in lower case."""
+"""The splits for the values of the column ``Usage``, in lower case."""
 
 _AT = struct.Struct("<QL")
-"""An entry's `at`: offset and length of the line."""
+"""An entry's `at`: offset and length of its line, in bytes."""
 _BLOCK = 2**22
-_MOST_SIDE = 1024
-_LONGEST_LINE = 5 * _MOST_SIDE**2
+_MAX_SIDE = 1024
+_MAX_LINE = 5 * _MAX_SIDE**2
 
 
-class PixelRows:
-    """The pictures in the rows of ``fer2013.csv``: `preparation.Pictures`.
+class PixelImageSource:
+    """The images in the rows of ``fer2013.csv``, as an `ImageSource`.
 
-    A row's id is ``line-0000002``, its line in the file: the header is line 1.
+    A row's path is its line in the file, as in ``line-0000002``; the header is line 1.
     """
 
     has_splits = True
 
-    def __init__(self, path: str, given: str) -> None:
-        self.path, self.given = path, given
+    def __init__(self, path: str, source: str) -> None:
+        """Opens the file when it is first read.
+
+        Args:
+            path: absolute path or URI.
+            source: the value of ``--source``, for ``dataset.json``.
+        """
+        self.path, self.source = path, source
 
     def entries(self) -> Iterator[Entry]:
-        """Every row with its split and label, or with what is wrong about it."""
+        """See `ImageSource.entries`; empty lines are skipped."""
         try:
             for number, offset, size, line in _lines(self.path):
                 if number > 1 and line.strip():
@@ -59,12 +65,8 @@ class PixelRows:
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"--source: {self.path} cannot be read: {first_line(error)}") from error
 
-    def grey(self, entry_path: str, at: bytes) -> np.ndarray:
-        """One picture, (side, side) uint8.
-
-        Raises:
-            ReadError: for pixels that are no square of numbers from 0 to 255.
-        """
+    def grey(self, path: str, at: bytes) -> np.ndarray:
+        """See `ImageSource.grey`; the image is square."""
         offset, length = _AT.unpack(at)
         try:
             line = self._file.read_at(length, offset)
@@ -74,13 +76,13 @@ class PixelRows:
         return parse_pixels(pixels)
 
     def describe(self, listing: Iterator[tuple[str, int]]) -> dict[str, Any]:
-        """What ``dataset.json`` says about the source."""
-        return {"kind": "pixels", "path": self.given, "sha256": hash_file(self.path)}
+        """See `ImageSource.describe`."""
+        return {"path": self.source, "sha256": hash_file(self.path)}
 
     def _entry(self, number: int, offset: int, size: int, line: bytes) -> Entry:
         path = f"line-{number:07d}"
-        if size > _LONGEST_LINE:
-            return Entry(path=path, size=size, reason=f"a line of {size:,} bytes is no picture")
+        if size > _MAX_LINE:
+            return Entry(path=path, size=size, reason=f"the line is too long: {size:,} bytes")
         cells, width = _cells(line), len(self._columns)
         if len(cells) != width:
             reason = f"{len(cells)} columns instead of {width}"
@@ -108,41 +110,61 @@ class PixelRows:
         try:
             return fs.open_input_file(path)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"--source: {self.path} is gone, or not on all machines") from error
+            raise UserError(
+                f"--source: {self.path} no longer exists, or not on all machines"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "given": self.given}
+        return {"path": self.path, "source": self.source}
+
+
+def _recognizes(source: str) -> bool:
+    return is_table(source) and not is_parquet(source) and set(columns_of(source)) >= COLUMNS
+
+
+def _open(source: str, options: SourceOptions) -> ImageSource:
+    return PixelImageSource(storage.absolute(source), source)
+
+
+SOURCES.register("pixels")(
+    SourceType(
+        description="fer2013.csv with the columns emotion, pixels and Usage",
+        recognizes=_recognizes,
+        open=_open,
+        precedence=1,  # before "table", which recognizes every CSV file
+    )
+)
 
 
 def parse_pixels(text: str) -> np.ndarray:
-    """A square picture from its grey values, row by row, with blanks between.
+    """Parses a square image: its grey values in decimal, row by row, separated by blanks.
 
     Returns:
         (side, side) uint8.
 
     Raises:
-        ReadError: when they are no square, no whole numbers, or not within 0 to 255.
+        ReadError: when the number of values is not a square, or a value is not a whole number
+            from 0 to 255.
     """
     values = text.split()
     side = math.isqrt(len(values))
-    if not values or side * side != len(values) or side > _MOST_SIDE:
-        expected = 48 * 48
-        raise ReadError(f"{len(values):,} pixels are no square picture ({expected:,} are usual)")
-    # ASCII alone: isdigit takes every script's digits
+    if not values or side * side != len(values) or side > _MAX_SIDE:
+        raise ReadError(f"{len(values):,} pixels are not a square image (usual: 48 x 48 = 2,304)")
+    # isdigit alone would accept the digits of every script
     if not ("".join(values).isdigit() and text.isascii()):
-        strange = next(one for one in values if not (one.isdigit() and one.isascii()))
-        raise ReadError(f"a pixel is {strange[:20]!r}: not a whole number from 0 to 255")
+        wrong = next(value for value in values if not (value.isdigit() and value.isascii()))
+        raise ReadError(f"a pixel is {wrong[:20]!r}: not a whole number from 0 to 255")
     try:
         pixels = bytes(map(int, values))
     except ValueError as error:
-        largest = max(values, key=lambda one: (len(one.lstrip("0")), one.lstrip("0")))
-        raise ReadError(f"a pixel is {largest[:20]}: beyond 255") from error
+        largest = max(values, key=lambda value: (len(value.lstrip("0")), value.lstrip("0")))
+        raise ReadError(f"a pixel is {largest[:20]}: larger than 255") from error
     return np.frombuffer(pixels, np.uint8).reshape(side, side)
 
 
 def _cells(line: bytes) -> list[str]:
-    """The cells of a line; one that is no CSV has none."""
-    csv.field_size_limit(_LONGEST_LINE)
+    """Returns the cells of a line; none if the line is not valid CSV."""
+    csv.field_size_limit(_MAX_LINE)
     try:
         return next(csv.reader([line.decode("utf-8", "backslashreplace")], strict=True), [])
     except csv.Error:
@@ -150,19 +172,19 @@ def _cells(line: bytes) -> list[str]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, int, int, bytes]]:
-    """Number from 1, offset, length and content of each line, without its end.
+    """Yields each line's number from 1, its offset and length in bytes, and its content.
 
-    In bounded memory: of a line that is too long for a picture only the beginning is kept.
+    The line end is left out. Memory is bounded: only the beginning of a very long line is kept.
     """
     fs, inner = storage.filesystem(path)
     number, offset, rest, dropped = 1, 0, b"", 0
     with fs.open_input_stream(inner) as stream:
         while block := stream.read(_BLOCK):
-            *whole, rest = (rest + block).split(b"\n")
-            for line in whole:
+            *complete, rest = (rest + block).split(b"\n")
+            for line in complete:
                 yield number, offset, len(line.rstrip(b"\r")) + dropped, line.rstrip(b"\r")
                 number, offset, dropped = number + 1, offset + len(line) + dropped + 1, 0
-            if len(rest) > _LONGEST_LINE:
-                dropped, rest = dropped + len(rest) - _LONGEST_LINE, rest[:_LONGEST_LINE]
+            if len(rest) > _MAX_LINE:
+                dropped, rest = dropped + len(rest) - _MAX_LINE, rest[:_MAX_LINE]
         if rest:
             yield number, offset, len(rest.rstrip(b"\r")) + dropped, rest.rstrip(b"\r")

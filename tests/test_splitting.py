@@ -1,4 +1,4 @@
-"""What is held out and what is dropped: by class, equal pictures on one side, by a stated rule."""
+"""Which images are held out and dropped: by class, with duplicates in the same split."""
 
 from __future__ import annotations
 
@@ -10,46 +10,45 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fer_ray.data.sources import RELABELLED, REPEATED, Entry
-from fer_ray.preparation import splitting
-from fer_ray.preparation import statistics as dataset_summary
-from fer_ray.preparation.inventory import RESULTS, Ledger
+from fer_ray.data.sources.files import RELABELLED, REPEATED, Entry
+from fer_ray.preparation import splitting, statistics
+from fer_ray.preparation.inventory import REJECTED, RESULTS, Inventory
 
 Row = tuple[str, str, str | None]
-"""Picture, split and label."""
+"""Name of the pixels (duplicates have the same), split and label."""
 
 
-def ledger_of(rows: list[Row]) -> Ledger:
-    """A ledger in which these pictures were written."""
-    ledger = Ledger()
+def inventory_of(rows: list[Row]) -> Inventory:
+    """Returns an inventory with these images as results."""
+    inventory = Inventory()
     values = [
         {
-            "part": f"{split}/part-00000.parquet",
+            "shard": f"{split}/part-00000.parquet",
             "path": f"{index:05}",
             "split": split,
             "label": label,
-            "pixel_sha256": hashlib.sha256(picture.encode()).digest(),
+            "pixel_sha256": hashlib.sha256(image.encode()).digest(),
             "row_sha256": b"",
             "pixel_sum": 0,
             "pixel_sum_squares": 0,
         }
-        for index, (picture, split, label) in enumerate(rows)
+        for index, (image, split, label) in enumerate(rows)
     ]
-    ledger.add_results(pa.Table.from_pylist(values, RESULTS))
-    return ledger
+    inventory.add_results(pa.Table.from_pylist(values, RESULTS))
+    return inventory
 
 
 @pytest.fixture
 def results():
-    """Runs something on a ledger of these rows and gives split and reason of each afterwards."""
+    """Applies a change to an inventory of some rows; returns split and reason of each."""
 
     def run(rows: list[Row], change) -> list[tuple[str, str | None]]:
-        ledger = ledger_of(rows)
+        inventory = inventory_of(rows)
         try:
-            change(ledger)
-            return list(ledger.rows("SELECT split, reason FROM results ORDER BY path"))
+            change(inventory)
+            return list(inventory.rows("SELECT split, reason FROM results ORDER BY path"))
         finally:
-            ledger.close()
+            inventory.close()
 
     return run
 
@@ -64,39 +63,39 @@ def results():
     st.floats(0.01, 0.99),
     st.integers(0, 5),
 )
-def test_equal_pictures_stay_together_and_each_class_gives_its_share(rows, fraction, seed):
-    ledger = ledger_of(rows)
+def test_duplicates_stay_together_and_each_class_gives_its_fraction(rows, fraction, seed):
+    inventory = inventory_of(rows)
     try:
-        splitting.hold_out(ledger, fraction=fraction, seed=seed)
-        splits = [split for (split,) in ledger.rows("SELECT split FROM results ORDER BY path")]
+        splitting.hold_out(inventory, fraction=fraction, seed=seed)
+        splits = [split for (split,) in inventory.rows("SELECT split FROM results ORDER BY path")]
     finally:
-        ledger.close()
+        inventory.close()
     sides = defaultdict(set)
     strata: dict[str, str] = {}
-    for (picture, _, label), split in zip(rows, splits):
-        sides[picture].add(split)
-        strata.setdefault(picture, label)  # the first by path decides
+    for (image, _, label), split in zip(rows, splits):
+        sides[image].add(split)
+        strata.setdefault(image, label)  # the first by path decides
     assert all(len(found) == 1 for found in sides.values())
     left_in_train = {label for (_, _, label), split in zip(rows, splits) if split == "train"}
     assert left_in_train == {label for _, _, label in rows}
-    strangers = left_in_train - set(strata.values())  # each keeps one picture of another class
-    sizes = Counter(picture for picture, _, _ in rows)
+    strangers = left_in_train - set(strata.values())  # each keeps one group of another class
+    sizes = Counter(image for image, _, _ in rows)
     for stratum in set(strata.values()):
-        members = [picture for picture in sizes if strata[picture] == stratum]
-        held = [picture for picture in members if sides[picture] == {"validation"}]
-        total = sum(sizes[picture] for picture in members)
-        taken = sum(sizes[picture] for picture in held)
+        members = [image for image in sizes if strata[image] == stratum]
+        held = [image for image in members if sides[image] == {"validation"}]
+        total = sum(sizes[image] for image in members)
+        taken = sum(sizes[image] for image in held)
         room = min(max(round(total * fraction), 1), total - 1)
         if len(members) == 1:
             assert not held
         elif strangers:
             assert max(len(members) - len(strangers), 0) == 0 or 0 < len(held) < len(members)
-            assert taken <= max(room, max(sizes[picture] for picture in members))
+            assert taken <= max(room, max(sizes[image] for image in members))
         else:
             assert 0 < len(held) < len(members)
-            smallest = min(sizes[picture] for picture in members)
+            smallest = min(sizes[image] for image in members)
             assert taken <= max(room, smallest)
-            left = [sizes[picture] for picture in members if picture not in held]
+            left = [sizes[image] for image in members if image not in held]
             # what is left does not fit any more
             assert taken + min(left) > room
 
@@ -110,12 +109,12 @@ def test_the_seed_decides_and_the_order_of_the_files_does_not(results):
 
     first = held(rows, 0)
     assert len(first) == 12
-    assert Counter("ab"[int(picture[1:]) % 2] for picture in first) == {"a": 6, "b": 6}
+    assert Counter("ab"[int(image[1:]) % 2] for image in first) == {"a": 6, "b": 6}
     assert held(rows[::-1], 0) == first
     assert held(rows, 1) != first
 
 
-def test_a_class_whose_pictures_all_stand_under_another_one_keeps_one(results):
+def test_a_class_of_duplicates_of_another_class_keeps_one_image(results):
     rows = [(f"p{index}", "train", "a") for index in range(20)]
     rows += [(f"p{index}", "train", "b") for index in (3, 11)]
     for seed in range(20):
@@ -129,7 +128,7 @@ def test_a_class_whose_pictures_all_stand_under_another_one_keeps_one(results):
         assert [split for split, _ in found] == ["validation", "train", "train"]
 
 
-def test_train_loses_its_twins_and_nothing_else_is_lost(results):
+def test_train_loses_duplicates_of_other_splits_and_nothing_else(results):
     rows = [
         ("a", "train", "happy"),
         ("a", "train", "sad"),
@@ -142,17 +141,17 @@ def test_train_loses_its_twins_and_nothing_else_is_lost(results):
         ("d", "test", "sad"),
         ("d", "validation", "sad"),
     ]
-    found = results(rows, splitting.drop_twins)
-    of_validation = "the same picture is in validation (--deduplicate)"
-    of_another = "the same picture is in validation, labelled happy (--deduplicate)"
-    of_both = "the same picture is in test and validation (--deduplicate)"
+    found = results(rows, splitting.drop_duplicates)
+    of_validation = "a duplicate is in validation (--deduplicate)"
+    of_another = "a duplicate is in validation, labelled happy (--deduplicate)"
+    of_both = "a duplicate is in test and validation (--deduplicate)"
     dropped = {0: of_validation, 1: of_another, 7: of_both}
     assert [reason for _, reason in found] == [dropped.get(index) for index in range(len(rows))]
     assert [split for split, _ in found] == [split for _, split, _ in rows]
 
 
 def test_duplicates_against_a_case_worked_by_hand():
-    ledger = ledger_of(
+    inventory = inventory_of(
         [
             ("a", "train", "happy"),
             ("a", "train", "sad"),
@@ -164,7 +163,7 @@ def test_duplicates_against_a_case_worked_by_hand():
             ("d", "train", "happy"),
         ]
     )
-    assert dataset_summary.find_duplicates(ledger) == {
+    assert statistics.find_duplicates(inventory) == {
         "groups": 3,
         "images": 7,
         "within": {"train": 1, "validation": 1, "test": 0},
@@ -172,11 +171,11 @@ def test_duplicates_against_a_case_worked_by_hand():
         "conflicting_labels": 1,
         "twins_in_train": {"validation": 0, "test": 2},
     }
-    ledger.close()
+    inventory.close()
 
 
 def test_of_equal_paths_the_first_counts():
-    ledger = Ledger()
+    inventory = Inventory()
     entries = [
         Entry(path="1", split="train", label="a", reason="broken"),
         Entry(path="1", split="train", label="b"),
@@ -184,13 +183,13 @@ def test_of_equal_paths_the_first_counts():
         Entry(path="1", split="train", label="c"),
         Entry(path="0", split="test"),
     ]
-    ledger.list_files(entries)
-    assert ledger.counts() == {"train": 1, "test": 1}
-    assert ledger.labels("train") == ["b"]
-    assert list(ledger.rejected()) == [
+    inventory.add_files(entries)
+    assert inventory.counts() == {"train": 1, "test": 1}
+    assert inventory.labels("train") == ["b"]
+    assert list(inventory.rows(f"{REJECTED} ORDER BY path, reason")) == [
         ("1", REPEATED),
         ("1", RELABELLED),
         ("1", "broken"),
     ]
-    assert [path for path, _ in ledger.listing()] == ["0", "1", "1", "1", "1"]
-    ledger.close()
+    assert [path for path, _ in inventory.listing()] == ["0", "1", "1", "1", "1"]
+    inventory.close()

@@ -1,4 +1,4 @@
-"""Every kind of picture file becomes what the contract says, through the whole of prepare."""
+"""Image files of every format, from file to row, through the whole of prepare."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from faces import picture, prepare, split_of
+from faces import image_file, prepare, split_of
 from PIL import Image, ImageOps
 
-from fer_ray.data import dataset, decoding
+from fer_ray.data import decoding
 
 RAMP = np.add.outer(np.arange(0, 144, 3), np.arange(0, 96, 2)).astype(np.uint8)
-"""48 x 48, no two rows or columns the same: a rotation or a flip shows."""
+"""48 x 48; no two rows or columns are equal, so that a rotation or flip changes it."""
 
 
-def saved(image: Image.Image, kind: str, **settings) -> bytes:
+def saved(image: Image.Image, file_format: str, **settings) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind, **settings)
+    image.save(buffer, file_format, **settings)
     return buffer.getvalue()
 
 
@@ -32,7 +32,7 @@ def colour(grey: np.ndarray) -> Image.Image:
 
 
 def rotated(grey: np.ndarray) -> bytes:
-    """Lies on its side, and says so in its EXIF (orientation 6: a quarter turn clockwise)."""
+    """Stored rotated, with EXIF orientation 6 (show it turned a quarter clockwise)."""
     exif = Image.Exif()
     exif[0x0112] = 6
     lying = Image.fromarray(np.rot90(grey, 1))
@@ -71,7 +71,7 @@ EXACT = {
     "lossless.webp": saved(colour(RAMP), "WEBP", lossless=True),
     "lächeln 笑.png": saved(Image.fromarray(RAMP), "PNG"),
 }
-"""Files that show `RAMP`: each has to become just these pixels."""
+"""Lossless files of `RAMP`: each has to give exactly these pixels."""
 
 CLOSE = {
     "grey.jpg": saved(Image.fromarray(RAMP), "JPEG", quality=95),
@@ -81,17 +81,17 @@ CLOSE = {
     "cmyk.tif": saved(colour(RAMP).convert("CMYK"), "TIFF"),
     "animated.gif": saved(Image.fromarray(RAMP), "GIF"),
 }
-"""As `EXACT`, but for rounding and what JPEG loses."""
+"""Files of `RAMP` that differ from it by rounding and JPEG's losses."""
 
 
 @pytest.fixture(scope="module")
 def rows(ray_cluster, tmp_path_factory) -> pd.DataFrame:
-    """All of them prepared at once, by the file's name."""
-    root = tmp_path_factory.mktemp("kinds")
+    """The rows of all files, prepared together, by file name."""
+    root = tmp_path_factory.mktemp("formats")
     folder = root / "faces" / "train" / "happy"
     folder.mkdir(parents=True)
     (root / "faces" / "train" / "sad").mkdir()
-    (root / "faces" / "train" / "sad" / "other.png").write_bytes(picture(1))
+    (root / "faces" / "train" / "sad" / "other.png").write_bytes(image_file(1))
     extremes = {
         "one pixel.png": saved(Image.fromarray(RAMP[:1, 5:6]), "PNG"),
         "vga.png": saved(Image.fromarray(cv2.resize(RAMP, (640, 480))), "PNG"),
@@ -116,13 +116,13 @@ def pixels(rows: pd.DataFrame, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_lossless_kinds_become_the_very_pixels(rows, name):
+def test_lossless_formats_give_exactly_the_pixels(rows, name):
     assert np.array_equal(pixels(rows, name), RAMP)
     assert rows.loc[name, "pixel_sha256"] == decoding.pixel_sha256(RAMP)
 
 
 @pytest.mark.parametrize("name", CLOSE)
-def test_lossy_kinds_become_nearly_these_pixels(rows, name):
+def test_lossy_formats_give_nearly_the_pixels(rows, name):
     assert np.abs(pixels(rows, name).astype(int) - RAMP).mean() < 3
 
 
@@ -145,38 +145,62 @@ def test_one_stem_with_two_extensions_is_two_rows(rows):
 
 
 TONES = np.arange(2**16)
-"""Every value that 16 bits have."""
+"""All values of 16 bits."""
+
+
+def declared_range(low: float, high: float) -> dict[int, float]:
+    """The TIFF tags SMinSampleValue and SMaxSampleValue."""
+    return {340: low, 341: high}
 
 
 def deep(tones: np.ndarray) -> list[bytes]:
-    """Files of the kinds that hold 16 bits a pixel: of 16 bits, also the other way round, of 32."""
+    """Files with 16 bits per pixel, in both byte orders, and with 32 bits and a declared range."""
     return [
         saved(Image.fromarray(tones.astype(np.uint16)), "PNG"),
         saved(Image.fromarray(tones.astype(np.uint16)), "TIFF"),
         saved(Image.frombytes("I;16B", tones.shape[::-1], tones.astype(">u2").tobytes()), "TIFF"),
-        saved(Image.fromarray(tones.astype(np.int32)), "TIFF"),
+        saved(Image.fromarray(tones.astype(np.int32)), "TIFF", tiffinfo=declared_range(0, 65535)),
     ]
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (13, 5041), (2**16, 1), (1, 2**16)])
-@pytest.mark.parametrize("at_once", [100, 2**18])
-def test_every_tone_of_16_bits_is_rounded_however_few_rows_go_at_once(shape, at_once, monkeypatch):
-    monkeypatch.setattr(dataset, "_PIXELS_AT_ONCE", at_once)
+@pytest.mark.parametrize("block_pixels", [100, 2**18])
+def test_every_tone_of_16_bits_is_rounded_whatever_the_block_size(shape, block_pixels, monkeypatch):
+    monkeypatch.setattr(decoding, "_BLOCK_PIXELS", block_pixels)
     tones = TONES[: shape[0] * shape[1]].reshape(shape)
     for content in deep(tones):
         assert np.array_equal(decoding.decode(content), (tones * 255 + 32767) // 65535)
 
 
 @pytest.mark.parametrize("tone", [-1, 2**16])
-def test_a_single_tone_beyond_16_bits_is_refused(tone, monkeypatch):
-    monkeypatch.setattr(dataset, "_PIXELS_AT_ONCE", 100)
+def test_a_single_tone_outside_the_declared_range_is_refused(tone, monkeypatch):
+    monkeypatch.setattr(decoding, "_BLOCK_PIXELS", 100)
     pixels = np.zeros((30, 30), np.int32)
     pixels[-1, -1] = tone
-    with pytest.raises(decoding.DecodeError, match="more than 16 bits"):
-        decoding.decode(saved(Image.fromarray(pixels), "TIFF"))
+    content = saved(Image.fromarray(pixels), "TIFF", tiffinfo=declared_range(0, 65535))
+    with pytest.raises(decoding.DecodeError, match="outside the range 0 to 65535"):
+        decoding.decode(content)
 
 
-def test_a_large_picture_of_16_bits_takes_little_memory():
+@pytest.mark.parametrize(
+    "tags", [{}, {340: 0.0}, declared_range(5, 5), declared_range(0, 0.5), declared_range(9, 2)]
+)
+def test_32_bits_without_a_usable_range_are_refused_and_not_black(tags):
+    tones = Image.fromarray(RAMP.astype(np.int32))
+    with pytest.raises(decoding.DecodeError, match="32-bit integers of unknown range"):
+        decoding.decode(saved(tones, "TIFF", tiffinfo=tags))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 255), (0, 1000), (-128, 127), (0, 2**31 - 1)])
+def test_32_bits_are_scaled_from_the_range_that_the_file_declares(low, high):
+    tones = np.linspace(low, high, 300).astype(np.int32).reshape(20, 15)
+    content = saved(Image.fromarray(tones), "TIFF", tiffinfo=declared_range(low, high))
+    expected = np.rint((tones.astype(float) - low) * 255 / (high - low))
+    assert np.abs(decoding.decode(content) - expected).max() <= 1
+    assert decoding.decode(content).ravel()[[0, -1]].tolist() == [0, 255]
+
+
+def test_a_large_image_of_16_bits_takes_little_memory():
     content = saved(Image.fromarray(np.full((2000, 2000), 1000, np.uint16)), "PNG")
     tracemalloc.start()
     try:
@@ -189,7 +213,7 @@ def test_a_large_picture_of_16_bits_takes_little_memory():
 
 
 def damaged(content: bytes, seed: int) -> bytes:
-    """The file with up to four bytes changed, and cut off in a quarter of the cases."""
+    """The file with up to four bytes changed, and truncated in a quarter of the cases."""
     draw = random.Random(seed)
     changed = bytearray(content)
     for _ in range(draw.randrange(5)):
@@ -198,7 +222,7 @@ def damaged(content: bytes, seed: int) -> bytes:
 
 
 def by_pillow(content: bytes) -> np.ndarray | None:
-    """What Pillow alone makes of it: None where it refuses."""
+    """The pixels according to Pillow; None where it refuses the file."""
     try:
         with Image.open(io.BytesIO(content), formats=decoding.FORMATS) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("L"))
@@ -208,8 +232,8 @@ def by_pillow(content: bytes) -> np.ndarray | None:
 
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("quality", [30, 75, 95])
-def test_the_short_way_for_grey_jpegs_gives_what_pillow_gives(quality, progressive):
-    """Whole and damaged: never other pixels, and no file that Pillow refuses."""
+def test_the_fast_path_for_grey_jpegs_equals_pillow(quality, progressive):
+    """Intact and damaged: never other pixels, and no file that Pillow refuses."""
     noise = np.random.default_rng(quality).integers(0, 256, (37, 48), np.uint8)
     whole = saved(Image.fromarray(noise), "JPEG", quality=quality, progressive=progressive)
     assert decoding._is_plain_jpeg(whole) is not progressive
