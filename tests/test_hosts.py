@@ -184,7 +184,7 @@ def jobs_of(cluster: hosts.Cluster) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def checked_jobs(cluster, tmp_path_factory):
-    """All jobs, submitted by `check.py` on the head: the folder of their results, and its output."""
+    """All jobs, submitted by `check.py` on the head: their results and its output."""
     output = tmp_path_factory.mktemp("hosts") / "check"
     script = str(ROOT / "cluster" / "check.py")
     done = run(cluster, sys.executable, script, "--output", str(output), "--run", "faces")
