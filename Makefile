@@ -1,15 +1,15 @@
-# Each target does all of the set-up itself. `make demo` and `make test` are where to begin.
+# Each target sets up what it needs. Begin with `make demo` or `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := results/demo
 CLUSTER := results/cluster
 DEMO_TRAIN := $(BIN)/python jobs/train.py --data $(DEMO)/data --storage $(DEMO)/runs
 
-# uv does not read pip's settings: where pip was told of another index, uv is told too
+# uv does not read pip's settings: an index that is configured for pip is passed on to uv
 INDEX = index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}; \
 	[ -z "$$index" ] || export UV_DEFAULT_INDEX=$${UV_DEFAULT_INDEX:-$${UV_INDEX_URL:-$$index}}
 
-# without cached bytecode every Ray process would compile all packages anew
+# without cached bytecode every Ray process compiles all packages again
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test slow long cluster lint google models benchmark reference lock clean
@@ -28,7 +28,7 @@ setup: .venv/ready ## .venv with the exact versions of requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: .venv/ready ## the whole path on drawn faces: prepare, train two models, predict, compare
+demo: .venv/ready ## all steps on synthetic faces: prepare, train two models, predict, compare
 	rm -rf $(DEMO)
 	$(BIN)/python jobs/prepare.py --source synthetic --output $(DEMO)/data
 	$(DEMO_TRAIN) --model custom_cnn --width 16 --epochs 8 --optimizer adamw --learning-rate 0.004 --global-batch-size 64
@@ -40,13 +40,13 @@ demo: .venv/ready ## the whole path on drawn faces: prepare, train two models, p
 test: .venv/ready ## the fast tests
 	$(BIN)/pytest -m "not slow"
 
-slow: .venv/ready ## real trainings, killed processes, submitted jobs, a browser
+slow: .venv/ready ## slow tests: real training runs, killed processes, submitted jobs, a browser
 	$(BIN)/pytest -m "slow and not long"
 
-long: .venv/ready ## the slow tests that .ci/run has no time for
+long: .venv/ready ## the slowest tests, which .ci/run leaves out
 	$(BIN)/pytest -m long
 
-cluster: .venv/ready ## every job submitted to two hosts of this machine (root: network namespaces), what they wrote checked
+cluster: .venv/ready ## submit every job to two hosts on this machine and check the results (needs root)
 	rm -rf $(CLUSTER)
 	$(BIN)/python cluster/hosts.py -- $(BIN)/python cluster/check.py --output $(CLUSTER)
 
@@ -55,13 +55,13 @@ lint: .venv/ready ## style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-google: .venv/ready ## Google's client, for `ray up cluster/gcp.yaml` and a test against its API
+google: .venv/ready ## install Google's client, for `ray up cluster/gcp.yaml` and a test of that file
 	@$(INDEX); $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r cluster/gcp.lock
 
 models: .venv/ready ## parameters and multiply-adds of every model and setting
 	$(BIN)/python jobs/train.py --list-models
 
-benchmark: .venv/ready ## what this machine achieves beside plain loops; 10 minutes a model, 10 for preparation, 10 for sweeps
+benchmark: .venv/ready ## measure this machine beside plain loops: about 40 minutes
 	mkdir -p results/benchmarks
 	for model in custom_cnn efficientnet_b2; do \
 		$(BIN)/python jobs/benchmark.py --model $$model --output results/benchmarks/$$model.json || exit $$?; \
@@ -71,10 +71,10 @@ benchmark: .venv/ready ## what this machine achieves beside plain loops; 10 minu
 	$(BIN)/python jobs/benchmark.py --output results/benchmarks/sweeps.json \
 		--only sweep_overhead_s asha_saving asha_loss
 
-reference: .venv/ready ## keep the results of results/ in results/reference, and the README's table
+reference: .venv/ready ## copy results to results/reference and update the README's tables
 	$(BIN)/python -m fer_ray.benchmarks.reference collect
 
-lock: ## resolve the newest versions into requirements.lock, and cluster/gcp.lock
+lock: ## lock the newest versions in requirements.lock and cluster/gcp.lock
 	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-header --upgrade --output-file requirements.lock
 	echo google-api-python-client | $(BIN)/uv pip compile --quiet - --constraints requirements.lock \

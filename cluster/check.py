@@ -1,8 +1,8 @@
 """.venv/bin/python cluster/check.py --output /shared/check
 
-Submits prepare, train, tune, predict and evaluate to the cluster that RAY_API_SERVER_ADDRESS names,
-the first three by `ray job submit` and the others by `JobSubmissionClient`; follows their logs, and
-checks the Parquet that they write.
+Submits prepare, train, tune, predict and evaluate to the cluster at RAY_API_SERVER_ADDRESS, the
+first three with `ray job submit` and the others with `JobSubmissionClient`. Follows their logs and
+checks the Parquet files that they write.
 """
 
 from __future__ import annotations
@@ -45,26 +45,43 @@ class Step:
     job: str
     arguments: Sequence[str]
     by_client: bool = False
-    """Whether by `JobSubmissionClient`, and not by `ray job submit`."""
+    """Whether it is submitted with `JobSubmissionClient`, not with `ray job submit`."""
 
     @property
     def command(self) -> list[str]:
-        """What the cluster runs."""
+        """The command that the cluster runs."""
         return ["python", f"jobs/{self.job}.py", *self.arguments]
 
 
 def main() -> None:
-    """Parses, submits, checks."""
+    """Submits the jobs and checks their results."""
     parser = cli.JobParser(prog="check.py", description=__doc__.partition("\n\n")[2])
     add = parser.add_argument
-    add("--output", required=True, metavar="DIR", help="empty folder that all nodes have there")
-    add("--run", default="check", metavar="NAME", help="of the training, in the jobs' names too")
-    add("--num-workers", type=cli.integer(1), default=2, help="of the training")
-    add("--cpus-per-worker", type=cli.number(0.0), default=1.5, help="above half a node's: spread")
+    add(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="empty folder that all nodes share under this path",
+    )
+    add(
+        "--run",
+        default="check",
+        metavar="NAME",
+        help="name of the training run, and prefix of the jobs' names",
+    )
+    add("--num-workers", type=cli.integer(1), default=2, help="workers of the training")
+    add(
+        "--cpus-per-worker",
+        type=cli.number(0.0),
+        default=1.5,
+        help="more than half of a node's CPUs puts each worker on its own node",
+    )
     flags = parser.parse_args()
     jobs = os.environ.get("RAY_API_SERVER_ADDRESS")
     if not jobs:
-        raise UserError("RAY_API_SERVER_ADDRESS: is not set; it names the cluster's Jobs API")
+        raise UserError(
+            "RAY_API_SERVER_ADDRESS: is not set; set it to the address of the cluster's Jobs API"
+        )
     storage.check_name("--run", flags.run)
     output = storage.absolute(flags.output)
     if storage.is_uri(output):
@@ -72,18 +89,25 @@ def main() -> None:
     if storage.list_names(output):
         raise UserError(f"--output: {output} is not empty; give another folder")
     storage.write_bytes(storage.join(output, "sweep.toml"), _SWEEP.encode())
-    width = ["--num-workers", str(flags.num_workers), "--cpus-per-worker"]
-    for step in steps(output, flags.run, [*width, str(flags.cpus_per_worker)]):
+    scaling = ["--num-workers", str(flags.num_workers)]
+    scaling += ["--cpus-per-worker", str(flags.cpus_per_worker)]
+    for step in steps(output, flags.run, scaling):
         submit(step, jobs, flags.run)
         if step.job == "train":
-            cli.log(f"the workers of run {flags.run!r} were on {', '.join(workers_of(jobs))}")
-    cli.log("all jobs succeeded; checked:")
-    for line in checked(output, flags.run):
+            cli.log(f"the workers of run {flags.run!r} ran on {', '.join(workers_of(jobs))}")
+    cli.log("all jobs succeeded; checked their results:")
+    for line in check_results(output, flags.run):
         cli.log(line)
 
 
-def steps(output: str, run: str, width: Sequence[str]) -> list[Step]:
-    """The jobs, in their order; `width` are the training's flags that say how many workers."""
+def steps(output: str, run: str, scaling: Sequence[str]) -> list[Step]:
+    """The jobs in their order.
+
+    Args:
+        output: absolute path of the folder for all results.
+        run: name of the training run.
+        scaling: the training's flags for its number of workers and their CPUs.
+    """
     data, runs, sweeps, predicted, evaluation = (
         storage.join(output, name)
         for name in ("faces", "runs", "sweeps", "predictions", "evaluation")
@@ -96,7 +120,7 @@ def steps(output: str, run: str, width: Sequence[str]) -> list[Step]:
     evaluate = ["--predictions", predicted, "--runs", runs, "--data", data, "--output", evaluation]
     return [
         Step("prepare", [*source, "--output", data]),
-        Step("train", [*train, *width]),
+        Step("train", [*train, *scaling]),
         Step("tune", tune),
         Step("predict", [*predict, "--output", predicted], by_client=True),
         Step("evaluate", evaluate, by_client=True),
@@ -107,14 +131,14 @@ def submit(step: Step, jobs: str, run: str) -> None:
     """Submits a job under the run's name, prints its log, and waits for its end.
 
     Raises:
-        JobFailed: where the job did not succeed, or the cluster knows it otherwise.
+        JobFailed: if the job failed, or the cluster reports another name or other metadata.
     """
     from ray.job_submission import JobSubmissionClient
 
     client = JobSubmissionClient(jobs)
     name, metadata = f"{run}-{step.job}", {"run": run, "job": step.job}
-    how = "JobSubmissionClient" if step.by_client else "ray job submit"
-    cli.log(f"\n--- {step.job}, by {how}, as {name}")
+    method = "JobSubmissionClient" if step.by_client else "ray job submit"
+    cli.log(f"\n--- {step.job}, submitted with {method} as {name}")
     if step.by_client:
         client.submit_job(
             entrypoint=shlex.join(step.command),
@@ -125,11 +149,13 @@ def submit(step: Step, jobs: str, run: str) -> None:
         asyncio.run(_follow(client, name))
     else:
         _ray_job_submit(step, name, metadata)
-    found = _ended(client, name)
-    if found.status != "SUCCEEDED" or found.driver_exit_code != 0:
-        raise JobFailed(f"{name}: {found.status}: {found.message}")
-    if found.submission_id != name or not metadata.items() <= found.metadata.items():
-        raise JobFailed(f"{name}: is known as {found.submission_id}, with {found.metadata}")
+    job = _ended(client, name)
+    if job.status != "SUCCEEDED" or job.driver_exit_code != 0:
+        raise JobFailed(f"{name}: {job.status}: {job.message}")
+    if job.submission_id != name or not metadata.items() <= job.metadata.items():
+        raise JobFailed(
+            f"{name}: the cluster reports it as {job.submission_id} with {job.metadata}"
+        )
 
 
 def _ray_job_submit(step: Step, name: str, metadata: dict[str, str]) -> None:
@@ -147,44 +173,52 @@ async def _follow(client: Any, name: str) -> None:
 
 
 def _ended(client: Any, name: str) -> Any:
-    """What the cluster knows of a job whose log is over, once it knows its end."""
-    while (found := client.get_job_info(name)).status not in _TERMINAL:
+    """The information on a job once the cluster reports its end, which may follow its last log."""
+    while (job := client.get_job_info(name)).status not in _TERMINAL:
         time.sleep(0.2)
-    return found
+    return job
 
 
 def workers_of(jobs: str) -> list[str]:
-    """Addresses of the nodes on which Ray Train has had workers, each once."""
+    """Addresses of the nodes on which Ray Train has run workers, each once."""
     from ray.util.state import list_actors, list_nodes
 
-    filters = [("class_name", "=", "RayTrainWorker")]
+    filters: list[tuple[str, str, str | bool | int | float]] = [
+        ("class_name", "=", "RayTrainWorker")
+    ]
     nodes = {node.node_id: node.node_ip for node in list_nodes(address=jobs)}
     actors = list_actors(address=jobs, filters=filters)
     return sorted({str(nodes[actor.node_id]) for actor in actors if actor.node_id in nodes})
 
 
-def checked(output: str, run: str) -> list[str]:
-    """Reads everything that the jobs wrote.
+def check_results(output: str, run: str) -> list[str]:
+    """Reads and checks everything that the jobs wrote.
 
     Returns:
-        A line for each table: its place, and how many rows it has.
+        A line for each table: its path and its number of rows.
 
     Raises:
-        JobFailed: where something is missing, is there twice, or does not fit the rest.
+        JobFailed: if rows are missing or duplicated, or tables do not match each other.
     """
     info = read_info(storage.join(output, "faces"))
     ids = {name: _rows(storage.join(info.path, name), unique="image_id") for name in info.splits}
     for name, split in info.splits.items():
-        _require(len(ids[name]) == split.rows, f"{name}: not as many rows as dataset.json says")
-    _require(sum(map(len, ids.values())) == IMAGES, f"{info.path}: not {IMAGES} images")
+        _require(
+            len(ids[name]) == split.rows, f"{name}: the number of rows differs from dataset.json"
+        )
+    _require(
+        sum(map(len, ids.values())) == IMAGES, f"{info.path}: the number of images is not {IMAGES}"
+    )
     lines = [_line(storage.join(info.path, name), len(rows)) for name, rows in ids.items()]
     history = storage.join(output, "runs", run, "history.parquet")
     epochs = _rows(history, unique="epoch")["epoch"].to_pylist()
     _require(epochs == list(range(1, EPOCHS + 1)), f"{history}: epochs {epochs}")
     trials = storage.join(output, "sweeps", run, "trials.parquet")
     table = _rows(trials, unique="trial")
-    _require(len(table) == 2, f"{trials}: {len(table)} trials, one row each, not 2")
-    _require(set(table["status"].to_pylist()) == {"finished"}, f"{trials}: not all finished")
+    _require(len(table) == 2, f"{trials}: {len(table)} trials instead of 2")
+    _require(
+        set(table["status"].to_pylist()) == {"finished"}, f"{trials}: not all trials are finished"
+    )
     metrics = storage.join(output, "evaluation", "metrics.parquet")
     splits = _rows(metrics, unique="split")["split"].to_pylist()
     _require(sorted(splits) == sorted(SPLITS), f"{metrics}: splits {splits}")
@@ -200,13 +234,14 @@ def _line(path: str, count: int) -> str:
 
 
 def _check_predictions(path: str, prepared: pa.Table) -> int:
-    found = predictions.read(path)
-    table = found.table
+    predicted = predictions.read(path)
+    table = predicted.table
     same = sorted(table["image_id"].to_pylist()) == sorted(prepared["image_id"].to_pylist())
-    _require(same, f"{path}: other images than were prepared")
-    _require(table["error"].null_count == len(table), f"{path}: images were not predicted")
-    chances = [table[probability_column(label)].to_numpy() for label in found.labels]
-    _require(np.abs(np.sum(chances, axis=0) - 1).max() < 1e-5, f"{path}: not probabilities")
+    _require(same, f"{path}: the images differ from the prepared ones")
+    _require(table["error"].null_count == len(table), f"{path}: some images were not predicted")
+    columns = [table[probability_column(label)].to_numpy() for label in predicted.labels]
+    error = np.abs(np.sum(columns, axis=0) - 1).max()
+    _require(error < 1e-5, f"{path}: the probabilities of an image do not add up to 1")
     return len(table)
 
 
@@ -216,13 +251,13 @@ def _rows(path: str, *, unique: str) -> pa.Table:
         table = pq.read_table(inner, filesystem=fs)
     except (OSError, pa.ArrowInvalid) as error:
         raise JobFailed(f"{path}: {error}") from error
-    _require(len(table[unique].unique()) == len(table), f"{path}: a {unique} stands there twice")
+    _require(len(table[unique].unique()) == len(table), f"{path}: duplicate values of {unique}")
     return table
 
 
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise JobFailed(otherwise)
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise JobFailed(message)
 
 
 if __name__ == "__main__":

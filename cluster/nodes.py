@@ -1,4 +1,4 @@
-"""The nodes of a Ray cluster as processes of this machine: their folder, their token, their end."""
+"""The nodes of a Ray cluster as processes of this machine: folder, token, start and end."""
 
 from __future__ import annotations
 
@@ -14,97 +14,109 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fer_ray.errors import JobFailed, UserError
 
 MARKER = "FER_RAY_LOCAL_CLUSTER"
-"""Environment variable of every process of a cluster, job drivers included: its folder."""
+"""Environment variable of every process of a cluster, job drivers included. Its value is the
+cluster's folder."""
 
 STATE, TOKEN = "cluster.json", "token"
 NODES = ("head", "worker")
 LOOPBACK = "127.0.0.1"
 _STOP_S = 5.0
-"""How long a node may take to end itself; after Ray Data one would wait 30 s for its actors."""
-_LONGEST_SOCKET = len("/worker/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_MetricsHead")
+"""Seconds for a node to end in order, then it is killed: after Ray Data it would take 30 s."""
+_MAX_SOCKET_PATH = 107
+"""Characters that Linux allows for the path of a socket."""
+_LONGEST_SOCKET_NAME = len(
+    "/worker/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_MetricsHead"
+)
 
 
 def processes(folder: Path) -> list[Any]:
-    """The processes of the cluster in a folder (`psutil.Process`), found by their environment.
+    """The processes of the cluster in a folder (`psutil.Process`).
 
-    Ray titles its workers anew and gives job drivers sessions of their own, so that neither
-    command lines nor process groups find all of them.
+    They are identified by their environment: Ray starts job drivers in other process groups.
     """
     library = psutil()
-    found = []
+    members = []
     for process in library.process_iter():
         with contextlib.suppress(library.Error, OSError):
             if process.environ().get(MARKER) == str(folder) and process.pid != os.getpid():
-                found.append(process)
-    return found
+                members.append(process)
+    return members
 
 
 def alive(jobs: str, token: str) -> list[dict[str, Any]]:
-    """The living nodes as Ray's state API has them; none where it does not answer."""
+    """The living nodes from Ray's state API; an empty list while it does not answer."""
     request = urllib.request.Request(
         f"{jobs}/api/v0/nodes", headers={"Authorization": f"Bearer {token}"}
     )
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(request, timeout=10) as answer:
-            nodes = json.load(answer)["data"]["result"]["result"]
+        with direct.open(request, timeout=10) as response:
+            nodes = json.load(response)["data"]["result"]["result"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [node for node in nodes if node["state"] == "ALIVE"]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody has, and that the kernel gives nobody who asks for any.
+    """Free ports of the loopback address, from 20000 to 32767.
 
-    Those it gives away (from 32768 on) may be taken again before whoever asked here listens.
+    The kernel itself assigns ports from 32768 on. Such a port could be assigned to another
+    process before the caller listens on it.
 
     Raises:
-        JobFailed: where there are not so many.
+        JobFailed: if there are too few free ports.
     """
-    found: list[int] = []
+    ports: list[int] = []
     for port in random.sample(range(20_000, 32_768), 1000):
         with contextlib.suppress(OSError), socket.create_server((LOOPBACK, port)):
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise JobFailed(f"there are no {count} free ports below 32768")
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise JobFailed(f"fewer than {count} ports from 20000 to 32767 are free")
 
 
 def psutil() -> Any:
-    """The library that Ray brings."""
-    importlib.import_module("ray")  # puts the psutil that it brings on the path
+    """The psutil library that Ray includes."""
+    importlib.import_module("ray")  # adds the psutil that it includes to the path
     return importlib.import_module("psutil")
 
 
 def listens(port: int) -> bool:
-    """Whether something on the loopback accepts connections."""
+    """Whether something accepts connections at a port of the loopback address."""
     with socket.socket() as probe:
         return probe.connect_ex((LOOPBACK, port)) == 0
 
 
 def make_private(flag: str, folder: Path) -> None:
-    """Makes the folder, for this user only, and removes what an earlier cluster left there.
+    """Creates the cluster's folder with access for this user only, and removes an earlier cluster.
+
+    Args:
+        flag: the flag that names the folder, for error messages.
+        folder: absolute path.
 
     Raises:
-        UserError: which begins with the flag that gave the folder, where it cannot be one.
+        UserError: if the folder cannot be used.
     """
-    room = 107 - _LONGEST_SOCKET
+    room = _MAX_SOCKET_PATH - _LONGEST_SOCKET_NAME
     if len(os.fsencode(folder)) > room:
-        raise UserError(f"{flag}: {folder} is too long for socket names: at most {room} characters")
+        raise UserError(
+            f"{flag}: {folder} is too long for socket names; give a path of at most {room} "
+            "characters"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
         (folder / STATE).touch()
-    found = folder.lstat()
-    if folder.is_symlink() or not folder.is_dir() or found.st_uid != os.getuid():
-        raise UserError(f"{flag}: {folder} is not a folder of yours; give another")
+    status = folder.lstat()
+    if folder.is_symlink() or not folder.is_dir() or status.st_uid != os.getuid():
+        raise UserError(f"{flag}: {folder} is not a folder that you own; give another")
     if any(folder.iterdir()) and not (folder / STATE).exists():
         raise UserError(f"{flag}: {folder} holds other files; give an empty or a new folder")
     folder.chmod(0o700)
@@ -113,38 +125,39 @@ def make_private(flag: str, folder: Path) -> None:
 
 
 def new_token(folder: Path) -> str:
-    """Writes a fresh token into a file that only this user can read."""
-    token = secrets.token_hex(32)  # as `ray get-auth-token --generate` makes them
+    """Writes a new token into a file that only this user can read, and returns it."""
+    token = secrets.token_hex(32)  # the format of `ray get-auth-token --generate`
     (folder / TOKEN).unlink(missing_ok=True)
     descriptor = os.open(folder / TOKEN, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        file.write(token)  # without an end of line: Ray would take it for a part of the token
+        file.write(token)  # without a newline: Ray would read it as part of the token
     return token
 
 
 def environment(folder: Path, jobs: str) -> dict[str, str]:
-    """The environment of a node, and so of its workers and jobs."""
-    # the hook of `uv run` would build an environment for each worker; the rest names clusters
-    foreign = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_RUNTIME_ENV_HOOK")
-    kept = {key: value for key, value in os.environ.items() if key not in foreign}
+    """The environment of a node, which its workers and jobs inherit."""
+    # the first three would lead to another cluster; `uv run` sets the hook, which would build an
+    # environment for each worker
+    removed = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_RUNTIME_ENV_HOOK")
+    kept = {key: value for key, value in os.environ.items() if key not in removed}
     return {
         **kept,
         **access(folder),
         MARKER: str(folder),
-        # Ray Train's helpers ask the dashboard for the state and would guess which
+        # Ray Train queries the dashboard; without the address it would guess the cluster
         "RAY_API_SERVER_ADDRESS": jobs,
-        # `python` in a job's command is the one that runs this
+        # `python` in a job's command is this Python
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }
 
 
 def access(folder: Path) -> dict[str, str]:
-    """The environment that lets Ray's commands in."""
+    """The environment variables with which Ray's commands are authorized."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN)}
 
 
 def command(folder: Path, name: str, *, cpus: int, object_store_mb: int) -> list[str]:
-    """`ray start` of a node that stays in the foreground, as far as all nodes have it alike."""
+    """`ray start` in the foreground, with the arguments that all nodes share."""
     return [
         *(str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"),
         f"--temp-dir={folder / name}",
@@ -156,23 +169,37 @@ def command(folder: Path, name: str, *, cpus: int, object_store_mb: int) -> list
 def spawn(
     folder: Path, name: str, command: Sequence[str], environment: Mapping[str, str]
 ) -> subprocess.Popen:
-    """Starts a node, in the network of this thread; what it prints goes to ``<name>.log``."""
+    """Starts a node in the network namespace of this thread; its output goes to ``<name>.log``."""
     with (folder / f"{name}.log").open("w") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # an interrupt of this command is not one of the node
+            start_new_session=True,  # an interrupt of this command must not reach the node
         )
+    _pid_file(folder, name).write_text(str(process.pid))
+    return process
 
 
-def wait(folder: Path, nodes: Mapping[str, subprocess.Popen], deadline: float, ready: Any) -> None:
-    """Waits until something is so.
+def _pid_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.pid"
+
+
+def wait(
+    folder: Path, nodes: Mapping[str, subprocess.Popen], deadline: float, ready: Callable[[], bool]
+) -> None:
+    """Waits until `ready()` is true.
+
+    Args:
+        folder: the cluster's.
+        nodes: the running nodes by name.
+        deadline: of `time.monotonic`.
+        ready: the condition.
 
     Raises:
-        JobFailed: where a node ends before, or it takes too long.
+        JobFailed: if a node ends or the deadline passes before.
     """
     while not ready():
         for name, process in nodes.items():
@@ -181,29 +208,27 @@ def wait(folder: Path, nodes: Mapping[str, subprocess.Popen], deadline: float, r
                 last = log.read_text().strip().rpartition("\n")[2]
                 raise JobFailed(f"the {name} node ended: {last} (see {log})")
         if time.monotonic() > deadline:
-            raise JobFailed(f"--wait-s: the nodes were not alive in time; see the logs in {folder}")
+            raise JobFailed(
+                f"the nodes were not alive in time; see the logs in {folder}, or give a longer "
+                "--wait-s"
+            )
         time.sleep(0.5)
 
 
 def end(folder: Path) -> int:
-    """Ends the processes of the cluster, its nodes first; returns how many there were."""
+    """Ends the processes of the cluster, its nodes first; returns the number of processes."""
     library = psutil()
-    found = processes(folder)
-    # `ray start --block` ends its node in order, a worker only while its head still answers;
-    # what is left then gets no such courtesy
-    for role in ("--address=", "--head"):
-        for process in found:
-            with contextlib.suppress(library.Error):
-                arguments = process.cmdline()
-                if "--block" in arguments and any(one.startswith(role) for one in arguments):
-                    process.terminate()
-                    process.wait(_STOP_S)
-    left = processes(folder)
-    while left:
-        for process in left:
+    members = {process.pid: process for process in processes(folder)}
+    # A node ends in order when it is terminated, a worker only while its head still answers.
+    for name in reversed(NODES):
+        with contextlib.suppress(library.Error, OSError, ValueError, KeyError):
+            node = members[int(_pid_file(folder, name).read_text())]
+            node.terminate()
+            node.wait(_STOP_S)
+    while remaining := processes(folder):
+        for process in remaining:
             with contextlib.suppress(library.Error):
                 process.kill()
-        library.wait_procs(left, timeout=_STOP_S)
-        left = processes(folder)
+        library.wait_procs(remaining, timeout=_STOP_S)
     (folder / TOKEN).unlink(missing_ok=True)
-    return len(found)
+    return len(members)

@@ -1,7 +1,7 @@
 """python jobs/benchmark.py --model custom_cnn --data data/fer2013 --output results/benchmark.json
 
-Measures training, input and prediction, each beside a plain alternative and in turn with it; or,
-with --show-augmentations, draws what each augmentation does.
+Measures training, input and prediction, each in turn with a plain baseline. With
+--show-augmentations, writes a page that shows each augmentation instead.
 """
 
 from __future__ import annotations
@@ -13,21 +13,25 @@ from fer_ray.config import flags
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of this job; tests read commands in documents and manifests with it."""
+    """The flags of this job; tests check the commands in documents and manifests with it."""
     parser = cli.JobParser(description=__doc__)
     add = parser.add_argument
-    add("--data", default="", metavar="DIR", help="prepared data set; without it, drawn faces")
-    add("--output", default="", metavar="FILE.json", help="where to write it")
+    add("--data", default="", metavar="DIR", help="prepared dataset; without it, synthetic faces")
+    add("--output", default="", metavar="FILE.json", help="file or URI to write the result to")
     add(
         "--only",
         nargs="+",
         default=[],
         metavar="KEY",
-        help="measure these numbers (the model's)",
+        help="numbers to measure; without it, all that describe the model",
     )
-    add("--rounds", type=cli.integer(1), default=5, help="rounds of each side")
-    add("--round-s", type=cli.number(0.0), default=3.0, help="seconds of a round, about")
-    add("--show-augmentations", metavar="FILE.html", help="only write this page of pictures")
+    add("--rounds", type=cli.integer(1), default=5, help="number of rounds of each series")
+    add("--round-s", type=cli.number(0.0), default=3.0, help="seconds of a round, approximately")
+    add(
+        "--show-augmentations",
+        metavar="FILE.html",
+        help="only write this page, which shows each augmentation",
+    )
     flags.add_config_flags(parser)
     return parser
 
@@ -43,20 +47,19 @@ def main() -> None:
         cli.log(augmentation_page.write(path))
         return
 
-    from fer_ray.benchmarks import run as benchmark
-    from fer_ray.benchmarks import targets
+    from fer_ray.benchmarks import run, targets
 
-    plan = benchmark.plan(
+    plan = run.plan(
         config,
         output=arguments.output and cli.lasting("--output", arguments.output),
         only=arguments.only,
         rounds=arguments.rounds,
         round_s=arguments.round_s,
     )
-    result = benchmark.measure(plan, start_ray=cli.start_ray, log=cli.log)
+    result = run.measure(plan, start_ray=cli.start_ray, log=cli.log)
     for line in targets.table(result):
         cli.log(line)
-    cli.log(plan.output or "nothing was written: --output FILE.json keeps it")
+    cli.log(plan.output or "the result was not written; give --output FILE.json to keep it")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands that run jobs in documents and manifests, found and read as the jobs do."""
+"""Finds the commands that run jobs in documents and manifests, and parses them as the jobs do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _END = {"&&", "||", "|", ";", "&", ">", ">>", ")", "done"}
 
 @cache
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """A new job's parser, from the file alone: nothing is run but its definitions."""
+    """A job's parser. Its file is imported, but the job does not run."""
     spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
     assert spec and spec.loader, f"there is no jobs/{name}.py"
     module = importlib.util.module_from_spec(spec)
@@ -35,9 +35,9 @@ def shell_blocks(document: str) -> Iterator[str]:
 
 
 def job_commands(shell: str) -> Iterator[list[str]]:
-    """Each command in a piece of shell that runs a job: the job's file and what follows it.
+    """The words of each command in a shell text that runs a job, from the job's file on.
 
-    Lines that end in a backslash go on; comments end; a command ends where the shell ends it.
+    A backslash at the end of a line continues it, and comments are skipped.
     """
     for line in re.sub(r"\\\n", " ", shell).splitlines():
         if "jobs/" not in line:
@@ -47,21 +47,23 @@ def job_commands(shell: str) -> Iterator[list[str]]:
         words = list(lexer)
         for start, word in enumerate(words):
             if JOB.search(word):
-                assert start and "python" in words[start - 1], f"what runs {word}? {line.strip()}"
+                assert start and "python" in words[start - 1], (
+                    f"{word} is not run by Python: {line.strip()}"
+                )
                 ends = (at for at in range(start, len(words)) if words[at] in _END)
                 yield words[start : next(ends, len(words))]
 
 
 def check(command: list[str]) -> argparse.Namespace:
-    """Parses a command as its job would, values of the training's configuration included.
+    """Parses a command as its job does, values of the training's configuration included.
 
     Raises:
-        SystemExit: what a user would get for it: an unknown flag, a value out of its range.
-        UserError: a value that the configuration refuses.
+        SystemExit: for an unknown flag, or a value out of its range.
+        UserError: for a value that the configuration refuses.
     """
-    found = JOB.search(command[0])
-    assert found, command
-    arguments = parser_of(found[1]).parse_args(command[1:])
+    match = JOB.search(command[0])
+    assert match, command
+    arguments = parser_of(match[1]).parse_args(command[1:])
     if "model.name" in vars(arguments):
         flags.config_from_flags(arguments, data=arguments.data or "data")
     return arguments

@@ -1,10 +1,12 @@
-"""The benchmark: its arithmetic, its rounds, its mistakes; and one run."""
+"""The benchmark: its arithmetic, its rounds, its errors, and a whole run."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,19 +16,14 @@ import small
 import torch
 from test_jobs import job
 
-from fer_ray.benchmarks import input as benchmark_input
-from fer_ray.benchmarks import loops as benchmark_loops
-from fer_ray.benchmarks import predict as benchmark_predict
-from fer_ray.benchmarks import prepare as benchmark_prepare
-from fer_ray.benchmarks import processes, targets
-from fer_ray.benchmarks import run as benchmark
-from fer_ray.benchmarks import sweeps as benchmark_sweeps
-from fer_ray.benchmarks.loops import Plain, Workplace, in_turn, rate, spread, steps_for
+from fer_ray.benchmarks import input as input_path
+from fer_ray.benchmarks import loops, predict, prepare, processes, run, sweeps, workers
+from fer_ray.benchmarks.loops import PlainLoop, WorkerContext, in_turn, rate, spread, steps_for
 from fer_ray.benchmarks.targets import KEYS, numbers, table
 from fer_ray.config.schema import TrainConfig
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.preparation.plan import plan_preparation
-from fer_ray.preparation.run import prepare
+from fer_ray.preparation.run import prepare as prepare_dataset
 from fer_ray.reporting import augmentation_page
 from fer_ray.training.feed import Images
 from fer_ray.training.process_group import ProcessGroup
@@ -77,20 +74,18 @@ def test_the_numbers_are_ratios_of_medians():
     assert numbers(list(KEYS), MEASURED) == pytest.approx(WORKED_BY_HAND)
 
 
-def test_the_default_has_rounds_of_its_own_where_another_precision_was_asked_for():
+def test_the_default_precision_has_its_own_rounds_where_another_is_configured():
     rounds = {**MEASURED["rounds"], "train_default": [165.0]}
     found = numbers(["train_over_plain", "default_over_plain_layout"], {"rounds": rounds})
     assert found == pytest.approx({"train_over_plain": 1.1, "default_over_plain_layout": 3.0})
 
 
-def test_the_table_says_which_targets_are_met_and_which_are_missed():
+def test_the_table_shows_which_targets_are_met_and_which_are_missed():
     result = {
         **WORKED_BY_HAND,
         "images_per_s": {"train": 110.0},
         "startup_s": {"imports": 1.5, "data": 2.0},
         "peak_memory_mib": {"driver": 100.0},
-        "ray_cpu_s": {"seconds": 3.0, "raylet": 0.5, "agent": 0.25},
-        "num_workers": 2,
     }
     lines = table(result)
     verdicts = {line.split()[0]: line.split()[-1] for line in lines[1 : len(KEYS) + 1]}
@@ -98,12 +93,12 @@ def test_the_table_says_which_targets_are_met_and_which_are_missed():
     assert set(verdicts) == set(KEYS) and set(verdicts.values()) == {"met", "MISSED"}
     assert missed == {"workers_over_limit"}
     assert "seconds to the first step: 3.5 (imports 1.5, data 2.0)" in lines
-    assert any(line.endswith("in 3.0 s of 2 workers: 0.75") for line in lines)
+    assert "peak memory in MiB: driver 100" in lines
     worse = {**result, "input_us_per_image": 100.1, "train_over_plain": 0.94}
     assert sum(line.endswith("MISSED") for line in table(worse)) == 3
 
 
-def test_rounds_take_turns_and_the_first_is_not_kept():
+def test_rounds_alternate_and_the_first_is_dropped():
     order: list[str] = []
 
     def measured(name: str) -> float:
@@ -133,16 +128,16 @@ def test_rounds_have_a_size():
     assert steps_for(0.1, 3.0, 128) == 30
     assert steps_for(60.0, 3.0, 128) == 2
     assert steps_for(1e-9, 3.0, 128) * 128 <= 2**18
-    assert benchmark_predict.parts_for(50.0, 3.0) == (3, 256)
-    assert benchmark_predict.parts_for(400.0, 3.0) == (4, 512)
-    assert benchmark_predict.parts_for(1e9, 3.0) == (64, 2048)
+    assert predict.parts_for(50.0, 3.0) == (3, 256)
+    assert predict.parts_for(400.0, 3.0) == (4, 512)
+    assert predict.parts_for(1e9, 3.0) == (64, 2048)
 
 
-def path(count: int = 40, **sections) -> Workplace:
+def context(count: int = 40, **sections) -> WorkerContext:
     split = small.split(count)
     images = Images(pixels=split.images, labels=split.labels)
-    return Workplace(
-        config=benchmark_loops.for_measuring(small.config(**sections)),
+    return WorkerContext(
+        config=loops.for_measuring(small.config(**sections)),
         info=small.info(count),
         group=ProcessGroup(),
         threads=1,
@@ -151,72 +146,72 @@ def path(count: int = 40, **sections) -> Workplace:
     )
 
 
-def test_few_images_come_again_and_many_are_spread_over_the_classes():
-    images = path().train
+def test_few_images_are_repeated_and_many_are_spread_over_the_classes():
+    images = context().train
     assert len(spread(images, 100).labels) == 100
     some = Images(pixels=images.pixels, labels=np.sort(images.labels))
     assert set(spread(some, 6).labels) == {0, 1, 2}
 
 
-def test_the_plain_loop_learns_and_sees_what_the_real_one_sees():
-    here = path()
+def test_the_plain_loop_learns_from_the_inputs_of_the_real_one():
+    here = context()
     forward = here.trainer(here.feed(2)).forward
     plain = here.plain(forward, 8, 3)
     assert len(plain.batches) == 3 and plain.batches[0][0].shape == (8, 1, 12, 12)
-    wanted = forward.normalizer(torch.from_numpy(spread(here.train, 24).pixels[:8]))
-    assert torch.equal(plain.batches[0][0], wanted)
+    expected = forward.normalizer(torch.from_numpy(spread(here.train, 24).pixels[:8]))
+    assert torch.equal(plain.batches[0][0], expected)
     before = [p.detach().clone() for p in plain._model.parameters()]
     assert plain.train(5) == 40
     assert all(not torch.equal(old, new) for old, new in zip(before, plain._model.parameters()))
 
 
-def test_the_plain_loop_has_the_layout_that_was_asked_for():
-    here = path()
+def test_the_plain_loop_has_the_requested_memory_layout():
+    here = context()
     forward = here.trainer(here.feed(2)).forward
     batches = here.plain(forward, 8, 2).batches
-    for last in (True, False):
-        made = Plain(
+    for channels_last in (True, False):
+        loop = PlainLoop(
             here.config,
             here.info,
             batches,
             ProcessGroup().device,
             bfloat16=False,
-            channels_last=last,
+            channels_last=channels_last,
         )
-        kernels = [p for p in made._model.parameters() if p.ndim == 4 and p.shape[1] > 1]
+        kernels = [p for p in loop._model.parameters() if p.ndim == 4 and p.shape[1] > 1]
         kernels = [p for p in kernels if p.shape[2] > 1]
         assert kernels
-        layout = torch.channels_last if last else torch.contiguous_format
+        layout = torch.channels_last if channels_last else torch.contiguous_format
         assert all(p.is_contiguous(memory_format=layout) for p in kernels)
 
 
-def test_the_usual_way_gives_what_a_textbook_would(tmp_path):
-    here = path(transforms={"augmentation": "none"})
-    files = benchmark_input.Files.write(here, here.train, tmp_path, 12)
+def test_the_baseline_gives_normalized_images(tmp_path):
+    here = context(transforms={"augmentation": "none"})
+    files = input_path.JpegDataset.write(here, here.train, tmp_path, 12)
     assert len(files) == 40 and len(list(tmp_path.rglob("*.jpg"))) == 40
     tensor, label = files[5]
     assert tensor.shape == (1, 12, 12) and tensor.dtype == torch.float32
     assert label == here.train.labels[5] and f"/{small.LABELS[label]}/" in files.paths[5]
     grey = (tensor * files.std + files.mean) * 255
     assert (grey[0] - torch.from_numpy(here.train.pixels[5])).abs().mean() < 12
-    changed = benchmark_input.Files.write(path(), here.train, tmp_path / "changed", 24)
+    changed = input_path.JpegDataset.write(context(), here.train, tmp_path / "changed", 24)
     assert changed.pipeline is not None and changed[5][0].shape == (1, 24, 24)
 
 
 def test_input_is_timed_in_every_way_with_the_same_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark_input, "_LEAST_EPOCH", 64)
+    monkeypatch.setattr(input_path, "_MIN_EPOCH_IMAGES", 64)
     settings = {"round_s": 0.02, "folder": str(tmp_path), "spare_cpus": 1.0}
     threads = torch.get_num_threads()
-    with benchmark_input.Inputs(path(), settings) as inputs:
+    with input_path.InputBenchmark(context(), settings) as inputs:
         found = in_turn(inputs.candidates(["input", "input_naive"]), 1)
     assert set(found) == {"input_one_thread", "input", "input_naive"}
     assert all(math.isfinite(value) and value > 0 for (value,) in found.values())
     assert torch.get_num_threads() == threads
 
 
-def test_a_stream_of_few_files_reads_them_again():
+def test_a_stream_of_few_files_reads_them_repeatedly():
     described = small.info(12)
-    assert benchmark_input.repeated(described, 3).split("train").rows == 36
+    assert input_path.repeated(described, 3).split("train").rows == 36
     assert described.split("train").rows == 12
 
 
@@ -227,46 +222,46 @@ def test_prediction_is_timed_from_the_first_part_to_the_last(tmp_path):
         file.touch()
         os.utime(file, ns=(0, second * 10**9))
         rows[file] = 100 * (number + 1)
-    assert benchmark_predict.steady_rate(rows) == pytest.approx((100 + 300) / 4)
+    assert predict.steady_rate(rows) == pytest.approx((100 + 300) / 4)
     for file in rows:
         os.utime(file, ns=(0, 0))
     with pytest.raises(JobFailed, match="too fast"):
-        benchmark_predict.steady_rate(rows)
+        predict.steady_rate(rows)
 
 
-def test_the_kinds_of_processes(monkeypatch):
-    lines = {
-        10: "/x/raylet/raylet --session=session_7",
-        11: "ray::RayTrainWorker.run",
-        12: "ray::RayTrainWorker.run",
-        13: "ray::IDLE",
-        20: "/x/gcs/gcs_server --log_dir=/tmp/session_8/logs",
-        30: "python /x/dashboard/dashboard.py --session-dir=/tmp/session_7",
-        31: "ray-dashboard-NodeHead-0",
-    }
-    parents = {10: 1, 11: 10, 12: 11, 13: 10, 20: 1, 30: 1, 31: 30}
-    monkeypatch.setattr(processes, "_all", lambda: iter(lines))
-    monkeypatch.setattr(processes, "_command_line", lines.__getitem__)
-    monkeypatch.setattr(processes, "_stat", lambda p: ["S", str(parents[p])])
-    found = processes.kinds("session_7")
-    assert found.pop(os.getpid()) == "driver"
-    assert found == {
-        10: "raylet",
-        11: "training worker",
-        12: "data loader",
-        13: "idle worker",
-        30: "dashboard",
-        31: "dashboard",
-    }
-    own = {kind for kind in found.values() if processes.is_rays_own(kind)}
-    assert own == {"raylet", "idle worker", "dashboard"}
+PARENT = """
+import subprocess, sys
+held = bytearray(100 * 2**20)
+subprocess.run([sys.executable, "-c", "held = bytearray(300 * 2**20); input()"])
+"""
+
+
+def test_the_peak_memory_of_a_process_and_of_those_that_it_starts(monkeypatch):
+    monkeypatch.setattr(processes, "_POLL_S", 0.02)
+    command = [sys.executable, "-c", PARENT]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as parent,
+        processes.PeakMemory(parent.pid) as memory,
+    ):
+        deadline = time.monotonic() + 60
+        while memory.peaks_mib()["largest other process"] < 300:
+            assert time.monotonic() < deadline, memory.peaks_mib()
+            time.sleep(0.02)
+        parent.communicate("\n")
+    peaks = memory.peaks_mib()
+    assert 100 < peaks["driver"] < 200 and 300 < peaks["largest other process"] < 400
 
 
 def test_this_process_is_older_than_this_test_and_has_held_memory():
     assert 0 < time.time() - processes.started_at() < 24 * 3600
-    with processes.Callback(lambda: processes.kinds("no such")) as callback:
-        peaks = callback.peaks_mib()
-    assert set(peaks) == {"driver"} and 10 < peaks["driver"] < 100_000
+    assert 10 < processes.own_peak_mib() < 100_000
+
+
+def test_every_number_is_measured_by_something():
+    needs = {key.needs for key in KEYS.values()}
+    assert needs == {*workers.MEASURED_ALONE} | {
+        *("workers", "predict", "sweep", "halving", "prepare", "prepare_growth"),
+    }
 
 
 WRONG = {
@@ -279,7 +274,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG, ids=list(WRONG))
-def test_mistakes_end_in_one_line_and_status_2(case, tmp_path):
+def test_errors_end_in_one_line_and_status_2(case, tmp_path):
     arguments, message = WRONG[case]
     done = job("benchmark.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -288,42 +283,42 @@ def test_mistakes_end_in_one_line_and_status_2(case, tmp_path):
     assert not done.stdout and not list(tmp_path.iterdir())
 
 
-def test_a_plan_finds_mistakes(tmp_path):
+def test_a_plan_refuses_wrong_settings(tmp_path):
     def refused(message: str, settings: TrainConfig | None = None, **arguments) -> None:
         with pytest.raises(UserError, match=message):
-            benchmark.plan(settings or on_drawn_faces(num_workers=2), **arguments)
+            run.plan(settings or on_synthetic_faces(num_workers=2), **arguments)
 
-    refused("more than 0", round_s=-1.0)
-    refused("and an end", round_s=float("inf"))
-    refused("and an end", round_s=float("nan"))
-    refused("more than 0", rounds=0)
-    refused("--num-workers: workers_over_limit", on_drawn_faces(num_workers=1))
+    refused("above 0", round_s=-1.0)
+    refused("and finite", round_s=float("inf"))
+    refused("and finite", round_s=float("nan"))
+    refused("above 0", rounds=0)
+    refused("--num-workers: workers_over_limit", on_synthetic_faces(num_workers=1))
     refused("is a folder", output=str(tmp_path))
-    refused("not a folder that can be written to", output="/dev/null/x.json")
+    refused("not a writable folder", output="/dev/null/x.json")
     refused("is not a prepared dataset", small.config(scaling={"num_workers": 2}))
     only = ["train_over_plain", "input_us_per_image"]
-    plan = benchmark.plan(on_drawn_faces(num_workers=1), only=reversed(only))
+    plan = run.plan(on_synthetic_faces(num_workers=1), only=reversed(only))
     assert list(plan.keys) == only and plan.output == ""
     with pytest.raises(UserError, match="is a folder"):
         augmentation_page.write(str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-def on_drawn_faces(**scaling) -> TrainConfig:
+def on_synthetic_faces(**scaling) -> TrainConfig:
     return TrainConfig.from_dict({**small.config(scaling=scaling).to_dict(), "data": ""})
 
 
-def test_what_the_machine_lacks_is_refused(ray_cluster):
-    said: list[str] = []
+def test_resources_that_the_machine_lacks_are_refused(ray_cluster):
+    logged: list[str] = []
     for flags, only, message in (
         ({"cpus_per_worker": 4.0}, "train_over_plain", "4 CPUs wanted, the cluster has 2"),
         ({"cpus_per_worker": 1.5}, "workers_over_limit", "3 CPUs wanted"),
         ({"use_gpu": True}, "input_us_per_image", "1 GPUs wanted, the cluster has 0"),
     ):
-        wanted = benchmark.plan(on_drawn_faces(**{"num_workers": 2, **flags}), only=[only])
+        plan = run.plan(on_synthetic_faces(**{"num_workers": 2, **flags}), only=[only])
         with pytest.raises(UserError, match=message):
-            benchmark.measure(wanted, start_ray=lambda: None, log=said.append)
-    assert not said
+            run.measure(plan, start_ray=lambda: None, log=logged.append)
+    assert not logged
 
 
 @pytest.fixture
@@ -340,15 +335,15 @@ def small_sweeps(monkeypatch):
         "_HALVING_EPOCHS": 3,
         "_GRID": grid,
     }.items():
-        monkeypatch.setattr(benchmark_sweeps, name, value)
+        monkeypatch.setattr(sweeps, name, value)
 
 
 @pytest.mark.slow
 def test_sweeps_are_measured_without_a_data_set(ray_cluster, small_sweeps):
-    """All faces are drawn; the benchmark's and the sweeps' were once in each other's way."""
+    """The benchmark's synthetic faces and those of its sweeps lie in separate folders."""
     only = ["sweep_overhead_s", "asha_saving", "asha_loss"]
-    plan = benchmark.plan(on_drawn_faces(num_workers=1), only=only)
-    result = benchmark.measure(plan, start_ray=lambda: None, log=lambda line: None)
+    plan = run.plan(on_synthetic_faces(num_workers=1), only=only)
+    result = run.measure(plan, start_ray=lambda: None, log=lambda line: None)
     assert 0 < result["sweep_overhead_s"] < 60 and 0 < result["asha_saving"] <= 1
     assert result["asha"]["full"]["epochs"] == 12 >= result["asha"]["halved"]["epochs"] > 4
     assert result["sweep"]["trials"] == 2 and list(result["targets"]) == only
@@ -358,19 +353,20 @@ def test_sweeps_are_measured_without_a_data_set(ray_cluster, small_sweeps):
 
 @pytest.mark.slow
 def test_preparation_is_measured_on_request(ray_cluster, monkeypatch, capfd):
-    monkeypatch.setattr(benchmark_prepare, "_FEW", 30)
-    monkeypatch.setattr(benchmark_prepare, "_MANY", 60)
+    monkeypatch.setattr(prepare, "_FEW", 30)
+    monkeypatch.setattr(prepare, "_MANY", 60)
     only = [name for name, key in KEYS.items() if key.needs.startswith("prepare")]
     only = ["input_us_per_image", *only]  # without any training beside it
-    plan = benchmark.plan(on_drawn_faces(num_workers=1), only=only, rounds=1, round_s=0.1)
-    result = benchmark.measure(plan, start_ray=lambda: None, log=lambda line: None)
+    plan = run.plan(on_synthetic_faces(num_workers=1), only=only, rounds=1, round_s=0.1)
+    result = run.measure(plan, start_ray=lambda: None, log=lambda line: None)
     assert list(result["targets"]) == only and all(result[name] > 0 for name in only)
     few, many = result["prepare_growth"]["peak_mib"]
-    assert {"driver", "raylet", "gcs_server"} <= few.keys() & many.keys()
-    assert result["prepare_memory_growth"] == max(many[k] / few[k] for k in few.keys() & many)
-    sides = {name: result["rounds"][f"prepare{name}"] for name in ("", "_plain", "_limit")}
-    assert all(len(rounds) == 1 for rounds in sides.values())
-    assert result["prepare_limit_over_pillow"] == sides["_limit"][0] / sides["_plain"][0]
+    assert few.keys() == many.keys() == {"driver", "largest other process"}
+    assert all(peak > 50 for peak in (*few.values(), *many.values()))
+    assert result["prepare_memory_growth"] == max(many[name] / few[name] for name in few)
+    series = {name: result["rounds"][f"prepare{name}"] for name in ("", "_plain", "_limit")}
+    assert all(len(rounds) == 1 for rounds in series.values())
+    assert result["prepare_limit_over_pillow"] == series["_limit"][0] / series["_plain"][0]
     assert result["prepare_limit_over_pillow"] > result["prepare_over_pillow"]
 
 
@@ -378,13 +374,13 @@ def test_preparation_is_measured_on_request(ray_cluster, monkeypatch, capfd):
 def test_a_whole_benchmark(ray_cluster, tmp_path):
     data = str(tmp_path / "faces")
     prepared = plan_preparation(source="synthetic", output=data, num_images=400)
-    prepare(prepared, log=lambda line: None)
+    prepare_dataset(prepared, log=lambda line: None)
     sections = {"schedule": {"global_batch_size": 32}, "scaling": {"num_workers": 2}}
     config = TrainConfig.from_dict({**small.config(**sections).to_dict(), "data": data})
     output = str(tmp_path / "out" / "benchmark.json")
-    wanted = benchmark.plan(config, output=output, rounds=1, round_s=0.1)
+    plan = run.plan(config, output=output, rounds=1, round_s=0.1)
     before = set(Path(tmp_path).iterdir())
-    returned = benchmark.measure(wanted, start_ray=lambda: None, log=lambda line: None)
+    returned = run.measure(plan, start_ray=lambda: None, log=lambda line: None)
     assert {path.name for path in set(Path(tmp_path).iterdir()) - before} == {"out"}
     result = json.loads(Path(output).read_text())
     assert result == json.loads(json.dumps(returned))
@@ -395,7 +391,7 @@ def test_a_whole_benchmark(ray_cluster, tmp_path):
     assert result["met"].keys() == result["targets"].keys() == default
     for rounds in result["rounds"].values():
         assert len(rounds) == 1 and rounds[0] > 0
-    # the precision is float32, which is not what a user gets by default
+    # the precision is float32, which is not the default
     assert "train_default" in result["rounds"]
     assert result["batch"] == 32 and result["batch_per_worker"] == 16 and result["threads"] == 1
     assert result["model"]["multiply_adds"] > 0 and result["model"]["pixels"] == 48
@@ -404,7 +400,7 @@ def test_a_whole_benchmark(ray_cluster, tmp_path):
         *("imports", "ray", "workers", "data", "model", "first_step"),
     ]
     assert all(seconds >= 0 for seconds in result["startup_s"].values())
-    assert {"driver", "training worker", "raylet"} <= result["peak_memory_mib"].keys()
-    assert result["ray_cpu_s"]["seconds"] > 0 and "raylet" in result["ray_cpu_s"]
+    assert list(result["peak_memory_mib"]) == ["driver", "training worker"]
+    assert all(peak > 100 for peak in result["peak_memory_mib"].values())
     assert len(result["epochs_s"]) >= 6
-    assert targets.table(result)
+    assert table(result)

@@ -1,9 +1,10 @@
-"""On a cluster: what is uploaded, and jobs submitted to two nodes on this machine."""
+"""On a cluster: the files that are uploaded, and jobs submitted to two nodes on this machine."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -12,11 +13,14 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 
 import local
@@ -36,37 +40,64 @@ MIB = 2**20
 IMAGES = 600
 
 
-# ------------------------------------------------------------------ what is uploaded
+# ------------------------------------------------------------------ the uploaded files
 
 
-def package(root: Path, folder: Path) -> Path:
-    """The file that `ray job submit --working-dir <root>` uploads, made by Ray's own functions."""
-    from ray._private.runtime_env.packaging import create_package
-    from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
+class _JobsApi(BaseHTTPRequestHandler):
+    """A head that knows no package yet, and accepts any upload and any job."""
 
-    made = folder / "package.zip"
-    made.unlink(missing_ok=True)
+    def do_GET(self) -> None:
+        if self.path == "/api/version":
+            self._respond(200, {"ray_version": version("ray"), "version": "4"})
+        else:
+            self._respond(404, {})
 
-    def upload(working_dir: str, excludes: list[str], is_file: bool = False) -> None:
-        create_package(working_dir, made, include_gitignore=True, excludes=excludes)
+    def do_PUT(self) -> None:
+        self.server.uploaded = self.rfile.read(int(self.headers["Content-Length"]))
+        self._respond(200, {})
 
-    upload_working_dir_if_needed(
-        {"working_dir": str(root)}, include_gitignore=True, upload_fn=upload
-    )
-    return made
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._respond(200, {"job_id": "job", "submission_id": "job"})
+
+    def _respond(self, status: int, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *unused: object) -> None:
+        """Nothing is logged."""
 
 
-def test_the_working_directory_is_uploaded_without_data_results_and_caches(tmp_path):
-    made = package(ROOT, tmp_path)
-    names = zipfile.ZipFile(made).namelist()
+def uploaded(root: Path) -> bytes:
+    """The zip that Ray uploads when a job is submitted with this working directory."""
+    from ray.job_submission import JobSubmissionClient
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), _JobsApi) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = JobSubmissionClient(f"http://127.0.0.1:{server.server_address[1]}")
+        client.submit_job(entrypoint="true", runtime_env={"working_dir": str(root)})
+        server.shutdown()
+        return server.uploaded
+
+
+def names_in(archive: bytes) -> list[str]:
+    return zipfile.ZipFile(io.BytesIO(archive)).namelist()
+
+
+def test_the_working_directory_is_uploaded_without_data_results_and_caches():
+    archive = uploaded(ROOT)
+    names = names_in(archive)
     template = "fer_ray/reporting/templates/report.html.j2"
     assert {"fer_ray/cli.py", template, "jobs/train.py"} <= set(names)
     assert {name.split("/")[0] for name in names if "/" in name} == {"fer_ray", "jobs"}
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
-    assert made.stat().st_size < MIB
+    assert len(archive) < MIB
 
 
-def test_large_files_that_appear_later_are_not_uploaded(tmp_path):
+def test_large_files_in_new_places_are_not_uploaded(tmp_path):
     root = tmp_path / "root"
     for name in ("fer_ray", "jobs"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -74,18 +105,18 @@ def test_large_files_that_appear_later_are_not_uploaded(tmp_path):
         (root / path).mkdir(parents=True)
         (root / path / "large.bin").write_bytes(bytes(2 * MIB))
     (root / "large.safetensors").write_bytes(bytes(2 * MIB))
-    (root / "my-sweep.yaml").write_text("mine: 1\n")
-    assert package(root, tmp_path).stat().st_size > MIB, "the bound would notice"
+    (root / "my-sweep.yaml").write_text("method: grid\n")
+    assert len(uploaded(root)) > MIB, "large files are uploaded unless they are ignored"
     shutil.copy(ROOT / ".rayignore", root)
     shutil.copy(ROOT / ".gitignore", root)
-    made = package(root, tmp_path)
-    names = zipfile.ZipFile(made).namelist()
-    assert made.stat().st_size < MIB
+    archive = uploaded(root)
+    names = names_in(archive)
+    assert len(archive) < MIB
     assert "my-sweep.yaml" in names and "fer_ray/cli.py" in names
     assert not [name for name in names if "large" in name]
 
 
-# ------------------------------------------------------------------ wrong use
+# ------------------------------------------------------------------ errors of the user
 
 
 def run_script(*arguments: str, **settings) -> subprocess.CompletedProcess:
@@ -95,31 +126,31 @@ def run_script(*arguments: str, **settings) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def short_folder():
-    """A folder whose path is short enough for sockets, which pytest's are not."""
+    """A folder whose path is short enough for sockets, unlike those of pytest."""
     with tempfile.TemporaryDirectory(prefix="fer", dir="/tmp") as folder:
         yield Path(folder)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["begin"], "'begin'"),
         (["start", "--port", "80"], "--port: '80' is not a whole number between 1024 and 65535"),
         (["start", "--prot", "7000"], "'--prot' is not one of"),
-        (["start", "--port", "7000", "--client-port", "7000"], "--port: 7000 is given to two"),
+        (["start", "--port", "7000", "--client-port", "7000"], "--port: 7000 is given twice"),
         (["start", "--dir", "/tmp/" + "long" * 20], "--dir: "),
     ],
 )
-def test_wrong_use_is_one_line_and_status_2(arguments, says):
+def test_an_error_of_the_user_is_one_line_and_status_2(arguments, message):
     done = run_script(*arguments)
     assert done.returncode == 2 and done.stdout == ""
-    assert says in done.stderr and done.stderr.count("\n") == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_port_in_use_and_a_folder_of_other_files_are_refused(short_folder):
     flags = argparse.Namespace(port=0, dashboard_port=1, client_port=2)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        flags.port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        flags.port = server.getsockname()[1]
         with pytest.raises(UserError, match=f"--port: {flags.port} is in use"):
             local._check_ports(flags)
     (short_folder / "head").mkdir()
@@ -136,11 +167,14 @@ def test_the_token_is_private_and_new_each_time(short_folder):
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_without_a_cluster_status_fails_and_stop_has_nothing_to_do(short_folder):
+def test_without_a_cluster_status_fails_and_stop_succeeds(short_folder):
     done = run_script("status", "--dir", str(short_folder))
-    assert (done.returncode, done.stderr) == (1, f"local.py: no cluster runs in {short_folder}\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"local.py: no cluster is running in {short_folder}\n",
+    )
     done = run_script("stop", "--dir", str(short_folder))
-    assert (done.returncode, done.stdout) == (0, f"no cluster runs in {short_folder}\n")
+    assert (done.returncode, done.stdout) == (0, f"no cluster is running in {short_folder}\n")
 
 
 # ------------------------------------------------------------------ jobs on two nodes
@@ -148,7 +182,7 @@ def test_without_a_cluster_status_fails_and_stop_has_nothing_to_do(short_folder)
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster of two nodes that the script started."""
+    """A cluster of two nodes that `local.py` started."""
 
     folder: Path
     jobs: str
@@ -160,7 +194,7 @@ class Cluster:
     def submit(
         self, *command: str, flags: Sequence[str] = (), **environment: str
     ) -> subprocess.CompletedProcess:
-        """`ray job submit` of this project, as a user would, followed to its end by default."""
+        """Runs `ray job submit` for this project as a user does; waits for the job by default."""
         job = ["submit", "--working-dir", ".", *flags, "--", *command]
         return self.ray_job(*job, **environment)
 
@@ -186,22 +220,22 @@ class Cluster:
         assert done.returncode == 0, done.stdout
         return done.stdout
 
-    def state_of(self, what: str) -> list[dict]:
+    def state_of(self, resource: str) -> list[dict]:
         request = urllib.request.Request(
-            f"{self.jobs}/api/v0/{what}", headers={"Authorization": f"Bearer {self.token}"}
+            f"{self.jobs}/api/v0/{resource}", headers={"Authorization": f"Bearer {self.token}"}
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)["data"]["result"]["result"]
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)["data"]["result"]["result"]
 
     def listening(self) -> set[str]:
         """The addresses on which the cluster's processes accept connections."""
-        found = set()
+        addresses = set()
         for process in nodes.processes(self.folder):
-            with contextlib.suppress(nodes.psutil().NoSuchProcess):  # ended meanwhile
+            with contextlib.suppress(nodes.psutil().NoSuchProcess):  # it ended
                 for connection in process.net_connections(kind="tcp"):
                     if connection.status == "LISTEN":
-                        found.add(connection.laddr.ip.removeprefix("::ffff:"))
-        return found
+                        addresses.add(connection.laddr.ip.removeprefix("::ffff:"))
+        return addresses
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +253,11 @@ def cluster():
         yield Cluster(folder, jobs)
     finally:
         stopped = run_script("stop", *path)
-        left = [process.pid for process in nodes.processes(folder)]
+        remaining = [process.pid for process in nodes.processes(folder)]
         has_token = (folder / nodes.TOKEN).exists()
         shutil.rmtree(folder.parent, ignore_errors=True)
     assert stopped.returncode == 0, stopped.stderr
-    assert not left and not has_token
+    assert not remaining and not has_token
 
 
 @pytest.mark.slow
@@ -278,8 +312,8 @@ space.optimizer.learning_rate = { low = 0.001, high = 0.2, log = true }
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_sweep_that_is_stopped_goes_on_when_it_is_submitted_again(cluster, tmp_path):
-    """Nothing is lost and no epoch is trained twice, with trials on both nodes."""
+def test_a_stopped_sweep_resumes_when_it_is_submitted_again(cluster, tmp_path):
+    """No result is lost and no epoch is trained twice, with trials on both nodes."""
     data, sweeps = str(tmp_path / "faces"), str(tmp_path / "sweeps")
     prepare = ["--source", "synthetic", "--num-images", "300", "--output", data]
     cluster.succeed("python", "jobs/prepare.py", *prepare)
@@ -295,16 +329,18 @@ def test_a_sweep_that_is_stopped_goes_on_when_it_is_submitted_again(cluster, tmp
     done = cluster.ray_job("stop", "stopped-sweep")
     assert done.returncode == 0 and "stopped" in done.stdout, done.stdout
     before = store.read_all(f"{sweeps}/searched")
-    assert not all(trial.is_over for trial in before), "too late to show anything"
+    assert not all(trial.is_over for trial in before), (
+        "the sweep was stopped too late for this test"
+    )
 
     log = cluster.succeed(*tune)
     assert "2 at once" in log and "epochs of the others are done" in log
-    found = store.read_trials(f"{sweeps}/searched")
-    assert found["trial"].nunique() == 6 and not found.duplicated(["trial", "epoch"]).any()
-    assert set(found["status"]) == {"finished", "stopped"}
+    rows = store.read_trials(f"{sweeps}/searched")
+    assert rows["trial"].nunique() == 6 and not rows.duplicated(["trial", "epoch"]).any()
+    assert set(rows["status"]) == {"finished", "stopped"}
     for trial in before:
-        kept = found[found["trial"] == trial.number]["seconds"].tolist()
-        assert kept[: len(trial.history)] == [row["seconds"] for row in trial.history]
+        seconds = rows[rows["trial"] == trial.number]["seconds"].tolist()
+        assert seconds[: len(trial.history)] == [row["seconds"] for row in trial.history]
 
 
 @pytest.mark.slow
@@ -321,7 +357,7 @@ fer_ray.cli.start_ray()
 @ray.remote(num_cpus=1.5)
 def there():
     import fer_ray, time
-    time.sleep(1)  # long enough for the second to need the other node
+    time.sleep(1)  # the second task must start on the other node meanwhile
     return ray.get_runtime_context().get_node_id(), fer_ray.__file__
 print("driver", sys.executable, fer_ray.__file__)
 for node, file in ray.get([there.remote(), there.remote()]):
@@ -356,14 +392,14 @@ def test_requests_without_the_token_are_refused(cluster):
 
 
 @pytest.mark.slow
-def test_everything_listens_on_the_loopback_only(cluster):
+def test_every_port_listens_on_the_loopback_address_only(cluster):
     assert cluster.listening() == {"127.0.0.1"}
     assert stat.S_IMODE(cluster.folder.stat().st_mode) == 0o700
 
 
 @pytest.mark.slow
-def test_a_second_start_is_refused_and_status_tells_how_to_use_the_first(cluster):
+def test_a_second_start_is_refused_and_status_shows_how_to_use_the_first(cluster):
     done = run_script("start", "--dir", str(cluster.folder))
-    assert done.returncode == 2 and "a cluster runs in" in done.stderr
+    assert done.returncode == 2 and "a cluster is running in" in done.stderr
     done = run_script("status", "--dir", str(cluster.folder))
     assert done.returncode == 0 and f"RAY_API_SERVER_ADDRESS={cluster.jobs}" in done.stdout

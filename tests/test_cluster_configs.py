@@ -1,4 +1,4 @@
-"""The files for `ray up`: read by Ray's own functions, locked, and installed from the lock."""
+"""The files for `ray up`: valid, protected by the token, and installed from the lock."""
 
 from __future__ import annotations
 
@@ -27,35 +27,51 @@ def read(name: str) -> dict[str, Any]:
 
 
 def prepared(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with Ray's defaults, as `ray up` validates it.
+    """The configuration with Ray's defaults, validated as `ray up` does.
+
+    Ray validates within `bootstrap_config`, which needs a cloud's client and account, except for
+    one's own machines. For clouds, this uses the schema of Ray's package and repeats the rules
+    that `ray up` checks beyond it.
 
     Raises:
-        jsonschema.ValidationError, ValueError: where Ray refuses it.
+        jsonschema.ValidationError, ValueError: if the configuration is wrong.
     """
-    from ray.autoscaler._private.util import prepare_config, validate_config
+    from ray import autoscaler
+    from ray.autoscaler import sdk
 
-    made = prepare_config(copy.deepcopy(config))
-    validate_config(made)
-    return made
+    if config["provider"]["type"] == "local":
+        return sdk.bootstrap_config(copy.deepcopy(config), no_config_cache=True)
+    filled = sdk.fillout_defaults(copy.deepcopy(config))
+    schema = (Path(autoscaler.__file__).parent / "ray-schema.json").read_text()
+    jsonschema.validate(filled, json.loads(schema))
+    types = filled["available_node_types"]
+    if filled["head_node_type"] not in types:
+        raise ValueError("head_node_type is not one of available_node_types")
+    if sum(node_type.get("min_workers", 0) for node_type in types.values()) > filled["max_workers"]:
+        raise ValueError("max_workers is less than the sum of min_workers")
+    if not {"head_image", "worker_image"} <= filled["docker"].keys():
+        raise ValueError("docker lacks an image")
+    return filled
 
 
 def start_options(commands: list[str]) -> dict[str, Any]:
-    """What Ray's own command line makes of the one `ray start` among the commands.
+    """The options of the only `ray start` among the commands, as Ray's command line parses them.
 
     Raises:
-        click.UsageError: for a flag that `ray start` does not know.
+        click.UsageError: if `ray start` does not know a flag.
     """
     from ray.scripts.scripts import start
 
-    (command,) = (one for one in commands if "ray start" in one)
+    (command,) = (command for command in commands if "ray start" in command)
     environment, _, arguments = command.partition("ray start ")
-    assert "export RAY_AUTH_MODE=token " in environment, "the token is not asked for"
+    assert "export RAY_AUTH_MODE=token " in environment, "no token is required"
     options = start.make_context("start", shlex.split(arguments)).params
     return {name: value for name, value in options.items() if value is not None}
 
 
-def check_locked(config: dict[str, Any]) -> None:
-    """Only the head serves the dashboard, on its loopback; the token reaches every node."""
+def check_protected(config: dict[str, Any]) -> None:
+    """Checks that only the head serves the dashboard, on its loopback address, and that every node
+    gets the token."""
     head = start_options(config["head_start_ray_commands"])
     assert head["head"] and head["dashboard_host"] == "127.0.0.1"
     assert head["autoscaling_config"] == "~/ray_bootstrap_config.yaml"
@@ -65,10 +81,10 @@ def check_locked(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ray_takes_the_file(name):
+def test_the_file_is_valid_and_protected(name):
     config = prepared(read(name))
     assert config["cluster_name"] == "fer-ray"
-    check_locked(config)
+    check_protected(config)
 
 
 WRONG = {
@@ -82,13 +98,13 @@ WRONG = {
         lambda config: config["available_node_types"]["gpu_spot"].pop("resources"),
         jsonschema.ValidationError,
     ),
-    "image without a name": (lambda config: config["docker"].pop("head_image"), AssertionError),
+    "no head image": (lambda config: config["docker"].pop("head_image"), ValueError),
 }
 
 
 @pytest.mark.parametrize("name", CLOUDS)
 @pytest.mark.parametrize("case", WRONG)
-def test_ray_would_notice(case, name):
+def test_a_wrong_file_is_refused(case, name):
     config = read(name)
     change, error = WRONG[case]
     change(config)
@@ -97,24 +113,24 @@ def test_ray_would_notice(case, name):
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_an_open_dashboard_would_be_noticed(name):
+def test_an_open_dashboard_is_noticed(name):
     config = read(name)
     del config["head_start_ray_commands"]
-    with pytest.raises(AssertionError, match="the token is not asked for"):
-        check_locked(prepared(config))
+    with pytest.raises(AssertionError, match="no token is required"):
+        check_protected(prepared(config))
     config = read(name)
     commands = config["head_start_ray_commands"]
     commands[-1] = commands[-1].replace("127.0.0.1", "0.0.0.0")
     with pytest.raises(AssertionError):
-        check_locked(prepared(config))
+        check_protected(prepared(config))
 
 
-def test_a_key_that_stands_twice_would_be_noticed():
+def test_a_duplicate_key_is_refused():
     with pytest.raises(yaml.YAMLError, match="max_workers given twice"):
         strict.load_all("max_workers: 1\nprovider: {type: aws}\nmax_workers: 2\n")
 
 
-def test_an_unknown_flag_of_ray_start_would_be_noticed():
+def test_an_unknown_flag_of_ray_start_is_refused():
     import click
 
     with pytest.raises(click.UsageError):
@@ -122,7 +138,7 @@ def test_an_unknown_flag_of_ray_start_would_be_noticed():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_command_is_shell(name):
+def test_every_command_is_valid_shell(name):
     config = prepared(read(name))
     for field, commands in config.items():
         for command in commands if field.endswith("_commands") else ():
@@ -131,7 +147,7 @@ def test_every_command_is_shell(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_dependencies_are_those_of_the_lock_with_hashes(name):
+def test_dependencies_are_installed_from_the_lock_with_hashes(name):
     config = read(name)
     mounts = config["file_mounts"]
     installed = set()
@@ -144,7 +160,7 @@ def test_the_dependencies_are_those_of_the_lock_with_hashes(name):
         assert (ROOT / mounts[path]).is_file(), "relative to the project's folder"
 
 
-def test_googles_client_is_locked_to_versions_that_the_lock_has():
+def test_the_lock_of_googles_client_agrees_with_the_projects_lock():
     def pins(file: Path) -> dict[str, str]:
         entries = re.split(r"\n(?=[a-z])", file.read_text())
         assert all("--hash=sha256:" in entry for entry in entries)
@@ -157,12 +173,12 @@ def test_googles_client_is_locked_to_versions_that_the_lock_has():
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_the_images_have_a_version_and_it_is_the_locks(name):
+def test_the_images_have_rays_version_of_the_lock(name):
     (version,) = re.findall(r"^ray==(\S+)", LOCK.read_text(), re.M)
     docker = read(name)["docker"]
     python = re.compile(rf"rayproject/ray:{re.escape(version)}-(py3\d+)-(cpu|gpu)")
-    head, worker = (python.fullmatch(docker[one]) for one in ("head_image", "worker_image"))
-    assert head and worker, "the images' Ray is not the lock's"
+    head, worker = (python.fullmatch(docker[name]) for name in ("head_image", "worker_image"))
+    assert head and worker, "the images have another version of Ray than the lock"
     assert head[1] == worker[1] and head[2] == "cpu" and worker[2] == "gpu"
     assert not re.search(r"image.*(:latest\b|/family/)", (CLUSTER / f"{name}.yaml").read_text())
 
@@ -174,7 +190,7 @@ def is_spot(name: str, node: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_workers_come_only_when_asked_for_and_may_be_on_demand(name):
+def test_workers_start_on_request_and_may_be_on_demand(name):
     text = (CLUSTER / f"{name}.yaml").read_text()
     comment = re.findall(r"(?:^  #.*\n)+", text.split("Ray's source).\n")[1], re.M)[0]
     without = text.replace(comment, re.sub(r"^  # ", "  ", comment, flags=re.M))
@@ -183,21 +199,21 @@ def test_workers_come_only_when_asked_for_and_may_be_on_demand(name):
         types = prepared(config)["available_node_types"]
         assert set(types) == names | {"head"}
         assert types["head"]["max_workers"] == 0
-        assert {types[one]["min_workers"] for one in names} == {0}
+        assert {types[each]["min_workers"] for each in names} == {0}
         assert is_spot(name, types["gpu_spot"]["node_config"])
     spot, on_demand = types["gpu_spot"], types["gpu_on_demand"]
     assert not is_spot(name, on_demand["node_config"])
-    assert spot["resources"] == on_demand["resources"], "else it is no replacement"
+    assert spot["resources"] == on_demand["resources"], "it must be able to replace a spot worker"
 
 
-def test_machines_that_one_has_all_join():
+def test_all_of_ones_own_machines_join():
     config = prepared(read("on_premise"))
-    (only,) = config["available_node_types"].values()
-    assert only["min_workers"] == only["max_workers"] == len(config["provider"]["worker_ips"])
+    (workers,) = config["available_node_types"].values()
+    assert workers["min_workers"] == workers["max_workers"] == len(config["provider"]["worker_ips"])
 
 
 def test_google_knows_every_field_of_the_nodes():
-    """Against the description of its API that comes with Google's client."""
+    """The fields are compared with the API description in Google's client."""
     discovery = pytest.importorskip(
         "googleapiclient.discovery_cache", reason="Google's client (cluster/gcp.lock) is absent"
     )
@@ -219,10 +235,10 @@ def check_google(value: Any, schemas: dict[str, Any], schema: dict[str, Any]) ->
     if "enum" in schema:
         assert value in schema["enum"]
     if isinstance(value, dict):
-        for key, one in value.items():
+        for key, item in value.items():
             assert key in schema["properties"], f"{key} is not a field"
-            check_google(one, schemas, schema["properties"][key])
+            check_google(item, schemas, schema["properties"][key])
     elif isinstance(value, list):
         assert schema["type"] == "array"
-        for one in value:
-            check_google(one, schemas, schema["items"])
+        for item in value:
+            check_google(item, schemas, schema["items"])

@@ -1,4 +1,4 @@
-"""What cluster/README.md says of troubles, brought about on two nodes of this machine."""
+"""The errors that cluster/README.md describes, reproduced on two nodes of this machine."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from test_cluster import ROOT, Cluster, cluster, nodes  # noqa: F401 (the fixtur
 RAY = Path(sys.executable).parent / "ray"
 
 
-def says(message: str) -> str:
-    """A message, which the README has to quote."""
+def quoted(message: str) -> str:
+    """A message that the README quotes."""
     text = " ".join((ROOT / "cluster" / "README.md").read_text().split())
-    assert message in text, "the README does not quote it"
+    assert message in text, "cluster/README.md does not quote it"
     return message
 
 
 def ray_job(cluster: Cluster, *arguments: str, **environment: str) -> str:  # noqa: F811
-    """What `ray job …` prints of a command that may fail."""
+    """The output of a `ray job …` command, which may fail."""
     settings = {**nodes.access(cluster.folder), "RAY_API_SERVER_ADDRESS": cluster.jobs}
     done = subprocess.run(
         [str(RAY), "job", *arguments],
@@ -42,18 +42,18 @@ SUBMIT = ("submit", "--working-dir", ".")
 def test_without_the_token(cluster):  # noqa: F811
     command = (*SUBMIT, "--", "python", "-V")
     output = ray_job(cluster, *command, RAY_AUTH_MODE="disabled")
-    assert says("Authentication required: Unauthorized: Missing authentication token") in output
+    assert quoted("Authentication required: Unauthorized: Missing authentication token") in output
     wrong = {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": "0" * 64}
     output = ray_job(cluster, *command, **wrong)
-    assert says("Authentication failed: Forbidden: Invalid authentication token") in output
+    assert quoted("Authentication failed: Forbidden: Invalid authentication token") in output
 
 
 @pytest.mark.slow
 def test_a_python_without_the_dependencies(cluster):  # noqa: F811
-    # -S: without the packages that are installed beside it
+    # -S: without the installed packages
     bare = (sys.executable, "-S", "jobs/train.py", "--data", "/nowhere")
     output = ray_job(cluster, *SUBMIT, "--", *bare)
-    assert says("ModuleNotFoundError: No module named 'pyarrow'") in output
+    assert quoted("ModuleNotFoundError: No module named 'pyarrow'") in output
 
 
 @pytest.mark.slow
@@ -64,6 +64,6 @@ def test_more_gpus_than_there_are(cluster, tmp_path):  # noqa: F811
     cluster.succeed("python", "jobs/prepare.py", *source)
     train = ["python", "jobs/train.py", "--data", data, "--storage", str(tmp_path), "--use-gpu"]
     output = ray_job(cluster, *SUBMIT, "--", *train)
-    refused = says("--use-gpu: 2 GPUs wanted, the cluster has 0 and does not grow by itself")
+    refused = quoted("--use-gpu: 2 GPUs wanted, the cluster has 0 and does not grow by itself")
     assert f"\ntrain.py: {refused}" in output
-    says("--use-gpu: 2 GPUs wanted, the cluster has 0: waiting for it to grow")
+    quoted("--use-gpu: 2 GPUs wanted, the cluster has 0: waiting for it to grow")

@@ -18,7 +18,7 @@ HADOLINT = Path(sys.executable).parent / "hadolint"
 
 
 def lint(text: str) -> str:
-    """What hadolint has to say, even in passing."""
+    """hadolint's messages, those about style included."""
     if not HADOLINT.exists():
         pytest.skip("hadolint is absent")
     command = [str(HADOLINT), "--no-color", "--failure-threshold", "style", "-"]
@@ -31,7 +31,7 @@ def instructions(name: str) -> list[str]:
     return re.findall(rf"^{name} +(.*)$", joined, re.M)
 
 
-def test_hadolint_has_nothing_to_say():
+def test_hadolint_reports_nothing():
     assert lint(DOCKERFILE) == ""
 
 
@@ -44,7 +44,7 @@ def test_hadolint_has_nothing_to_say():
         (("--no-install-recommends ", ""), "DL3015"),
     ],
 )
-def test_hadolint_would_notice(change, rule):
+def test_hadolint_reports_errors(change, rule):
     assert change[0] in DOCKERFILE
     assert rule in lint(DOCKERFILE.replace(*change))
 
@@ -57,26 +57,26 @@ def test_nothing_runs_as_root_and_the_base_has_a_version():
     assert bases == {"python:${PYTHON}-slim-bookworm", "cpu", "${VARIANT}"}
 
 
-def test_the_dependencies_are_those_of_the_lock_with_hashes():
+def test_dependencies_are_installed_from_the_lock_with_hashes():
     (install,) = (one for one in instructions("RUN") if "pip install" in one)
     assert "--require-hashes --requirement /tmp/requirements.lock" in install
     assert "requirements.lock /tmp/requirements.lock" in instructions("COPY")
 
 
 def ignored(path: str, patterns: list[str]) -> bool:
-    """Whether docker leaves a path out: the last pattern that it, or a folder above, matches."""
+    """Whether docker excludes a path: the last pattern that matches it, or a parent, decides."""
     parts = path.split("/")
     above = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    left_out = False
+    excluded = False
     for pattern in patterns:
         name = pattern.removeprefix("!")
         names = {name, name.removeprefix("**/")}
         if any(fnmatch.fnmatch(one, each) for one in (*above, *parts) for each in names):
-            left_out = not pattern.startswith("!")
-    return left_out
+            excluded = not pattern.startswith("!")
+    return excluded
 
 
-def test_docker_sees_what_is_copied_and_nothing_else():
+def test_docker_sees_only_the_files_that_are_copied():
     lines = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
     patterns = [line for line in lines if line and not line.startswith("#")]
     copied = [one.split()[0] for one in instructions("COPY") if not one.startswith("--from")]
@@ -94,7 +94,7 @@ def test_docker_sees_what_is_copied_and_nothing_else():
         assert ignored(name, patterns), name
 
 
-def test_the_manifests_run_the_images_that_the_dockerfile_tells_how_to_build():
+def test_the_manifests_run_the_images_that_the_dockerfile_builds():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     built = set(re.findall(r"--build-arg VARIANT=(\w+) --tag (\S+)", DOCKERFILE))
     name = f"registry.example.com/fer_ray:{version}"

@@ -1,4 +1,4 @@
-"""The manifests for KubeRay: strictly what its schemas allow, locked, with shared memory."""
+"""The manifests for KubeRay: valid, protected by the token, with enough shared memory."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ FILES = {"RayCluster": "ray.io_rayclusters.yaml", "RayJob": "ray.io_rayjobs.yaml
 
 @cache
 def validator(kind: str) -> jsonschema.Draft202012Validator:
-    """Checks manifests of a kind as an API server does that is asked to be strict."""
+    """Validates manifests of a kind as an API server does in strict mode."""
     file = SCHEMAS / FILES[kind]
     if not file.exists():
         pytest.skip(f"KubeRay's schemas are not at {SCHEMAS.relative_to(ROOT.parent)}")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast on these files
     definition = yaml.load(file.read_text(), Loader=loader)
-    (version,) = (one for one in definition["spec"]["versions"] if one["name"] == "v1")
+    (version,) = (each for each in definition["spec"]["versions"] if each["name"] == "v1")
     schema = strict.json_schema(version["schema"]["openAPIV3Schema"])
-    # the API server's own, which a custom resource's schema does not repeat
+    # the API server's own schema, which that of a custom resource does not repeat
     names = {"name": {"type": "string"}, "namespace": {"type": "string"}}
     schema["properties"]["metadata"] = {
         "type": "object",
@@ -47,25 +47,25 @@ def manifest(name: str) -> dict[str, Any]:
     return copy.deepcopy(strict.load(MANIFESTS / f"{name}.yaml"))
 
 
-def cluster_of(made: dict[str, Any]) -> dict[str, Any]:
-    return made["spec"].get("rayClusterSpec", made["spec"])
+def cluster_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest["spec"].get("rayClusterSpec", manifest["spec"])
 
 
-def pods(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The pod templates' specifications of a manifest, by what they are for."""
-    cluster = cluster_of(made)
-    found = {group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}
-    found["head"] = cluster["headGroupSpec"]["template"]
-    if made["kind"] == "RayJob":
-        found["submitter"] = made["spec"]["submitterPodTemplate"]
-    return {name: template["spec"] for name, template in found.items()}
+def pods(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The specifications of a manifest's pods, by their role."""
+    cluster = cluster_of(manifest)
+    templates = {group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}
+    templates["head"] = cluster["headGroupSpec"]["template"]
+    if manifest["kind"] == "RayJob":
+        templates["submitter"] = manifest["spec"]["submitterPodTemplate"]
+    return {name: template["spec"] for name, template in templates.items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_kuberay_takes_the_manifest(name):
-    made = manifest(name)
-    assert made["apiVersion"] == "ray.io/v1" and made["metadata"]["namespace"] == "fer-ray"
-    validator(made["kind"]).validate(made)
+def test_the_manifest_is_valid(name):
+    content = manifest(name)
+    assert content["apiVersion"] == "ray.io/v1" and content["metadata"]["namespace"] == "fer-ray"
+    validator(content["kind"]).validate(content)
 
 
 WRONG = {
@@ -97,20 +97,20 @@ WRONG = {
 
 @pytest.mark.parametrize("name", ["cluster", "train"])
 @pytest.mark.parametrize("case", WRONG)
-def test_kuberay_would_notice(case, name):
-    made = manifest(name)
-    change, says = WRONG[case]
-    change(cluster_of(made))
-    messages = [error.message for error in validator(made["kind"]).iter_errors(made)]
+def test_a_wrong_manifest_is_refused(case, name):
+    content = manifest(name)
+    change, expected = WRONG[case]
+    change(cluster_of(content))
+    messages = [error.message for error in validator(content["kind"]).iter_errors(content)]
     messages += [
         below.message
-        for error in validator(made["kind"]).iter_errors(made)
+        for error in validator(content["kind"]).iter_errors(content)
         for below in error.context or []
     ]
-    assert any(says in message for message in messages), messages
+    assert any(expected in message for message in messages), messages
 
 
-def test_a_key_that_stands_twice_would_be_noticed():
+def test_a_duplicate_key_is_refused():
     text = (MANIFESTS / "cluster.yaml").read_text()
     twice = text.replace("    mode: token", "    mode: token\n    mode: disabled", 1)
     with pytest.raises(yaml.YAMLError, match="mode given twice"):
@@ -123,18 +123,18 @@ def test_jobs_run_on_the_cluster_of_cluster_yaml(name):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_command_is_one_that_the_job_takes(name):
+def test_the_command_is_valid(name):
     entrypoint = manifest(name)["spec"]["entrypoint"]
     (command,) = job_commands(entrypoint)
     assert command[0] == f"/app/jobs/{name}.py"
     flags = vars(check(command))
-    assert all(str(flags[one]).startswith("s3://BUCKET/") for one in ("data",) if flags.get(one))
-    places = [word for word in command if "/" in word and not word.startswith("/app/")]
-    assert places and all(path.startswith("s3://BUCKET/") for path in places)
+    assert str(flags.get("data") or "s3://BUCKET/").startswith("s3://BUCKET/")
+    paths = [word for word in command if "/" in word and not word.startswith("/app/")]
+    assert paths and all(path.startswith("s3://BUCKET/") for path in paths)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_token_is_asked_for_and_workers_scale_from_none(name):
+def test_a_token_is_required_and_workers_scale_from_zero(name):
     cluster = cluster_of(manifest(name))
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["enableInTreeAutoscaling"] is True
@@ -181,8 +181,8 @@ def test_the_object_store_fits_into_shared_memory_and_that_into_the_pod(name):
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
-        (mount,) = (one for one in container["volumeMounts"] if one["mountPath"] == "/dev/shm")
-        (volume,) = (one for one in pod["volumes"] if one["name"] == mount["name"])
+        (mount,) = (each for each in container["volumeMounts"] if each["mountPath"] == "/dev/shm")
+        (volume,) = (each for each in pod["volumes"] if each["name"] == mount["name"])
         assert volume["emptyDir"]["medium"] == "Memory"
         shared = size(volume["emptyDir"]["sizeLimit"])
         store = int(group["rayStartParams"]["object-store-memory"])
@@ -190,14 +190,14 @@ def test_the_object_store_fits_into_shared_memory_and_that_into_the_pod(name):
 
 
 def test_the_namespace_admits_only_such_pods_and_few_connections():
-    found = strict.load_all((MANIFESTS / "namespace.yaml").read_text())
-    namespace, *accounts, policy = found
+    documents = strict.load_all((MANIFESTS / "namespace.yaml").read_text())
+    namespace, *accounts, policy = documents
     labels = namespace["metadata"]["labels"]
     assert labels == {"pod-security.kubernetes.io/enforce": "restricted"}
-    named = {one["metadata"]["name"] for one in accounts}
+    named = {account["metadata"]["name"] for account in accounts}
     used = {
         pod.get("serviceAccountName") for name in NAMES for pod in pods(manifest(name)).values()
     }
     assert used - {None} == named
     assert policy["spec"]["policyTypes"] == ["Ingress"]
-    assert {one["metadata"]["namespace"] for one in (*accounts, policy)} == {"fer-ray"}
+    assert {each["metadata"]["namespace"] for each in (*accounts, policy)} == {"fer-ray"}

@@ -1,5 +1,7 @@
-"""The input path alone, from memory and from a stream, beside the usual one: JPEGs that torch's
-DataLoader reads and albumentations changes one by one."""
+"""The input path without a network, from memory and from a stream, beside a common baseline.
+
+The baseline is torch's DataLoader on a folder of JPEGs, which albumentations augments one by one.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import cv2
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fer_ray.benchmarks.loops import Workplace, now, rate, spread
+from fer_ray.benchmarks.loops import WorkerContext, now, rate, spread
 from fer_ray.data.dataset import DatasetInfo, SplitInfo
 from fer_ray.data.row_groups import row_group_slices
 from fer_ray.models.forward import Forward, resize
@@ -27,121 +28,107 @@ from fer_ray.training.feed import Feed, Images
 from fer_ray.training.stream_feed import StreamFeed
 from fer_ray.transforms.albumentations_engine import AlbumentationsAugmenter, fill_of
 
-FILES = 2048
-"""JPEGs in the folder of the usual way: fewer than memory caches, more than a few batches."""
-_LEAST_EPOCH = 8192
-"""Images of an epoch from memory: its start is then no part worth naming."""
+NUM_FILES = 2048
+"""JPEGs in the baseline's folder: few enough for the page cache, more than a few batches."""
+_MIN_EPOCH_IMAGES = 8192
+"""Images of an epoch from memory, at least: the start of an epoch then does not count."""
 _JPEG_QUALITY = 95
 _PREFETCH = 2  # DataLoader's default
 
 
 def cores() -> int:
-    """CPUs that this process may use."""
+    """Number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-class Inputs:
-    """What gives batches without a network, each way ready to be timed."""
+class InputBenchmark:
+    """The input paths to be timed; a context manager that ends the baseline's workers.
 
-    def __init__(self, path: Workplace, settings: dict[str, Any]) -> None:
-        """Makes nothing yet.
+    Args:
+        context: what the worker measures with.
+        settings: ``round_s``, ``spare_cpus`` for streaming, ``folder`` for the JPEGs.
+    """
 
-        Args:
-            path: what the worker measures with.
-            settings: ``round_s``, ``spare_cpus`` to stream with, ``folder`` for the JPEGs.
-        """
-        self._place, self._settings = path, settings
+    def __init__(self, context: WorkerContext, settings: dict[str, Any]) -> None:
+        self._context, self._settings = context, settings
         self._round_s = settings["round_s"]
-        self._device = path.group.device
-        batch_size = path.config.schedule.global_batch_size
-        feed = path.feed(math.ceil(_LEAST_EPOCH / batch_size))
-        trainer = path.trainer(feed)
-        self._feed, self._forward = feed, trainer.forward
+        self._device = context.group.device
+        self._batch_size = context.config.schedule.global_batch_size
+        self._feed = context.feed(math.ceil(_MIN_EPOCH_IMAGES / self._batch_size))
+        self._forward = context.trainer(self._feed).forward
         self._epochs = itertools.count()
-        self._usual: _Usual | None = None
+        self._baseline: _JpegLoader | None = None
         self.stream_images = 0
+        """Images of one epoch of the stream; 0 where it is not measured."""
 
-    def __enter__(self) -> Inputs:
+    def __enter__(self) -> InputBenchmark:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._usual:
-            self._usual.stop()
+    def __exit__(self, *exception: object) -> None:
+        if self._baseline:
+            self._baseline.stop()
 
-    def candidates(self, names: Sequence[str]) -> dict[str, Callable[[], float]]:
-        """Images/s of a round of each way that the names ask for."""
-        found: dict[str, Callable[[], float]] = {}
-        if "input" in names:
-            found["input_one_thread"] = lambda: self._memory(1)
-        if "input_naive" in names:
-            found["input"] = lambda: self._memory(cores())
-        if "stream" in names:
-            found["stream"] = self._streamed(self._stream())
-        if {"input_naive", "stream"} & set(names):
-            self._usual = _Usual(self._place, Path(self._settings["folder"]), self._forward)
-            found["input_naive"] = lambda: self._naive()
-        return found
+    def candidates(self, needs: Sequence[str]) -> dict[str, Callable[[], float]]:
+        """The functions that each time one round, in images/s, by the name of their series.
 
-    def _memory(self, threads: int) -> float:
+        Args:
+            needs: of ``input``, ``input_naive`` and ``stream``, what is to be measured.
+        """
+        candidates: dict[str, Callable[[], float]] = {}
+        if "input" in needs:
+            candidates["input_one_thread"] = lambda: self._from_memory(1)
+        if "input_naive" in needs:
+            candidates["input"] = lambda: self._from_memory(cores())
+        if "stream" in needs:
+            stream = self._stream()
+            candidates["stream"] = lambda: self._rate(stream, cores(), at_least_s=0.0)
+        if {"input_naive", "stream"} & set(needs):
+            folder = Path(self._settings["folder"])
+            baseline = self._baseline = _JpegLoader(self._context, folder, self._forward)
+            candidates["input_naive"] = lambda: baseline.rate(self._round_s, self._device)
+        return candidates
+
+    def _from_memory(self, threads: int) -> float:
+        return self._rate(self._feed, threads, at_least_s=self._round_s)
+
+    def _rate(self, feed: Feed, threads: int, *, at_least_s: float) -> float:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            return rate(lambda: self._consume(self._feed), self._device, self._round_s)
+            return rate(lambda: self._consume(feed), self._device, at_least_s)
         finally:
             torch.set_num_threads(before)
 
     def _consume(self, feed: Feed) -> int:
-        """One epoch, up to what the network would get; returns its images."""
-        seen = 0
+        """Runs one epoch up to the network's input; returns the number of images."""
+        num_images = 0
         for batch in feed.train(next(self._epochs)):
             images = resize(self._forward.normalizer(batch.images), self._forward.input_size)
             if batch.mix is not None:
                 images = batch.mix.apply(images)
-            seen += len(images)
-        return seen
-
-    def _naive(self) -> float:
-        assert self._usual is not None
-        return self._usual.rate(self._round_s, self._device)
+            num_images += len(images)
+        return num_images
 
     def _stream(self) -> StreamFeed:
-        """A stream whose epoch takes a round: the files again and again if there are few."""
-
-        def feed(passes: int) -> StreamFeed:
-            info = repeated(self._place.info, passes)
-            found = {name: row_group_slices(info, name) for name in ("train", "validation")}
-            spare, group = self._settings["spare_cpus"], self._place.group
-            return StreamFeed(self._place.config, info, found, group=group, spare_cpus=spare)
-
-        once = feed(1)
-        self._consume(once)  # Ray Data starts its processes
+        """A stream whose epoch takes about a round; few files are read repeatedly."""
+        short = self._stream_feed(passes=1)
+        self._consume(short)  # Ray Data starts its processes
         start = now(self._device)
-        self._consume(once)
+        self._consume(short)
         passes = math.ceil(self._round_s / (now(self._device) - start))
-        chosen = feed(max(passes, 1))
-        batch_size = self._place.config.schedule.global_batch_size
-        self.stream_images = chosen.steps_per_epoch * batch_size
-        return chosen
+        feed = self._stream_feed(passes=max(passes, 1))
+        self.stream_images = feed.steps_per_epoch * self._batch_size
+        return feed
 
-    def _streamed(self, feed: StreamFeed) -> Callable[[], float]:
-        def epoch() -> float:
-            before = torch.get_num_threads()
-            torch.set_num_threads(cores())
-            try:
-                return rate(lambda: self._consume(feed), self._device)
-            finally:
-                torch.set_num_threads(before)
-
-        return epoch
+    def _stream_feed(self, *, passes: int) -> StreamFeed:
+        info = repeated(self._context.info, passes)
+        slices = {name: row_group_slices(info, name) for name in ("train", "validation")}
+        spare, group = self._settings["spare_cpus"], self._context.group
+        return StreamFeed(self._context.config, info, slices, group=group, spare_cpus=spare)
 
 
 def repeated(info: DatasetInfo, passes: int) -> DatasetInfo:
-    """A data set whose train split is the same files `passes` times."""
+    """A dataset whose train split lists the same files `passes` times."""
     train = info.split("train")
     longer = SplitInfo(
         rows=train.rows * passes,
@@ -151,39 +138,35 @@ def repeated(info: DatasetInfo, passes: int) -> DatasetInfo:
     return DatasetInfo(**{**vars(info), "splits": {**info.splits, "train": longer}})
 
 
-class _Usual:
-    """A DataLoader over a folder of JPEGs, its workers running from the start to `stop`."""
+class _JpegLoader:
+    """A DataLoader on a folder of JPEGs whose workers run until `stop`."""
 
-    def __init__(self, path: Workplace, folder: Path, forward: Forward) -> None:
-        images = spread(path.train, min(FILES, len(path.train.labels)))
-        files = Files.write(path, images, folder / "jpegs", forward.input_size)
+    def __init__(self, context: WorkerContext, folder: Path, forward: Forward) -> None:
+        images = spread(context.train, min(NUM_FILES, len(context.train.labels)))
+        files = JpegDataset.write(context, images, folder / "jpegs", forward.input_size)
+        self._batch_size = context.config.schedule.global_batch_size
         self._loader: DataLoader | None = DataLoader(
             files,
-            batch_size=path.config.schedule.global_batch_size,
-            sampler=_Endless(len(images.labels)),
+            batch_size=self._batch_size,
+            sampler=_EndlessSampler(len(images.labels)),
             num_workers=cores(),
             prefetch_factor=_PREFETCH,
-            pin_memory=path.group.device.type == "cuda",
+            pin_memory=context.group.device.type == "cuda",
             persistent_workers=True,
         )
         self._batches: Iterator[list[torch.Tensor]] | None = iter(self._loader)
 
     def rate(self, round_s: float, device: torch.device) -> float:
-        """Images/s over `round_s` seconds, after what was loaded in advance has been used up."""
-        ahead = cores() * _PREFETCH
-        for _ in range(ahead):
+        """Images/s over `round_s` seconds, after the batches loaded in advance are used up."""
+        num_ahead = cores() * _PREFETCH
+        for _ in range(num_ahead):
             self._next(device)
-        start, seen = now(device), 0
-        while (elapsed := now(device) - start) < round_s or not seen:
-            seen += self._next(device)
-        # the workers go on until they are ahead again: the next round is not to share with them
-        time.sleep(ahead * self._batch_size * elapsed / seen)
-        return seen / elapsed
-
-    @property
-    def _batch_size(self) -> int:
-        assert self._loader is not None and self._loader.batch_size is not None
-        return self._loader.batch_size
+        start, num_images = now(device), 0
+        while (elapsed := now(device) - start) < round_s or not num_images:
+            num_images += self._next(device)
+        # The workers load ahead again: wait for them, so that the next round has all CPUs.
+        time.sleep(num_ahead * self._batch_size * elapsed / num_images)
+        return num_images / elapsed
 
     def _next(self, device: torch.device) -> int:
         assert self._batches is not None
@@ -195,8 +178,8 @@ class _Usual:
         self._batches = self._loader = None
 
 
-class _Endless(Sampler):
-    """All rows in random order, over and over."""
+class _EndlessSampler(Sampler):
+    """All rows in random order, again and again."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -208,28 +191,30 @@ class _Endless(Sampler):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Files(Dataset):
-    """JPEGs as a textbook would read them: opened, changed and made a tensor one by one."""
+class JpegDataset(Dataset):
+    """JPEG files that are opened, augmented and converted to a tensor one by one."""
 
     paths: list[str]
     labels: list[int]
     pipeline: Any
-    """albumentations' `Compose` of the configuration's options, or None."""
+    """albumentations' `Compose` of the configured augmentation, or None."""
     mean: float
+    """Mean pixel of the train split, from 0 to 1."""
     std: float
+    """Standard deviation of the train split's pixels, on the same scale."""
     size: int
-    """Pixels a side of what the network sees."""
+    """Side of the network's input in pixels."""
 
     @classmethod
-    def write(cls, path: Workplace, images: Images, folder: Path, size: int) -> Files:
-        """Writes images as JPEGs, a folder a class, and describes them."""
+    def write(cls, context: WorkerContext, images: Images, folder: Path, size: int) -> JpegDataset:
+        """Writes images as JPEGs into a folder per class."""
+        info, config = context.info, context.config
         paths = []
         for number, (pixels, label) in enumerate(zip(images.pixels, images.labels)):
-            inner = folder / path.info.labels[label] / f"{number:06d}.jpg"
-            inner.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(inner, quality=_JPEG_QUALITY)
-            paths.append(str(inner))
-        info, config = path.info, path.config
+            path = folder / info.labels[label] / f"{number:06d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path, quality=_JPEG_QUALITY)
+            paths.append(str(path))
         library = AlbumentationsAugmenter(
             config.transforms, seed=0, fill=fill_of(info.pixel_mean), image_size=info.image_size
         )
@@ -246,9 +231,9 @@ class Files(Dataset):
         return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        """(1, S, S) float32 with the train split's mean and deviation taken out, and the class."""
-        with Image.open(self.paths[row]) as picture:
-            pixels = np.array(picture.convert("L"))
+        """A normalized image (1, S, S) float32 and its class."""
+        with Image.open(self.paths[row]) as image:
+            pixels = np.array(image.convert("L"))
         if self.pipeline is not None:
             pixels = self.pipeline(image=pixels)["image"]
         if pixels.shape[0] != self.size:

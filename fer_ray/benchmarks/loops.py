@@ -1,8 +1,7 @@
-"""What the benchmark times: the real training loop, the plain one, and how rounds alternate."""
+"""What the benchmark times: the real training loop and a plain one, in alternating rounds."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
@@ -25,48 +24,55 @@ from fer_ray.training.memory_feed import MemoryFeed
 from fer_ray.training.process_group import ProcessGroup
 
 EPOCHS = 7
-"""Epochs of the real run whose first is compared with the later ones."""
+"""Epochs of the real run; the first is compared with the later ones."""
 
 _LEARNING_RATE = 0.001
-"""Of every loop: it does not change the speed, and nothing may become infinite."""
-_MOST_IMAGES = 2**18
-_FLOAT_BYTES = 2**30
-"""The most that the plain loop's normalized images may take; it goes through them in a circle."""
+"""Learning rate of every loop: speed does not depend on it, and the weights must stay finite."""
+_MAX_IMAGES_PER_ROUND = 2**18
+_MAX_FLOAT_BYTES = 2**30
+"""Upper bound for the plain loop's normalized images, over which it cycles."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workplace:
-    """What one worker measures with."""
+class WorkerContext:
+    """What one worker needs to measure."""
 
     config: TrainConfig
-    """Made for measuring by `for_measuring`."""
+    """The result of `for_measuring`."""
     info: DatasetInfo
     group: ProcessGroup
     threads: int
+    """torch's threads in this worker."""
     train: Images
     """The whole train split."""
     validation: Images
+    """The whole validation split."""
 
     @classmethod
-    def of(cls, settings: dict[str, Any], *, threads: int | None = None) -> Workplace:
-        """Reads the data and sets the threads, in a worker of Ray Train."""
+    def load(cls, settings: dict[str, Any], *, threads: int | None = None) -> WorkerContext:
+        """Reads the data and sets torch's threads, in a worker of Ray Train.
+
+        Args:
+            settings: with ``config``, the result of `TrainConfig.to_dict`.
+            threads: number of threads; None: as the configuration has it.
+        """
         import ray.train
         import ray.train.torch
 
-        keep_freed_memory()  # as the real worker; the plain loops in this process gain by it too
+        keep_freed_memory()  # as a training worker does; the plain loops in this process profit too
         config = TrainConfig.from_dict(settings["config"])
-        context = ray.train.get_context()
+        world = ray.train.get_context()
         info = read_info(config.data)
-        loaded = (load_split(info, name) for name in ("train", "validation"))
-        train, validation = (Images.known(split.images, split.labels) for split in loaded)
+        splits = (load_split(info, name) for name in ("train", "validation"))
+        train, validation = (Images.known(split.images, split.labels) for split in splits)
         threads = threads or threads_of(config)
         torch.set_num_threads(threads)
         return cls(
             config=config,
             info=info,
             group=ProcessGroup(
-                rank=context.get_world_rank(),
-                size=context.get_world_size(),
+                rank=world.get_world_rank(),
+                size=world.get_world_size(),
                 device=ray.train.torch.get_device(),
             ),
             threads=threads,
@@ -75,34 +81,43 @@ class Workplace:
         )
 
     def feed(self, steps: int) -> MemoryFeed:
-        """An epoch of `steps` steps from memory, and an eighth as many images to validate."""
+        """A feed from memory: `steps` steps an epoch, and an eighth as many validation images."""
         count = steps * self.config.schedule.global_batch_size
         validation = spread(self.validation, max(count // 8, self.group.size))
         train = spread(self.train, count)
         return MemoryFeed(self.config, self.info, train, validation, group=self.group)
 
     def trainer(self, feed: Feed) -> Trainer:
-        """The real loop's state."""
+        """A trainer of the real loop, without lines of progress."""
         labels: dict[str, Any] = {"run": "benchmark", "provenance": {}}
-        made = Trainer(self.config, self.info, feed, group=self.group, labels=labels, resume=None)
-        made._last_logged = math.inf  # rounds are no epochs of a run: no lines of progress
-        return made
+        trainer = Trainer(
+            self.config, self.info, feed, group=self.group, labels=labels, resume=None
+        )
+        trainer._last_logged = math.inf  # a round is not an epoch of a run: no progress is logged
+        return trainer
 
-    def plain(self, forward: Forward, batch_size: int, steps: int) -> Plain:
-        """The plain loop in the real one's precision and layout."""
+    def plain(self, forward: Forward, batch_size: int, steps: int) -> PlainLoop:
+        """The plain loop in the precision and memory layout of the real one."""
         batches = float_batches(
             self.train, forward, batch_size=batch_size, steps=steps, device=self.group.device
         )
-        return Plain(self.config, self.info, batches, self.group.device, bfloat16=forward.bfloat16)
+        return PlainLoop(
+            self.config, self.info, batches, self.group.device, bfloat16=forward.bfloat16
+        )
 
 
 def threads_of(config: TrainConfig) -> int:
-    """Threads of a worker, as in a training run."""
+    """Number of torch's threads in a worker, as in a training run."""
     return config.scaling.threads_per_worker or max(int(config.scaling.cpus_per_worker), 1)
 
 
 def for_measuring(config: TrainConfig, **schedule: Any) -> TrainConfig:
-    """A configuration whose weights stay finite and whose run is as short as it can be."""
+    """A configuration for a short run whose weights stay finite.
+
+    Args:
+        config: what is measured.
+        schedule: values of the schedule section to set.
+    """
     values = config.to_dict()
     values["optimizer"] |= {"learning_rate": _LEARNING_RATE}
     short = {"warmup_epochs": 1.0, "epochs": EPOCHS, "patience": 0, "time_limit_s": 0.0}
@@ -110,8 +125,19 @@ def for_measuring(config: TrainConfig, **schedule: Any) -> TrainConfig:
     return TrainConfig.from_dict(values)
 
 
-class Plain:
-    """The textbook loop on normalized float images: no augmentation, average or clipping."""
+class PlainLoop:
+    """A minimal training loop on normalized float images.
+
+    It has no augmentation, no average of the weights and no gradient clipping.
+
+    Args:
+        config: of which the model and the seed are used.
+        info: the dataset.
+        batches: images (N, 1, S, S) float32 and classes (N,) int64, on the device.
+        device: where the loop computes.
+        bfloat16: whether the forward pass runs under autocast to bfloat16.
+        channels_last: memory layout of the weights; otherwise contiguous.
+    """
 
     def __init__(
         self,
@@ -133,25 +159,20 @@ class Plain:
         self._optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE, momentum=0.9)
 
     def train(self, steps: int) -> int:
-        """Trains and returns how many images went through."""
-        seen = 0
+        """Trains for some steps; returns the number of images."""
+        num_images = 0
         for images, targets in itertools.islice(itertools.cycle(self.batches), steps):
             self._optimizer.zero_grad()
-            with autocast(self._device, self._bfloat16):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
                 loss = F.cross_entropy(self._model(images), targets)
             loss.backward()
             self._optimizer.step()
-            seen += len(images)
-        return seen
-
-
-def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager:
-    """bfloat16 where it is wanted."""
-    return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
+            num_images += len(images)
+        return num_images
 
 
 def spread(images: Images, count: int) -> Images:
-    """`count` of the images, evenly spread over all, or all of them over and over."""
+    """`count` images, spread evenly over all of them; repeated if there are fewer."""
     num = len(images.labels)
     if count <= num:
         rows = np.linspace(0, num - 1, count).round().astype(np.int64)
@@ -163,10 +184,14 @@ def spread(images: Images, count: int) -> Images:
 def float_batches(
     images: Images, forward: Forward, *, batch_size: int, steps: int, device: torch.device
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Up to `steps` batches, normalized and resized as the network takes them, on the device."""
+    """Up to `steps` batches on the device, normalized and resized for the network.
+
+    Returns:
+        Images (N, C, S, S) float32 and classes (N,) int64 of each batch.
+    """
     side = forward.input_size or images.pixels.shape[1]
-    most = max(_FLOAT_BYTES // (4 * side**2 * batch_size), 2)
-    chosen = spread(images, batch_size * min(steps, most))
+    limit = max(_MAX_FLOAT_BYTES // (4 * side**2 * batch_size), 2)
+    chosen = spread(images, batch_size * min(steps, limit))
     batches = []
     for start in range(0, len(chosen.labels), batch_size):
         pixels = torch.from_numpy(chosen.pixels[start : start + batch_size]).to(device)
@@ -177,40 +202,49 @@ def float_batches(
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a clock, read when a GPU has done all that it was given."""
+    """Seconds of a monotonic clock, read after the GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def rate(work: Callable[[], int], device: torch.device, at_least_s: float = 0.0) -> float:
-    """Images/s of `work`, which returns its images, done again until `at_least_s` are over."""
-    start, seen = now(device), 0
+    """Images/s of `work`, repeated until `at_least_s` seconds have passed.
+
+    Args:
+        work: processes images and returns their number.
+        device: is waited for before the clock is read.
+        at_least_s: 0 runs the work once.
+    """
+    start, num_images = now(device), 0
     while True:
-        seen += work()
+        num_images += work()
         if (elapsed := now(device) - start) >= at_least_s:
-            return seen / elapsed
+            return num_images / elapsed
 
 
 def in_turn(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Images/s of each round of each candidate, A B A B …, after one round that is not kept."""
-    found: dict[str, list[float]] = {name: [] for name in candidates}
+    """Runs the candidates in turn (A B A B …) and returns images/s of each round of each.
+
+    One round of each comes before as a warm-up and is dropped.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(-1, rounds):
-        for name, measured in candidates.items():
-            value = measured()
+        for name, measure in candidates.items():
+            value = measure()
             if number >= 0:
-                found[name].append(value)
-    return found
+                rates[name].append(value)
+    return rates
 
 
 def steps_for(step_s: float, round_s: float, batch_size: int) -> int:
-    """Steps of a round: about `round_s` seconds, at least 2."""
-    most = max(_MOST_IMAGES // batch_size, 2)
-    return min(max(round(round_s / step_s), 2), most)
+    """Number of steps that take about `round_s` seconds, at least 2."""
+    limit = max(_MAX_IMAGES_PER_ROUND // batch_size, 2)
+    return min(max(round(round_s / step_s), 2), limit)
 
 
-def step_seconds(plain: Plain, device: torch.device) -> float:
-    """Seconds of a step of the plain loop, after two steps that are not counted."""
+def step_seconds(plain: PlainLoop, device: torch.device) -> float:
+    """Seconds per step of the plain loop, after two steps of warm-up."""
     plain.train(2)
     steps, start = 0, now(device)
     while steps < 2 or now(device) - start < 0.5:

@@ -1,4 +1,4 @@
-"""The real prediction beside a bare forward loop, in turn: each in an actor of one thread."""
+"""Batch prediction in turn with a bare forward loop, each in an actor with one thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from fer_ray import storage
-from fer_ray.benchmarks.loops import autocast, float_batches, rate
+from fer_ray.benchmarks.loops import float_batches, rate
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data import dataset
 from fer_ray.data.dataset import DatasetInfo, load_split, read_info
@@ -27,21 +27,21 @@ from fer_ray.training.loop import Trainer
 from fer_ray.training.memory_feed import MemoryFeed
 from fer_ray.training.process_group import ProcessGroup
 
-_MOST_PARTS = 64
+_MAX_PARTS = 64
 _SETTLE_S = 1.0
-"""Seconds in which Ray Data's processes end before the bare loop is timed."""
+"""Seconds for Ray Data's processes to end, before the bare loop is timed."""
 
 
-class Bare:
-    """An actor that runs the network over normalized images, and nothing else."""
+class ForwardLoop:
+    """An actor that only runs the network on normalized images."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        """Makes a checkpoint of fresh weights, which both sides then load.
+        """Writes a checkpoint with freshly initialized weights, which both sides load.
 
         Args:
-            settings: ``config``, and the ``folder`` that gets ``checkpoint``.
+            settings: ``config``, and the ``folder`` in which ``checkpoint`` is written.
         """
-        torch.set_num_threads(1)  # as the real actor
+        torch.set_num_threads(1)  # as the predicting actor has
         config = TrainConfig.from_dict(settings["config"])
         device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
         info = read_info(config.data)
@@ -50,9 +50,9 @@ class Bare:
         path = Path(settings["folder"]) / "checkpoint"
         path.mkdir()
         _save(config, info, images, device, path)
-        found = checkpoint.read(str(path))
-        self._device, self._forward = device, found.forward
-        self._model = found.load_model(device)
+        saved = checkpoint.read(str(path))
+        self._device, self._forward = device, saved.forward
+        self._model = saved.load_model(device)
         self._batches = float_batches(
             images,
             self._forward,
@@ -63,25 +63,25 @@ class Bare:
         self._run(2)
 
     def rate(self, batches: int) -> float:
-        """Images/s over so many batches, a GPU not waited for in between."""
+        """Images/s over a number of batches; a GPU is waited for only at the end."""
         return rate(lambda: self._run(batches), self._device)
 
     @torch.inference_mode()
     def _run(self, batches: int) -> int:
-        seen = 0
+        num_images = 0
         for images, _ in itertools.islice(itertools.cycle(self._batches), batches):
-            with autocast(self._device, self._forward.bfloat16):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._forward.bfloat16):
                 result = self._model(images).float().softmax(1)
                 if self._forward.flip_at_test:
                     result = (result + self._model(images.flip(3)).float().softmax(1)) / 2
-            seen += len(result)
-        return seen
+            num_images += len(result)
+        return num_images
 
 
 def _save(
     config: TrainConfig, info: DatasetInfo, images: Images, device: torch.device, path: Path
 ) -> None:
-    """A checkpoint as the loop writes it, before the first step."""
+    """Writes a checkpoint as the training loop does, before the first step."""
     group = ProcessGroup(device=device)
     feed = MemoryFeed(config, info, images, images, group=group)
     labels: dict[str, Any] = {"run": "benchmark", "provenance": {}}
@@ -89,36 +89,40 @@ def _save(
 
 
 def measure(settings: dict[str, Any], *, rounds: int, round_s: float) -> dict[str, Any]:
-    """Predicts in turn with both.
+    """Times batch prediction and the bare loop in turn.
 
     Args:
-        settings: as of `Bare`.
-        rounds: how many of each are kept.
-        round_s: about how many seconds each takes.
+        settings: as for `ForwardLoop`.
+        rounds: number of rounds of each.
+        round_s: about the seconds of a round.
 
     Returns:
         ``rounds`` of ``predict`` and ``predict_plain`` in images/s, and ``predict_parts``.
     """
     import ray
 
-    # no CPU reserved: it rests while the other works, and Ray Data needs one for itself
+    # No CPU is reserved: the loop is idle while Ray Data, which needs a CPU, predicts.
     config = TrainConfig.from_dict(settings["config"])
-    bare: Any = ray.remote(num_cpus=0)(Bare).remote(settings)
-    speed = ray.get(bare.rate.remote(1))
+    loop: Any = ray.remote(num_cpus=0)(ForwardLoop).remote(settings)
+    speed = ray.get(loop.rate.remote(1))
     batches = max(round(speed * round_s / inference.BATCH_SIZE), 2)
     parts, rows = parts_for(speed, round_s)
-    data = _cut(read_info(config.data), storage.join(settings["folder"], "parts"), parts, rows)
-    found: dict[str, list[float]] = {"predict": [], "predict_plain": []}
+    data = _write_dataset(
+        read_info(config.data), storage.join(settings["folder"], "parts"), parts, rows
+    )
+    rates: dict[str, list[float]] = {"predict": [], "predict_plain": []}
     for _ in range(rounds):
-        found["predict"].append(_predict(data, settings["folder"], config.scaling.use_gpu))
+        rates["predict"].append(_predict(data, settings["folder"], config.scaling.use_gpu))
         time.sleep(_SETTLE_S)
-        found["predict_plain"].append(ray.get(bare.rate.remote(batches)))
-    ray.kill(bare)
-    return {"rounds": found, "predict_parts": parts, "predict_rows_per_part": rows}
+        rates["predict_plain"].append(ray.get(loop.rate.remote(batches)))
+    ray.kill(loop)
+    return {"rounds": rates, "predict_parts": parts, "predict_rows_per_part": rows}
 
 
 def parts_for(speed: float, round_s: float) -> tuple[int, int]:
-    """How many parts of how many rows: one to start with, then at least two for `round_s`.
+    """The number of parts to predict and the rows of each.
+
+    The clock starts when the first part is written; at least two more take about `round_s`.
 
     Args:
         speed: images/s of the bare loop.
@@ -126,11 +130,11 @@ def parts_for(speed: float, round_s: float) -> tuple[int, int]:
     """
     batches = max(round(speed * round_s / 2 / inference.BATCH_SIZE), 1)
     rows = min(batches * inference.BATCH_SIZE, ROWS_PER_SHARD)
-    return min(1 + max(math.ceil(speed * round_s / rows), 2), _MOST_PARTS), rows
+    return min(1 + max(math.ceil(speed * round_s / rows), 2), _MAX_PARTS), rows
 
 
 def _predict(data: str, folder: str, use_gpu: bool) -> float:
-    """Images/s of the real path once it runs: from the first written part to the last."""
+    """Images/s of batch prediction, from the first part written to the last."""
     plan = inference.plan(
         checkpoint_path=storage.join(folder, "checkpoint"),
         data=data,
@@ -145,20 +149,26 @@ def _predict(data: str, folder: str, use_gpu: bool) -> float:
 
 
 def steady_rate(rows: dict[Path, int]) -> float:
-    """Images/s from the moment the first part was written to that of the last.
+    """Images/s from the time at which the first part was written to that of the last.
 
     Args:
-        rows: images of each part's file; two files or more.
+        rows: number of images in each part's file; two files or more.
+
+    Raises:
+        JobFailed: if all files carry the same time.
     """
     order = sorted(rows, key=lambda file: file.stat().st_mtime_ns)
     elapsed_s = (order[-1].stat().st_mtime_ns - order[0].stat().st_mtime_ns) / 1e9
     if elapsed_s <= 0:
-        raise JobFailed("predict_over_plain: the parts were written too fast to be timed")
+        raise JobFailed(
+            "predict_over_plain: the parts were written too fast to be timed; "
+            "give a longer --round-s"
+        )
     return sum(rows[file] for file in order[1:]) / elapsed_s
 
 
-def _cut(info: DatasetInfo, folder: str, parts: int, rows: int) -> str:
-    """A prepared data set of so many parts of so many images; images come again if need be."""
+def _write_dataset(info: DatasetInfo, folder: str, parts: int, rows: int) -> str:
+    """Writes a prepared dataset of some parts of equal size, repeating images if needed."""
     tables: list[pa.Table] = []
     for file in info.split("train").files:
         fs, inner = storage.filesystem(storage.join(info.path, file))
@@ -169,10 +179,10 @@ def _cut(info: DatasetInfo, folder: str, parts: int, rows: int) -> str:
     whole = pa.concat_tables(tables)
     files = []
     for number in range(parts):
-        places = np.arange(number * rows, (number + 1) * rows)
-        table = whole.take(places % len(whole))
-        names = pa.array([f"{path:07d}" for path in places])
-        table = table.set_column(table.schema.get_field_index("image_id"), "image_id", names)
+        numbers = np.arange(number * rows, (number + 1) * rows)
+        table = whole.take(numbers % len(whole))
+        ids = pa.array([f"{image:07d}" for image in numbers])
+        table = table.set_column(table.schema.get_field_index("image_id"), "image_id", ids)
         files.append(f"train/part-{number:05d}.parquet")
         (Path(folder) / "train").mkdir(parents=True, exist_ok=True)
         pq.write_table(table, str(Path(folder) / files[-1]), compression="zstd")

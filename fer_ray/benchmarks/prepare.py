@@ -1,11 +1,10 @@
-"""Preparation beside one process with Pillow, and how it grows with the number of images."""
+"""Preparation in turn with one process that uses Pillow, and its growth with more images."""
 
 from __future__ import annotations
 
 import io
 import multiprocessing
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -32,83 +31,101 @@ from fer_ray.preparation.plan import plan_preparation
 
 _JPEG_QUALITY = 95
 _FEW, _MANY = 30_000, 600_000
-_JOB = Path(__file__).resolve().parents[2] / "jobs" / "prepare.py"
+_ROOT = Path(__file__).resolve().parents[2]
+_JOB = """
+import sys, time
+from fer_ray import cli
+from fer_ray.preparation import run
+from fer_ray.preparation.plan import plan_preparation
+count, output, seconds = sys.argv[1:]
+plan = plan_preparation(source="synthetic", output=output, num_images=int(count))
+cli.start_ray()
+start = time.perf_counter()
+run.prepare(plan, log=lambda line: None)
+with open(seconds, "w") as file:
+    file.write(str(time.perf_counter() - start))
+"""
+"""A preparation that writes its seconds into a file; it starts a cluster of its own."""
 _ROWS = 2048
 
 
 def against_pillow(
     info: dataset.DatasetInfo, *, folder: str, rounds: int, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Images/s of preparing a zip of JPEGs, beside the plain way in one process.
+    """Images/s of preparing a zip of JPEGs, in turn with one process that uses Pillow.
 
-    Both list the zip, decode to grey, hash the pixels and write Parquet; only this project's
-    also takes statistics, finds duplicates, verifies and hashes every row and the zip.
+    Both list the zip, decode to grey, hash the pixels and write Parquet. The job also computes
+    statistics, finds duplicates, verifies each row and hashes the zip.
 
-    A third side only reads, decodes and hashes the pictures, in as many processes as Ray has
-    CPUs: what no preparation of these files could pass on this machine.
+    A third series only reads, decodes and hashes the images, in as many processes as Ray has
+    CPUs: the upper bound for preparing these files on this machine.
 
     Args:
         info: a prepared dataset, whose train images are written as JPEGs.
-        folder: to write below; empty.
-        rounds: of each side.
+        folder: an empty folder to write in.
+        rounds: number of rounds of each series.
         log: receives lines of progress.
 
     Returns:
-        ``rounds`` of the three sides, and ``prepare_limit_over_pillow``.
+        ``rounds`` of the three series, and ``prepare_limit_over_pillow``.
     """
     import ray
 
     archive = Path(folder) / "faces.zip"
     count = _write_zip(info, archive)
-    log(f"preparing a zip of {count:,} JPEGs, beside one process with Pillow")
-    ours, plain = storage.join(folder, "ours"), Path(folder) / "plain"
+    log(f"preparing a zip of {count:,} JPEGs, in turn with one process that uses Pillow")
+    output, plain_output = storage.join(folder, "prepared"), Path(folder) / "plain"
 
-    def prepare() -> float:
-        start = time.perf_counter()
+    def prepare() -> None:
         plan = plan_preparation(
-            source=str(archive), output=ours, image_size=info.image_size, overwrite=True
+            source=str(archive), output=output, image_size=info.image_size, overwrite=True
         )
         run.prepare(plan, log=lambda line: None)
-        return count / (time.perf_counter() - start)
 
-    def by_hand() -> float:
-        start = time.perf_counter()
-        _prepare_plainly(archive, plain, info.image_size)
-        return count / (time.perf_counter() - start)
+    def prepare_plainly() -> None:
+        _prepare_plainly(archive, plain_output, info.image_size)
 
     with _Decoders(archive, max(1, int(ray.cluster_resources()["CPU"]))) as decoders:
+        work = {
+            "prepare": prepare,
+            "prepare_plain": prepare_plainly,
+            "prepare_limit": decoders.decode,
+        }
+        rates = in_turn({name: _rate_of(run, count) for name, run in work.items()}, rounds)
+    limit, plain = (statistics.median(rates[name]) for name in ("prepare_limit", "prepare_plain"))
+    return {"rounds": rates, "prepare_limit_over_pillow": limit / plain}
 
-        def limit() -> float:
-            start = time.perf_counter()
-            decoders.decode()
-            return count / (time.perf_counter() - start)
 
-        sides = {"prepare": prepare, "prepare_plain": by_hand, "prepare_limit": limit}
-        found = in_turn(sides, rounds)
-    medians = {side: statistics.median(rates) for side, rates in found.items()}
-    over_pillow = medians["prepare_limit"] / medians["prepare_plain"]
-    return {"rounds": found, "prepare_limit_over_pillow": over_pillow}
+def _rate_of(work: Callable[[], None], num_images: int) -> Callable[[], float]:
+    """A function that runs the work once and returns images/s."""
+
+    def measure() -> float:
+        start = time.perf_counter()
+        work()
+        return num_images / (time.perf_counter() - start)
+
+    return measure
 
 
 class _Decoders:
-    """Processes that share the pictures of a zip."""
+    """Processes that decode the images of a zip, each the same number of them."""
 
     def __init__(self, archive: Path, count: int) -> None:
         self._archive = str(archive)
         files = [(entry.path, entry.at) for entry in ZipSource(self._archive).entries()]
-        self._shares = [files[number::count] for number in range(count)]
-        context = multiprocessing.get_context("spawn")  # this process has Ray's threads
+        self._shards = [files[number::count] for number in range(count)]
+        context = multiprocessing.get_context("spawn")  # forking is unsafe beside Ray's threads
         self._pool = ProcessPoolExecutor(count, mp_context=context)
 
     def __enter__(self) -> _Decoders:
         return self
 
-    def __exit__(self, *unused: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._pool.shutdown()
 
     def decode(self) -> None:
-        """Reads, decodes and hashes every picture once."""
-        list(self._pool.map(_decode, [self._archive] * len(self._shares), self._shares))
+        """Reads, decodes and hashes every image once."""
+        list(self._pool.map(_decode, [self._archive] * len(self._shards), self._shards))
 
 
 def _decode(archive: str, files: list[tuple[str, bytes]]) -> None:
@@ -118,59 +135,60 @@ def _decode(archive: str, files: list[tuple[str, bytes]]) -> None:
 
 
 def _write_zip(info: dataset.DatasetInfo, archive: Path) -> int:
-    """Writes the train images as JPEGs, in both splits that a source has to have."""
-    split = dataset.load_split(info, "train")
+    """Writes the train images as JPEGs into the two splits that a source must have."""
+    images = dataset.load_split(info, "train")
     with zipfile.ZipFile(archive, "w") as writer:
-        for number, (pixels, label) in enumerate(zip(split.images, split.labels)):
+        for number, (pixels, label) in enumerate(zip(images.images, images.labels)):
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
-            part = "validation" if number % 10 == 9 else "train"
-            name = f"{part}/{info.labels[label]}/{number:07}.jpg"
+            split = "validation" if number % 10 == 9 else "train"
+            name = f"{split}/{info.labels[label]}/{number:07}.jpg"
             writer.writestr(name, buffer.getvalue())
-    return len(split.images)
+    return len(images.images)
 
 
 def _prepare_plainly(archive: Path, output: Path, size: int) -> None:
-    """What one would write by hand: entry after entry, in one process."""
+    """A straightforward preparation: one entry after the other, in one process."""
     output.mkdir(exist_ok=True)
     with zipfile.ZipFile(archive) as reader:
         names = sorted(reader.namelist())
         for start in range(0, len(names), _ROWS):
             rows = []
             for name in names[start : start + _ROWS]:
-                picture = Image.open(io.BytesIO(reader.read(name))).convert("L")
-                digest = decoding.pixel_sha256(np.asarray(picture))
-                if picture.size != (size, size):
-                    picture = picture.resize((size, size))
+                image = Image.open(io.BytesIO(reader.read(name))).convert("L")
+                digest = decoding.pixel_sha256(np.asarray(image))
+                if image.size != (size, size):
+                    image = image.resize((size, size))
                 split, label, _ = name.split("/")
-                rows.append((name, split, label, picture.tobytes(), size, size, digest))
+                rows.append((name, split, label, image.tobytes(), size, size, digest))
             columns = [pa.array(c, f.type) for c, f in zip(zip(*rows), dataset.SCHEMA)]
             table = pa.Table.from_arrays(columns, schema=dataset.SCHEMA)
             pq.write_table(table, output / f"{start:07}.parquet", compression="zstd")
 
 
 def growth(folder: str, log: Callable[[str], None]) -> dict[str, Any]:
-    """Peak memory and images/s of preparing few drawn faces, and twenty times as many.
+    """Peak memory and images/s of preparing 30,000 and 600,000 synthetic faces.
 
-    Each in a job of its own with a cluster of its own, all of whose processes are watched.
+    Each is a job of its own that starts its own cluster.
 
     Args:
-        folder: to write below; empty.
+        folder: an empty folder to write in.
         log: receives lines of progress.
 
     Returns:
-        ``rounds`` of one each, ``prepare_growth`` with the peaks in MiB by kind of process, and
-        ``prepare_memory_growth``: the largest of their ratios.
+        ``rounds``, one of each size; ``prepare_growth`` with the peaks in MiB of the driver and of
+        the largest other process; and ``prepare_memory_growth``, the larger of their ratios.
     """
     rates, peaks = [], []
     for count in (_FEW, _MANY):
-        log(f"preparing {count:,} drawn faces")
-        rate, peak = _watched(count, storage.join(folder, str(count)))
+        log(f"preparing {count:,} synthetic faces")
+        output = storage.join(folder, str(count))
+        rate, peaks_mib = _run_job(count, output)
         rates.append(rate)
-        peaks.append(peak)
-        storage.remove(storage.join(folder, str(count)))
+        peaks.append(peaks_mib)
+        storage.remove(output)
     few, many = peaks
-    ratios = {kind: many[kind] / few[kind] for kind in few if kind in many}
+    ratios = {name: many[name] / few[name] for name in few}
     return {
         "rounds": {"prepare_few": [rates[0]], "prepare_many": [rates[1]]},
         "prepare_growth": {"images": [_FEW, _MANY], "peak_mib": peaks, "ratios": ratios},
@@ -178,17 +196,18 @@ def growth(folder: str, log: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def _watched(count: int, output: str) -> tuple[float, dict[str, float]]:
-    """Images/s of a job, Ray's start left out, and the peak memory of each kind of process."""
-    command = [sys.executable, str(_JOB), "--source", "synthetic", "--num-images", str(count)]
+def _run_job(count: int, output: str) -> tuple[float, dict[str, float]]:
+    """Images/s of a job without the start of Ray, and the peak memory of its processes in MiB."""
+    seconds = Path(f"{output}.seconds")
+    command = [sys.executable, "-c", _JOB, str(count), output, str(seconds)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with subprocess.Popen(
-        [*command, "--output", output], stdout=subprocess.PIPE, text=True, env=environment
-    ) as job:
-        with processes.Callback(lambda: processes.started_by(job.pid)) as callback:
-            told, _ = job.communicate()
-        peaks = callback.peaks_mib()
-    found = re.search(r"^([\d,]+) images in ([\d.]+) s$", told, re.MULTILINE)
-    if job.returncode or not found:
-        raise JobFailed(f"jobs/prepare.py --num-images {count} ended with {job.returncode}")
-    return count / float(found[2]), peaks
+    with (
+        subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=subprocess.DEVNULL) as job,
+        processes.PeakMemory(job.pid) as memory,
+    ):
+        status = job.wait()
+    if status:
+        raise JobFailed(
+            f"preparing {count:,} synthetic faces ended with status {status}; see the errors above"
+        )
+    return count / float(seconds.read_text()), memory.peaks_mib()

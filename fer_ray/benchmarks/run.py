@@ -1,8 +1,8 @@
-"""How fast this machine trains and predicts, as ratios to named alternatives taken in one run.
+"""How fast this machine trains and predicts, as ratios to baselines measured in the same run.
 
-`plan` it without Ray, then `measure` it. Every ratio is that of the medians of rounds that took
-turns (A B A B …) in one process, or, where both sides need processes of their own, beside one
-another. Nothing is compiled on either side.
+`plan` checks the settings without Ray; `measure` runs the benchmark. A ratio divides the medians
+of two series of rounds that alternate (A B A B …), so that a change of the machine's speed affects
+both alike. Nothing is compiled on either side.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ from typing import Any
 import torch
 
 from fer_ray import storage
-from fer_ray.benchmarks import predict as benchmark_predict
-from fer_ray.benchmarks import prepare as benchmark_prepare
-from fer_ray.benchmarks import processes as benchmark_processes
-from fer_ray.benchmarks import sweeps as benchmark_sweeps
-from fer_ray.benchmarks import workers as benchmark_workers
+from fer_ray.benchmarks import predict, prepare, processes, sweeps, workers
 from fer_ray.benchmarks.loops import for_measuring
 from fer_ray.benchmarks.targets import KEYS, numbers
 from fer_ray.config.schema import TrainConfig
@@ -33,29 +29,29 @@ from fer_ray.data.labels import FER2013_LABELS
 from fer_ray.errors import UserError, unknown
 from fer_ray.models import registry
 from fer_ray.preparation.plan import plan_preparation
-from fer_ray.preparation.run import prepare
+from fer_ray.preparation.run import prepare as prepare_dataset
 from fer_ray.runtime import environment, resources
 from fer_ray.training import ray_trainer
 
 ROUNDS = 5
 ROUND_S = 3.0
-_IMAGE_SIZE = 48  # of drawn faces
+_IMAGE_SIZE = 48  # of synthetic faces
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A benchmark whose settings are right. Made by `plan`."""
+    """The valid settings of a benchmark, as `plan` returns them."""
 
     config: TrainConfig
-    """What is measured; its data's place is absolute, or empty for drawn faces."""
+    """What is measured. Its `data` is an absolute path or URI; empty: synthetic faces."""
     keys: tuple[str, ...]
     """The numbers to measure, of `KEYS`."""
     rounds: int
-    """Rounds of each side that are kept."""
+    """Number of rounds of each series."""
     round_s: float
-    """About how many seconds each takes."""
+    """Seconds of a round, approximately."""
     output: str
-    """Absolute place of the JSON file; empty: none."""
+    """Absolute path or URI of the JSON file; empty: none is written."""
 
 
 def plan(
@@ -69,22 +65,25 @@ def plan(
     """Checks the settings, without Ray.
 
     Args:
-        config: what to measure; without `data`, on drawn faces.
-        output: place of the JSON file.
-        only: some of `KEYS`; none for those of the model.
-        rounds: of each side, 1 or more.
-        round_s: seconds of each, above 0.
+        config: what to measure; without `data`, on synthetic faces.
+        output: path or URI of the JSON file; empty: none is written.
+        only: names of `KEYS` to measure; empty: all that describe the model.
+        rounds: of each series, 1 or more.
+        round_s: seconds of a round, above 0.
 
     Raises:
-        UserError: for whatever is wrong about them.
+        UserError: if a setting is wrong.
     """
-    keys = _chosen(set(only))
+    keys = _selected(set(only))
     if rounds < 1 or not 0 < round_s < math.inf:
         raise UserError(
-            f"--rounds {rounds}, --round-s {round_s:g}: more than 0 is needed, and an end"
+            f"--rounds {rounds}, --round-s {round_s:g}: both must be above 0 and finite"
         )
     if "workers_over_limit" in keys and config.scaling.num_workers < 2:
-        raise UserError("--num-workers: workers_over_limit is of 2 or more; --only leaves it out")
+        raise UserError(
+            "--num-workers: workers_over_limit needs 2 or more workers; list other numbers "
+            "with --only"
+        )
     labels, size = len(FER2013_LABELS), _IMAGE_SIZE
     if config.data:
         info = read_info(config.data)
@@ -97,7 +96,7 @@ def plan(
     return Plan(config=config, keys=keys, rounds=rounds, round_s=round_s, output=output)
 
 
-def _chosen(only: set[str]) -> tuple[str, ...]:
+def _selected(only: set[str]) -> tuple[str, ...]:
     for key in only:
         if key not in KEYS:
             raise unknown("--only", key, KEYS)
@@ -112,7 +111,7 @@ def _check_data(info: DatasetInfo, keys: Sequence[str]) -> None:
         if split.unlabelled and "stream_over_naive" in keys:
             raise UserError(
                 f"--data: {split.unlabelled} images of {name} have no label and cannot be "
-                "streamed; --only leaves stream_over_naive out"
+                "streamed; list numbers other than stream_over_naive with --only"
             )
 
 
@@ -121,16 +120,16 @@ def _check_output(output: str) -> None:
         storage.check_bucket("--output", output)
         return
     if Path(output).is_dir():
-        raise UserError(f"--output: {output} is a folder; a file's name is wanted")
+        raise UserError(f"--output: {output} is a folder; give the path of a file")
     above = next(path for path in Path(output).parents if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--output: {above} is not a folder that can be written to")
+        raise UserError(f"--output: {above} is not a writable folder; give another path")
 
 
 def measure(
     plan: Plan, *, start_ray: Callable[[], None], log: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Starts Ray, measures, and writes the JSON file.
+    """Starts Ray, measures, and writes the JSON file if there is an output.
 
     Args:
         plan: from `plan`.
@@ -138,38 +137,30 @@ def measure(
         log: receives lines of progress.
 
     Returns:
-        The file's content: the numbers of `KEYS` at the top, beside what they are made of.
+        The file's content: the numbers of `KEYS` first, then what they are computed from.
 
     Raises:
-        UserError: where the cluster is not one machine, or lacks CPUs or GPUs.
-        JobFailed: where a worker failed.
+        UserError: if the cluster has several machines, or too few CPUs or GPUs.
+        JobFailed: if a worker failed.
     """
-    startup_s = {"imports": time.time() - benchmark_processes.started_at()}
+    startup_s = {"imports": time.time() - processes.started_at()}
     start = time.monotonic()
     start_ray()
     startup_s["ray"] = time.monotonic() - start
     _check_cluster(plan)
     with tempfile.TemporaryDirectory(prefix="fer_ray-benchmark-") as folder:
         run = _Run(plan, folder, log)
-        with benchmark_processes.Callback(run.processes) as callback:
-            found = run.everything()
-            found["peak_memory_mib"] = _peaks(callback.peaks_mib(), found)
-    found["startup_s"] = startup_s | found.get("startup_s", {})
-    found = environment.describe(torch.device("cpu")) | found  # the workers say it better
-    result = {**numbers(plan.keys, found), **_beside(plan, found, run.info)}
+        measured = environment.describe(torch.device("cpu")) | run.everything()
+    peaks = {"driver": processes.own_peak_mib()}
+    if "worker_peak_mib" in measured:
+        peaks["training worker"] = measured.pop("worker_peak_mib")
+    measured["peak_memory_mib"] = peaks
+    measured["startup_s"] = startup_s | measured.get("startup_s", {})
+    result = {**numbers(plan.keys, measured), **_details(plan, measured, run.info)}
     result["wall_s"] = time.monotonic() - start
     if plan.output:
         storage.write_json(plan.output, result)
     return result
-
-
-def _peaks(peaks_mib: dict[str, float], found: dict[str, Any]) -> dict[str, float]:
-    """The most memory of each kind; a worker's by itself, without the benchmark's other loops."""
-    if "epochs_peak_mib" not in found:
-        return peaks_mib
-    worker = benchmark_processes.WORKER
-    own = {"benchmark worker": peaks_mib.get(worker, 0.0), worker: found.pop("epochs_peak_mib")}
-    return dict(sorted({**peaks_mib, **own}.items()))
 
 
 def _check_cluster(plan: Plan) -> None:
@@ -177,72 +168,64 @@ def _check_cluster(plan: Plan) -> None:
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) > 1:
-        raise UserError(f"the benchmark measures one machine; this cluster has {len(nodes)}")
+        raise UserError(
+            f"the benchmark measures one machine, but this cluster has {len(nodes)} nodes; run it "
+            "without RAY_ADDRESS"
+        )
     scaling = plan.config.scaling
     demand = resources.Demand(
         each={"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {}),
         count=scaling.num_workers if "workers_over_limit" in plan.keys else 1,
         flags={"CPU": "--cpus-per-worker", "GPU": "--use-gpu"},
-        hint="a fraction may fit, and --only leaves numbers out",
+        hint="a fraction of a CPU may fit; --only measures fewer numbers",
     )
-    resources.check(demand, may_wait=False)  # what grows is no longer one machine
+    resources.check(demand, may_wait=False)  # a cluster that grows is not one machine
 
 
 class _Run:
-    """The measurements of one benchmark, in a folder of their own."""
+    """The measurements of one benchmark, in a temporary folder."""
 
     def __init__(self, plan: Plan, folder: str, log: Callable[[str], None]) -> None:
-        import ray
-
         self._plan, self._folder, self._log = plan, folder, log
-        self.session = ray.get_runtime_context().get_session_name()
         self._needs = {KEYS[key].needs for key in plan.keys}
         config = for_measuring(plan.config)
         if not config.data:
-            config = replace(config, data=_draw_faces(folder))
+            config = replace(config, data=_synthetic_faces(folder))
         self.config, self.info = config, read_info(config.data)
 
-    def processes(self) -> dict[int, str]:
-        """This benchmark's processes, and what each is."""
-        return benchmark_processes.kinds(self.session)
-
     def everything(self) -> dict[str, Any]:
-        """What was measured: ``rounds`` by name, and the rest as the workers wrote it."""
-        found: dict[str, Any] = {"rounds": {}}
+        """All that was measured: ``rounds`` by the name of their series, and details."""
+        measurements: dict[str, Callable[[], dict[str, Any]]] = {
+            "workers": self._together,
+            "predict": self._predict,
+            "sweep": lambda: sweeps.overhead(self._subfolder("overhead"), self._log),
+            "halving": lambda: sweeps.halving(self._subfolder("halving"), self._log),
+            "prepare": self._prepare,
+            "prepare_growth": lambda: prepare.growth(self._subfolder("growth"), self._log),
+        }
         parts = []
-        if names := self._needs & set(benchmark_workers.MEASURED):
+        if names := self._needs & set(workers.MEASURED_ALONE):
             parts.append(self._alone(sorted(names)))
-        if "together" in self._needs:
-            parts.append(self._together())
-        if "predict" in self._needs:
-            parts.append(self._predict())
-        if "sweep" in self._needs:
-            parts.append(benchmark_sweeps.overhead(self._own_folder("overhead"), self._log))
-        if "halving" in self._needs:
-            parts.append(benchmark_sweeps.halving(self._own_folder("halving"), self._log))
-        if "prepare" in self._needs:
-            path, rounds = self._own_folder("prepare"), self._plan.rounds
-            parts.append(
-                benchmark_prepare.against_pillow(
-                    self.info, folder=path, rounds=rounds, log=self._log
-                )
-            )
-        if "prepare_growth" in self._needs:
-            parts.append(benchmark_prepare.growth(self._own_folder("growth"), self._log))
+        parts += [measure() for need, measure in measurements.items() if need in self._needs]
+        measured: dict[str, Any] = {"rounds": {}}
         for part in parts:
-            rounds = found["rounds"] | part["rounds"]
-            found = part | found | {"rounds": rounds}
-        return found
+            rounds = measured["rounds"] | part["rounds"]
+            measured = part | measured | {"rounds": rounds}
+        return measured
 
-    def _own_folder(self, name: str) -> str:
+    def _subfolder(self, name: str) -> str:
         folder = storage.join(self._folder, name)
         storage.make_directory(folder)
         return folder
 
     def _settings(self, name: str, **more: Any) -> dict[str, Any]:
-        folder = self._own_folder(name)
-        given = {"rounds": self._plan.rounds, "round_s": self._plan.round_s, "folder": folder}
-        return {"config": self.config.to_dict(), **given, **more}
+        return {
+            "config": self.config.to_dict(),
+            "rounds": self._plan.rounds,
+            "round_s": self._plan.round_s,
+            "folder": self._subfolder(name),
+            **more,
+        }
 
     def _alone(self, names: list[str]) -> dict[str, Any]:
         import ray
@@ -250,40 +233,42 @@ class _Run:
         scaling, step_s = self.config.scaling, 0.0
         if {"train", "epochs"} & set(names):
             self._log("timing a step, to size the rounds")
-            calibrate = ray.remote(max_calls=1)(benchmark_workers.calibrate)
+            calibrate = ray.remote(max_calls=1)(workers.calibrate)
             calibrate = calibrate.options(
                 num_cpus=scaling.cpus_per_worker, num_gpus=int(scaling.use_gpu)
             )
             step_s = ray.get(calibrate.remote(self.config.to_dict()))
-        self._log(f"one worker: {', '.join(names)}")
+        self._log(f"measuring one worker: {', '.join(names)}")
         spare = ray.cluster_resources()["CPU"] - scaling.cpus_per_worker
         settings = self._settings("alone", names=names, step_s=step_s, spare_cpus=spare)
         settings["default_precision"] = self._plan.config.schedule.precision == "auto"
         start = time.time()
-        found = _fit(benchmark_workers.alone, settings, self.config, workers=1)
-        if "startup_s" in found:
-            workers_s = found.pop("entered_at") - start
-            found["startup_s"] = {"workers": workers_s, **found["startup_s"]}
-        return found
+        measured = _fit(workers.measure_alone, settings, self.config, num_workers=1)
+        if "startup_s" in measured:
+            workers_s = measured.pop("entered_at") - start
+            measured["startup_s"] = {"workers": workers_s, **measured["startup_s"]}
+        return measured
 
     def _together(self) -> dict[str, Any]:
-        workers = self.config.scaling.num_workers
-        self._log(f"{workers} workers of one thread")
-        settings = self._settings("together", session=self.session)
-        found = _fit(benchmark_workers.together, settings, self.config, workers=workers)
-        return {**found, "steps_together": found.pop("steps")}
+        num_workers = self.config.scaling.num_workers
+        self._log(f"measuring {num_workers} workers with one thread each")
+        settings = self._settings("together")
+        return _fit(workers.measure_together, settings, self.config, num_workers=num_workers)
 
     def _predict(self) -> dict[str, Any]:
-        self._log("prediction")
-        settings = self._settings("predict")
-        plan = self._plan
-        return benchmark_predict.measure(settings, rounds=plan.rounds, round_s=plan.round_s)
+        self._log("measuring prediction")
+        rounds, round_s = self._plan.rounds, self._plan.round_s
+        return predict.measure(self._settings("predict"), rounds=rounds, round_s=round_s)
+
+    def _prepare(self) -> dict[str, Any]:
+        folder, rounds = self._subfolder("prepare"), self._plan.rounds
+        return prepare.against_pillow(self.info, folder=folder, rounds=rounds, log=self._log)
 
 
-def _draw_faces(folder: str) -> str:
+def _synthetic_faces(folder: str) -> str:
     path = storage.join(folder, "faces")
     plan = plan_preparation(source="synthetic", output=path, image_size=_IMAGE_SIZE)
-    prepare(plan, log=lambda line: None)
+    prepare_dataset(plan, log=lambda line: None)
     return path
 
 
@@ -292,40 +277,41 @@ def _fit(
     settings: dict[str, Any],
     config: TrainConfig,
     *,
-    workers: int,
+    num_workers: int,
 ) -> dict[str, Any]:
-    """Lets workers of Ray Train measure; returns what the first of them wrote."""
+    """Measures in workers of Ray Train; returns the result that the first of them wrote."""
     ray_trainer.run_trainer(
         work,
         settings,
-        replace(config.scaling, num_workers=workers, max_failures=0),
+        replace(config.scaling, num_workers=num_workers, max_failures=0),
         storage_path=settings["folder"],
         run="run",
         failed="a worker of the benchmark failed",
     )
-    return storage.read_json(storage.join(settings["folder"], benchmark_workers.RESULT))
+    return storage.read_json(storage.join(settings["folder"], workers.RESULT))
 
 
-def _beside(plan: Plan, found: dict[str, Any], info: DatasetInfo) -> dict[str, Any]:
-    """What the numbers are made of, and what was measured on what."""
+def _details(plan: Plan, measured: dict[str, Any], info: DatasetInfo) -> dict[str, Any]:
+    """What the numbers are computed from, and the conditions of the measurement."""
     model = plan.config.model
     size = model.input_size or info.image_size
-    fresh = model.with_fresh_weights()
-    network = registry.build(fresh, num_classes=len(info.labels), image_size=info.image_size)
+    network = registry.build(
+        model.with_fresh_weights(), num_classes=len(info.labels), image_size=info.image_size
+    )
     cost = registry.cost(network, size)
-    scaling = plan.config.scaling
+    values = numbers(plan.keys, measured)
     return {
         "targets": {name: KEYS[name].target for name in plan.keys},
-        "met": {name: KEYS[name].is_met(v) for name, v in numbers(plan.keys, found).items()},
+        "met": {name: KEYS[name].is_met(v) for name, v in values.items()},
         "how": {name: KEYS[name].how for name in plan.keys},
-        "images_per_s": {name: statistics.median(v) for name, v in found["rounds"].items()},
+        "images_per_s": {name: statistics.median(v) for name, v in measured["rounds"].items()},
         "model": {**vars(model), "pixels": size, **vars(cost)},
         "batch": plan.config.schedule.global_batch_size,
-        "num_workers": scaling.num_workers,
+        "num_workers": plan.config.scaling.num_workers,
         "compiled": False,
-        "data": plan.config.data or "drawn faces",
+        "data": plan.config.data or "synthetic faces",
         "images": info.split("train").rows,
         "settings": for_measuring(plan.config).to_dict(),
         "git_commit": environment.git_commit(),
-        **found,
+        **measured,
     }

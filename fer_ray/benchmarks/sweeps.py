@@ -1,6 +1,6 @@
-"""What a sweep costs beyond its training, and what halving saves, on drawn faces.
+"""What a sweep costs beyond its training, and what successive halving saves, on synthetic faces.
 
-Both train small networks, whatever the benchmark's model is: they measure the sweep.
+Both train small networks, whatever the benchmark's model is: the sweep is measured, not the model.
 """
 
 from __future__ import annotations
@@ -32,22 +32,25 @@ _GRID: dict[str, list[Any]] = {
     "transforms.normalization": ["none", "minmax", "dataset"],
     "transforms.augmentation": ["none", "standard", "strong"],
 }
-"""27 configurations, of which some are poor from the start and others only later."""
+"""27 configurations: some are poor from the first epoch, others only later."""
 
 
 def overhead(folder: str, log: Callable[[str], None]) -> dict[str, Any]:
-    """Seconds a trial of one process beyond its epochs, one trial at a time.
+    """Seconds per trial beyond its epochs, with single-process trials one after the other.
 
-    From the start of Ray Tune to its end, the first process and its imports included, less the
-    epochs (training, validation), over the trials.
+    The time from the start of Ray Tune to its end, the first process and its imports included,
+    minus the seconds of all epochs (training and validation), divided by the number of trials.
 
     Args:
-        folder: to write below; empty.
+        folder: an empty folder to write in.
         log: receives lines of progress.
+
+    Returns:
+        ``sweep_overhead_s``, and ``sweep`` with what it is computed from.
     """
-    log(f"the overhead of {_OVERHEAD_TRIALS} trials")
-    data = _draw(folder, _OVERHEAD_IMAGES)
-    sweep = _file(folder, "overhead", {"transforms.normalization": ["none"]})
+    log(f"measuring the overhead of a sweep of {_OVERHEAD_TRIALS} trials")
+    data = _synthetic_faces(folder, _OVERHEAD_IMAGES)
+    sweep = _sweep_file(folder, "overhead", {"transforms.normalization": ["none"]})
     plan = planning.plan(
         _config(data, width=4, epochs=2),
         sweep=sweep,
@@ -68,35 +71,39 @@ def overhead(folder: str, log: Callable[[str], None]) -> dict[str, Any]:
 
 
 def halving(folder: str, log: Callable[[str], None]) -> dict[str, Any]:
-    """Epochs that ASHA runs over those of a full grid of the same 27 trials, and what it loses.
+    """Compares ASHA with a full grid of the same 27 trials.
 
     Args:
-        folder: to write below; empty.
+        folder: an empty folder to write in.
         log: receives lines of progress.
+
+    Returns:
+        ``asha_saving`` (ASHA's epochs divided by the grid's), ``asha_loss`` (best validation
+        accuracy of the grid minus ASHA's), and ``asha`` with what they are computed from.
     """
-    data = _draw(folder, _HALVING_IMAGES)
+    data = _synthetic_faces(folder, _HALVING_IMAGES)
     config = _config(data, width=8, epochs=_HALVING_EPOCHS)
-    log("27 trials in full")
+    log("training 27 trials in full")
     grid = planning.plan(
         config,
-        sweep=_file(folder, "grid", _GRID),
+        sweep=_sweep_file(folder, "grid", _GRID),
         storage_path=storage.join(folder, "sweeps"),
         num_seeds=1,
         limits=Limits(),
     )
     tuning.fit(grid, log=lambda line: None)
-    log("the same 27 trials with ASHA")
+    log("training the same 27 trials with ASHA")
     search = planning.plan(
         config,
-        sweep=_file(folder, "halved", _GRID, method="search"),
+        sweep=_sweep_file(folder, "halved", _GRID, method="search"),
         storage_path=storage.join(folder, "sweeps"),
         num_trials=len(grid.space.arms),
         limits=Limits(),
     )
     names = list(_GRID)
     for number, values in enumerate(itertools.product(*_GRID.values())):
-        chosen = {**dict(zip(names, values)), "schedule.seed": config.schedule.seed}
-        store.create(search.folder, store.Trial(number=number, arm=None, options=chosen))
+        options = {**dict(zip(names, values)), "schedule.seed": config.schedule.seed}
+        store.create(search.folder, store.Trial(number=number, arm=None, options=options))
     tuning.fit(search, log=lambda line: None)
     full, halved = (_outcome(plan.folder) for plan in (grid, search))
     return {
@@ -135,14 +142,14 @@ def _config(data: str, *, width: int, epochs: int) -> TrainConfig:
     return replace(config, scaling=replace(config.scaling, num_workers=1))
 
 
-def _draw(folder: str, num_images: int) -> str:
+def _synthetic_faces(folder: str, num_images: int) -> str:
     path = storage.join(folder, "faces")
     plan = plan_preparation(source="synthetic", output=path, num_images=num_images)
     prepare(plan, log=lambda line: None)
     return path
 
 
-def _file(folder: str, name: str, space: dict[str, Any], method: str = "grid") -> str:
+def _sweep_file(folder: str, name: str, space: dict[str, Any], method: str = "grid") -> str:
     path = Path(folder) / f"{name}.json"
     path.write_text(json.dumps({"method": method, "space": space}))
     return str(path)

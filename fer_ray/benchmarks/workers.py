@@ -1,25 +1,23 @@
-"""What the benchmark's workers do: one measures alone, several together; results go into a file."""
+"""What the benchmark's workers measure, one alone or several together; the result is a file."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import resource
-import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from fer_ray import storage
-from fer_ray.benchmarks import input as benchmark_input
-from fer_ray.benchmarks import processes
+from fer_ray.benchmarks.input import InputBenchmark, cores
 from fer_ray.benchmarks.loops import (
     EPOCHS,
-    Plain,
-    Workplace,
+    PlainLoop,
+    WorkerContext,
     for_measuring,
     in_turn,
     now,
@@ -29,6 +27,7 @@ from fer_ray.benchmarks.loops import (
     steps_for,
     threads_of,
 )
+from fer_ray.benchmarks.processes import own_peak_mib
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import load_split, read_info
 from fer_ray.models import registry
@@ -37,17 +36,19 @@ from fer_ray.runtime import environment
 from fer_ray.training.feed import Batch, Images
 from fer_ray.training.loop import Trainer
 from fer_ray.training.memory_feed import MemoryFeed
-from fer_ray.training.process_group import ProcessGroup
 
 RESULT = "measured.json"
+"""Name of the file that the first worker writes into its folder."""
 _PROFILED_STEPS = 20
 
 
 def calibrate(values: dict[str, Any]) -> float:
-    """Seconds of a step, in a process of its own: the measured one has to be fresh.
+    """Seconds per step of the plain loop, to size the rounds.
+
+    It runs in its own process, so that the measured one starts fresh.
 
     Args:
-        values: the configuration, `TrainConfig.to_dict`.
+        values: the configuration, as `TrainConfig.to_dict` returns it.
     """
     config = TrainConfig.from_dict(values)
     torch.set_num_threads(threads_of(config))
@@ -55,20 +56,20 @@ def calibrate(values: dict[str, Any]) -> float:
     info = read_info(config.data)
     split = load_split(info, "train")
     batch_size = config.schedule.global_batch_size
-    chosen = spread(Images.known(split.images, split.labels), 2 * batch_size)
-    images = torch.from_numpy(chosen.pixels).float().div(255).unsqueeze(1).to(device)
+    sample = spread(Images.known(split.images, split.labels), 2 * batch_size)
+    images = torch.from_numpy(sample.pixels).float().div(255).unsqueeze(1).to(device)
     images = resize(images, config.model.input_size)
-    targets = torch.from_numpy(chosen.labels).to(device)
+    targets = torch.from_numpy(sample.labels).to(device)
     batches = list(zip(images.split(batch_size), targets.split(batch_size)))
     precision = config.schedule.precision
     bfloat16 = precision == "bfloat16" or (
         precision == "auto" and registry.prefers_bfloat16(config.model, device)
     )
-    return step_seconds(Plain(config, info, batches, device, bfloat16=bfloat16), device)
+    return step_seconds(PlainLoop(config, info, batches, device, bfloat16=bfloat16), device)
 
 
-class WatchedFeed:
-    """A feed that notes when the first step of all was done."""
+class TimedFeed:
+    """A feed that records when the first step ended, in seconds since the epoch."""
 
     def __init__(self, feed: MemoryFeed, device: torch.device) -> None:
         self._feed, self._device = feed, device
@@ -77,7 +78,7 @@ class WatchedFeed:
         self.first_step_at = 0.0
 
     def train(self, epoch: int) -> Iterator[Batch]:
-        """As `MemoryFeed.train`; the second batch is asked for when the first step is done."""
+        """As `MemoryFeed.train`. The loop takes the second batch when its first step has ended."""
         for step, batch in enumerate(self._feed.train(epoch)):
             if step == 1 and not self.first_step_at:
                 now(self._device)
@@ -85,142 +86,145 @@ class WatchedFeed:
             yield batch
 
 
-MEASURED = ("train", "epochs", "input", "input_naive", "stream")
-"""What `alone` can measure."""
+MEASURED_ALONE = ("train", "epochs", "input", "input_naive", "stream")
+"""What `measure_alone` can measure."""
+_TRAINING = {"train", "epochs"}
 
 
-def alone(settings: dict[str, Any]) -> None:
-    """What one worker measures: its start, the epochs of a real run, training, input.
+def measure_alone(settings: dict[str, Any]) -> None:
+    """Measures one worker: its start, the epochs of a real run, training and input.
 
     Args:
-        settings: ``config``, ``names`` of what to measure, ``rounds``, ``round_s``, ``step_s``
-            of the plain loop (0 where no training is measured), ``spare_cpus`` to stream with,
-            and the ``folder`` for the result.
+        settings: ``config``; ``names`` of `MEASURED_ALONE` to measure; ``rounds``; ``round_s``;
+            ``step_s``, seconds per step of the plain loop (0 where no training is measured);
+            ``spare_cpus`` for streaming; ``default_precision``, whether the configuration leaves
+            the precision to the device; ``folder`` for the result.
     """
-    entered = time.time()
-    path = Workplace.of(settings)
-    names, rounds, device = settings["names"], settings["rounds"], path.group.device
-    round_s, batch_size = settings["round_s"], path.config.schedule.global_batch_size
-    found: dict[str, Any] = {"threads": path.threads, "rounds": {}}
-    if {"epochs", "train"} & set(names):
-        steps = found["steps"] = steps_for(settings["step_s"], round_s, batch_size)
-        feed = WatchedFeed(path.feed(steps), device)
-        loaded = time.time()
-        trainer = path.trainer(feed)
-        built = time.time()
-        trainer.fit(lambda history, save: None)
-        found["epochs_s"] = [row["seconds"] for row in trainer.history]
-        found["entered_at"] = entered
-        # before the loops that a training does not have: 1024 bytes a unit on Linux
-        found["epochs_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        moments = (entered, loaded, built, feed.first_step_at)
-        parts = (after - before for before, after in itertools.pairwise(moments))
-        found["startup_s"] = dict(zip(("data", "model", "first_step"), parts))
-        if "train" in names:
-            candidates = _training(path, trainer, steps, settings["default_precision"])
-            found["rounds"] |= in_turn(candidates, rounds)
-        if device.type == "cuda":
-            found["gpu_busy_share"] = _gpu_busy_share(path, trainer)
-    if {"input", "input_naive", "stream"} & set(names):
-        found |= {"input_threads": benchmark_input.cores()}
-        with benchmark_input.Inputs(path, settings) as inputs:
-            found["rounds"] |= in_turn(inputs.candidates(names), rounds)
-            found["stream_images"] = inputs.stream_images
-    found |= environment.describe(device)
-    storage.write_json(storage.join(settings["folder"], RESULT), found)
+    entered_at = time.time()
+    context = WorkerContext.load(settings)
+    names, rounds = settings["names"], settings["rounds"]
+    result: dict[str, Any] = {"threads": context.threads, "rounds": {}}
+    if _TRAINING & set(names):
+        result |= {"entered_at": entered_at, **_measure_training(context, settings, entered_at)}
+    if set(names) - _TRAINING:
+        result["input_threads"] = cores()
+        with InputBenchmark(context, settings) as inputs:
+            result["rounds"] |= in_turn(inputs.candidates(names), rounds)
+            result["stream_images"] = inputs.stream_images
+    result |= environment.describe(context.group.device)
+    storage.write_json(storage.join(settings["folder"], RESULT), result)
 
 
-def _training(
-    path: Workplace, trainer: Trainer, steps: int, default_precision: bool
+def _measure_training(
+    context: WorkerContext, settings: dict[str, Any], entered_at: float
+) -> dict[str, Any]:
+    """A real run of `EPOCHS` epochs, then the rounds of each loop where they are asked for."""
+    device = context.group.device
+    batch_size = context.config.schedule.global_batch_size
+    steps = steps_for(settings["step_s"], settings["round_s"], batch_size)
+    feed = TimedFeed(context.feed(steps), device)
+    loaded_at = time.time()
+    trainer = context.trainer(feed)
+    built_at = time.time()
+    trainer.fit(lambda history, save: None)
+    moments = (entered_at, loaded_at, built_at, feed.first_step_at)
+    stages = zip(("data", "model", "first_step"), itertools.pairwise(moments))
+    result = {
+        "steps": steps,
+        "epochs_s": [row["seconds"] for row in trainer.history],
+        "worker_peak_mib": own_peak_mib(),  # before the loops that a training does not have
+        "startup_s": {stage: end - start for stage, (start, end) in stages},
+        "rounds": {},
+    }
+    if "train" in settings["names"]:
+        candidates = _training_loops(context, trainer, steps, settings["default_precision"])
+        result["rounds"] = in_turn(candidates, settings["rounds"])
+    if device.type == "cuda":
+        result["gpu_busy_share"] = _gpu_busy_fraction(context, trainer)
+    return result
+
+
+def _training_loops(
+    context: WorkerContext, trainer: Trainer, steps: int, default_precision: bool
 ) -> dict[str, Callable[[], float]]:
-    """The real loop and the plain ones; the default's own where another precision was given."""
-    device, batch_size = path.group.device, path.config.schedule.global_batch_size
+    """Functions that time a round of the real loop and of the plain ones, in images/s.
+
+    Where the configuration sets a precision, the real loop in the default one is timed too.
+    """
+    device, batch_size = context.group.device, context.config.schedule.global_batch_size
     epochs = itertools.count(EPOCHS)
 
-    def real(one: Trainer) -> Callable[[], int]:
+    def real(trainer: Trainer) -> Callable[[], int]:
         def epoch() -> int:
-            one._train_epoch(next(epochs))
-            return one.steps_per_epoch * batch_size
+            trainer._train_epoch(next(epochs))
+            return trainer.steps_per_epoch * batch_size
 
         return epoch
 
-    plain = path.plain(trainer.forward, batch_size, steps)
+    plain = context.plain(trainer.forward, batch_size, steps)
     batches = [(images.contiguous(), targets) for images, targets in plain.batches]
-    eager = Plain(path.config, path.info, batches, device, bfloat16=False, channels_last=False)
+    contiguous = PlainLoop(
+        context.config, context.info, batches, device, bfloat16=False, channels_last=False
+    )
     works: dict[str, Callable[[], int]] = {
         "train": real(trainer),
         "train_plain": lambda: plain.train(steps),
-        "train_plain_layout": lambda: eager.train(steps),
+        "train_plain_layout": lambda: contiguous.train(steps),
     }
     if not default_precision:
-        config = for_measuring(path.config, precision="auto")
-        other = Workplace(**{**vars(path), "config": config})
-        works["train_default"] = real(other.trainer(path.feed(steps)))
+        config = for_measuring(context.config, precision="auto")
+        default = replace(context, config=config)
+        works["train_default"] = real(default.trainer(context.feed(steps)))
     return {name: functools.partial(rate, work, device) for name, work in works.items()}
 
 
-def _gpu_busy_share(path: Workplace, trainer: Trainer) -> float:
-    """The share of the real loop's time in which the GPU runs kernels, of 1.0."""
+def _gpu_busy_fraction(context: WorkerContext, trainer: Trainer) -> float:
+    """The fraction of the real loop's time in which the GPU runs kernels, from 0 to 1."""
     from torch.profiler import ProfilerActivity, profile
 
-    trainer.feed = path.feed(_PROFILED_STEPS)
+    trainer.feed = context.feed(_PROFILED_STEPS)
     trainer.steps_per_epoch = _PROFILED_STEPS
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        start = now(path.group.device)
+        start = now(context.group.device)
         trainer._train_epoch(2 * EPOCHS)
-        elapsed_s = now(path.group.device) - start
+        elapsed_s = now(context.group.device) - start
     busy_us = sum(event.self_device_time_total for event in profiled.key_averages())
     return busy_us / 1e6 / elapsed_s
 
 
-def together(settings: dict[str, Any]) -> None:
-    """What several workers of one thread measure: the real loop over all, then each its own.
+def measure_together(settings: dict[str, Any]) -> None:
+    """Measures several workers with one thread each: the real loop, then independent plain loops.
 
     Args:
-        settings: as of `alone`, and the ``session`` of Ray.
+        settings: ``config``, ``rounds``, ``round_s``, and the ``folder`` for the result.
     """
-    path = Workplace.of(settings, threads=1)
-    group, batch_size = path.group, path.config.schedule.global_batch_size
+    context = WorkerContext.load(settings, threads=1)
+    group, batch_size = context.group, context.config.schedule.global_batch_size
     own = group.part(batch_size)
-    trainer = path.trainer(path.feed(2))
-    plain = path.plain(trainer.forward, own.stop - own.start, 2)
+    trainer = context.trainer(context.feed(2))
+    plain = context.plain(trainer.forward, own.stop - own.start, 2)
     step_s = group.slowest(step_seconds(plain, group.device))
     steps = steps_for(step_s, settings["round_s"], batch_size)
-    trainer.feed, trainer.steps_per_epoch = path.feed(steps), steps
-    plain = path.plain(trainer.forward, own.stop - own.start, steps)
+    trainer.feed, trainer.steps_per_epoch = context.feed(steps), steps
+    plain = context.plain(trainer.forward, own.stop - own.start, steps)
     epochs = itertools.count()
-    used: list[dict[str, float]] = []
 
-    def real() -> float:
-        before = _cpu_seconds(settings, group)
+    def data_parallel() -> float:
         start = now(group.device)
         trainer._train_epoch(next(epochs))
-        seconds = group.slowest(now(group.device) - start)
-        after = _cpu_seconds(settings, group)
-        spent = {kind: after[kind] - before.get(kind, 0.0) for kind in after}
-        used.append({"seconds": seconds, **spent})
-        return steps * batch_size / seconds
+        return steps * batch_size / group.slowest(now(group.device) - start)
 
-    def apart() -> float:
-        group.total(np.zeros(1))  # a barrier: they begin together
-        return float(group.total(np.array([rate(lambda: plain.train(steps), group.device)]))[0])
+    def independent() -> float:
+        group.total(np.zeros(1))  # a barrier: all begin at the same time
+        speed = rate(lambda: plain.train(steps), group.device)
+        return float(group.total(np.array([speed]))[0])
 
-    rounds = in_turn({"workers": real, "workers_plain": apart}, settings["rounds"])
+    rounds = in_turn({"workers": data_parallel, "workers_plain": independent}, settings["rounds"])
     if group.rank == 0:
-        found = {"rounds": rounds, "steps": steps, "batch_per_worker": own.stop - own.start}
-        found["ray_cpu_s"] = _median_use(used[1:])
-        found |= environment.describe(group.device)
-        storage.write_json(storage.join(settings["folder"], RESULT), found)
-
-
-def _cpu_seconds(settings: dict[str, Any], group: ProcessGroup) -> dict[str, float]:
-    """CPU seconds so far of each kind of Ray's own processes, seen by the first worker."""
-    found = processes.cpu_seconds(settings["session"]) if group.rank == 0 else {}
-    group.total(np.zeros(1))  # nobody starts before the first worker has looked
-    return {kind: s for kind, s in found.items() if processes.is_rays_own(kind)}
-
-
-def _median_use(used: list[dict[str, float]]) -> dict[str, float]:
-    """The median round's CPU seconds of each kind."""
-    kinds = sorted({kind for one in used for kind in one})
-    return {kind: statistics.median(one.get(kind, 0.0) for one in used) for kind in kinds}
+        result = {
+            "rounds": rounds,
+            "steps_together": steps,
+            "batch_per_worker": own.stop - own.start,
+            **environment.describe(group.device),
+        }
+        storage.write_json(storage.join(settings["folder"], RESULT), result)
