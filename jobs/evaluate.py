@@ -53,10 +53,10 @@ def main() -> None:
 
 def report_sweep(sweep: str, output: str | None) -> None:
     """Makes the report of a sweep, and prints what it shows and where the page lies."""
-    from fer_ray.sweeps import report, summary
+    from fer_ray.sweeps import report, sentences
 
-    made, page = report.publish(sweep, cli.lasting("--output", output) if output else None)
-    cli.log(f"{summary.as_text(made)}\n\n{page}")
+    summary, page = report.publish(sweep, cli.lasting("--output", output) if output else None)
+    cli.log(f"{sentences.as_text(summary)}\n\n{page}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from processes import wait_for
 from fer_ray.data import predictions
 from fer_ray.data.labels import FER2013_LABELS, probability_column
 from fer_ray.errors import UserError
-from fer_ray.sweeps import store
+from fer_ray.sweeps.store import SweepFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "cluster" / "local.py"
@@ -294,12 +294,12 @@ def test_a_sweep_that_is_stopped_goes_on_when_it_is_submitted_again(cluster, tmp
     wait_for(lambda: any(trials.glob("*/checkpoint_000002/checkpoint.json")))
     done = cluster.ray_job("stop", "stopped-sweep")
     assert done.returncode == 0 and "stopped" in done.stdout, done.stdout
-    before = store.read_all(f"{sweeps}/searched")
+    before = SweepFolder(f"{sweeps}/searched").trials()
     assert not all(trial.is_over for trial in before), "too late to show anything"
 
     log = cluster.succeed(*tune)
     assert "2 at once" in log and "epochs of the others are done" in log
-    found = store.read_trials(f"{sweeps}/searched")
+    found = SweepFolder(f"{sweeps}/searched").read_table()
     assert found["trial"].nunique() == 6 and not found.duplicated(["trial", "epoch"]).any()
     assert set(found["status"]) == {"finished", "stopped"}
     for trial in before:
