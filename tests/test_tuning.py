@@ -12,7 +12,7 @@ import pytest
 import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from sweeping import TWO, config, plan, rows
 
 from fer_ray import storage
@@ -36,7 +36,7 @@ def data(drawn_faces):
     ("settings", "reason"),
     [
         ({"num_trials": 5}, "has 2 arms x 3 seeds = 6 trials; change it with --seeds"),
-        ({"sweep": "search", "num_seeds": 2}, "a search trains each configuration once"),
+        ({"sweep": "search", "num_seeds": 2}, "a search trains each configuration with one seed"),
         ({"run": "a/b"}, "not a plain name"),
         ({"sweep": "space.schedule.global_batch_size = [16, 500]"}, "500 is more than the 320"),
         ({"train_fraction": 0.04}, "16 is more than the 14 images of --train-fraction 0.04"),
@@ -302,7 +302,7 @@ def test_the_table_tells_what_is_paused_and_what_was_promoted(tmp_path):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (ActorDiedError("The actor died.\nMore."), "its process died: The actor died."),
+        (RayActorError(error_msg="The actor died.\nMore."), "its process died: The actor died."),
         (RayTaskError("train", "trace", WorkersLost("its workers failed")), "its workers failed"),
         (None, "no reason is known"),
     ],

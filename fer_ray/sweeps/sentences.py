@@ -1,6 +1,6 @@
 """A sweep's result as text: what it shows, what it does not show, and a table for the terminal.
 
-Everything is made from the numbers of ``summary.json``.
+Everything is derived from the numbers of ``summary.json``.
 """
 
 from __future__ import annotations
@@ -248,8 +248,8 @@ def caveats(summary: Summary) -> list[str]:
     failed = summary["trials"]["failed"]
     if failed:
         lines.append(
-            f"{failed} of {summary['trials']['planned']} trials failed and are left out; the mean "
-            "of an arm that often fails is too optimistic."
+            f"{failed} of {summary['trials']['planned']} trials failed and are left out, so "
+            "options that often fail look better than they are."
         )
     return lines
 
