@@ -108,9 +108,9 @@ def winner_of(sweep: str | None) -> tuple[str | None, dict[str, Any] | None]:
     """
     if not sweep:
         return None, None
-    from fer_ray.sweeps import winner
+    from fer_ray.sweeps import summary
 
-    return winner.read(sweep)
+    return summary.read_winner(sweep)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -52,11 +52,11 @@ def main() -> None:
 
 
 def report_sweep(sweep: str, output: str | None) -> None:
-    """Writes the report of a sweep, and prints what it shows and the path of the page."""
-    from fer_ray.sweeps import report, summary
+    """Makes the report of a sweep, and prints what it shows and where the page lies."""
+    from fer_ray.sweeps import report, sentences
 
-    summarized, page = report.publish(sweep, cli.lasting("--output", output) if output else None)
-    cli.log(f"{summary.as_text(summarized)}\n\n{page}")
+    summary, page = report.publish(sweep, cli.lasting("--output", output) if output else None)
+    cli.log(f"{sentences.as_text(summary)}\n\n{page}")
 
 
 if __name__ == "__main__":

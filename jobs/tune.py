@@ -1,7 +1,7 @@
 """python jobs/tune.py --data data/fer2013 --model custom_cnn --sweep normalization
 
-Trains many variants of one model on Ray Tune, or goes on with the sweep of that name: a preset
-(normalization, augmentation, search) or a .toml or .json file of settings by dotted name.
+Trains many variants of one model on Ray Tune, or resumes the sweep of that name. A sweep is a
+preset (normalization, augmentation, search) or a .toml or .json file of settings by dotted name.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="prepared data set")
     add("--sweep", required=True, metavar="PRESET|FILE", help="normalization, augmentation, search")
-    add("--run", metavar="NAME", help="name of the sweep; by default the preset's or the file's")
-    add("--storage", default="results/sweeps", metavar="DIR", help="folder of sweeps")
-    add("--num-trials", type=cli.integer(1), help="trials of a search (30)")
-    add("--seeds", type=cli.integer(1, 1000), help="seeds of a grid, from --seed on (3)")
+    add("--run", metavar="NAME", help="name of the sweep (that of the preset or file)")
+    add("--storage", default="results/sweeps", metavar="DIR", help="folder of all sweeps")
+    add("--num-trials", type=cli.integer(1), help="number of trials of a search (30)")
+    add("--seeds", type=cli.integer(1, 1000), help="seeds of a grid, counted from --seed (3)")
     add("--train-fraction", type=cli.number(0.0, 1.0), default=1.0, help="of each class")
-    add("--max-concurrent", type=cli.integer(1), default=0, help="trials at once; all that fit")
-    add("--gpus-per-trial", type=cli.number(0.0, 64.0), default=0.0, help="such as 0.25")
-    add("--time-budget-s", type=cli.number(0.0), default=0.0, help="then stop, to go on later")
+    add("--max-concurrent", type=cli.integer(1), default=0, help="trials at a time; all that fit")
+    add("--gpus-per-trial", type=cli.number(0.0, 64.0), default=0.0, help="a fraction shares a GPU")
+    add("--time-budget-s", type=cli.number(0.0), default=0.0, help="stop then, to resume later")
     add("--tensorboard", action="store_true", help="write TensorBoard's files too")
     config_flags.add_config_flags(parser)
     parser.set_defaults(**{"scaling.num_workers": 1})  # one process a trial
@@ -36,11 +36,11 @@ def main() -> None:
     flags = build_parser().parse_args()
     config = config_flags.config_from_flags(flags, data=flags.data)
 
-    from fer_ray.sweeps import plan as planning
-    from fer_ray.sweeps import run as tuning
-    from fer_ray.sweeps import summary
+    from fer_ray.sweeps.plan import Limits, plan_sweep
+    from fer_ray.sweeps.run import run_sweep
+    from fer_ray.sweeps.sentences import as_text
 
-    plan = planning.plan(
+    plan = plan_sweep(
         config,
         sweep=flags.sweep,
         storage_path=cli.lasting("--storage", flags.storage),
@@ -48,7 +48,7 @@ def main() -> None:
         num_trials=flags.num_trials,
         num_seeds=flags.seeds,
         train_fraction=flags.train_fraction,
-        limits=planning.Limits(
+        limits=Limits(
             max_concurrent=flags.max_concurrent,
             gpus_per_trial=flags.gpus_per_trial,
             time_budget_s=flags.time_budget_s,
@@ -56,7 +56,7 @@ def main() -> None:
         ),
     )
     cli.start_ray()
-    cli.log(summary.as_text(tuning.fit(plan, log=cli.log)))
+    cli.log(as_text(run_sweep(plan, log=cli.log)))
     cli.conclude(plan.folder)
 
 

@@ -101,9 +101,11 @@ def save(
         "num_trials": len(trials),
         "parameters": 280_000,
         "multiply_adds": 20_000_000,
+        "fewer_seeds_before": [],
         **what.to_dict(),
         **settings,
     }
+    value.setdefault("most_parameters", value["parameters"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / store.SWEEP).write_text(json.dumps(value))
     pq.write_table(store.table(trials, config), folder / store.TRIALS)

@@ -9,8 +9,7 @@ import pyarrow.parquet as pq
 import small
 
 from fer_ray.config.schema import TrainConfig
-from fer_ray.sweeps import plan as planning
-from fer_ray.sweeps.plan import Limits
+from fer_ray.sweeps.plan import Limits, SweepPlan, plan_sweep
 
 
 def config(data: str, **sections) -> TrainConfig:
@@ -29,10 +28,10 @@ def grid(folder: Path, text: str) -> str:
 TWO = "space.transforms.normalization = ['none', 'minmax']"
 
 
-def plan(data: str, folder: Path, sweep: str = TWO, **settings) -> planning.SweepPlan:
+def plan(data: str, folder: Path, sweep: str = TWO, **settings) -> SweepPlan:
     base = settings.pop("config", None) or config(data)
     limits = Limits(**settings.pop("limits", {}))
-    return planning.plan(
+    return plan_sweep(
         base,
         sweep=sweep if sweep in ("normalization", "search") else grid(folder, sweep),
         storage_path=str(folder),

@@ -32,7 +32,7 @@ from processes import wait_for
 from fer_ray.data import predictions
 from fer_ray.data.labels import FER2013_LABELS, probability_column
 from fer_ray.errors import UserError
-from fer_ray.sweeps import store
+from fer_ray.sweeps.store import SweepFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "cluster" / "local.py"
@@ -328,14 +328,12 @@ def test_a_stopped_sweep_resumes_when_it_is_submitted_again(cluster, tmp_path):
     wait_for(lambda: any(trials.glob("*/checkpoint_000002/checkpoint.json")))
     done = cluster.ray_job("stop", "stopped-sweep")
     assert done.returncode == 0 and "stopped" in done.stdout, done.stdout
-    before = store.read_all(f"{sweeps}/searched")
-    assert not all(trial.is_over for trial in before), (
-        "the sweep was stopped too late for this test"
-    )
+    before = SweepFolder(f"{sweeps}/searched").trials()
+    assert not all(trial.is_over for trial in before), "too late to show anything"
 
     log = cluster.succeed(*tune)
     assert "2 at once" in log and "epochs of the others are done" in log
-    rows = store.read_trials(f"{sweeps}/searched")
+    rows = SweepFolder(f"{sweeps}/searched").read_table()
     assert rows["trial"].nunique() == 6 and not rows.duplicated(["trial", "epoch"]).any()
     assert set(rows["status"]) == {"finished", "stopped"}
     for trial in before:

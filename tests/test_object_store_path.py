@@ -26,9 +26,9 @@ from fer_ray.inference import run as inference
 from fer_ray.models import checkpoint
 from fer_ray.preparation.plan import plan_preparation
 from fer_ray.preparation.run import prepare
-from fer_ray.sweeps import plan as planning
-from fer_ray.sweeps import run as tuning
-from fer_ray.sweeps import store as records
+from fer_ray.sweeps import store
+from fer_ray.sweeps.plan import Limits, plan_sweep
+from fer_ray.sweeps.run import run_sweep
 from fer_ray.training import run as training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,17 +163,17 @@ def test_an_evaluation_in_the_store(predicted, data, bucket, run):
 def test_a_sweep_in_the_store(bucket, data, tmp_path):
     settings = tmp_path / "rates.json"
     settings.write_text('{"method": "grid", "space": {"optimizer.learning_rate": [0.01, 0.05]}}')
-    plan = planning.plan(
+    plan = plan_sweep(
         config(data, schedule={"epochs": 1}),
         sweep=str(settings),
         storage_path=f"{bucket}/sweeps",
         num_seeds=1,
-        limits=planning.Limits(),
+        limits=Limits(),
     )
-    made = tuning.fit(plan, log=quiet)
+    made = run_sweep(plan, log=quiet)
     assert made == storage.read_json(f"{plan.folder}/summary.json")
     table = pd.read_parquet(f"{plan.folder}/trials.parquet")
-    assert table["status"].tolist() == [records.FINISHED] * 2
+    assert table["status"].tolist() == [store.FINISHED] * 2
     assert table["learning_rate"].tolist() == [0.01, 0.05]
 
 

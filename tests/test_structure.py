@@ -79,6 +79,13 @@ def test_imports_point_one_way(name):
             assert LEVEL_OF[folder] < LEVEL_OF[own], f"{name} imports {other}"
 
 
+def test_sweeps_use_training_and_no_other_job():
+    others = {"preparation", "inference", "evaluation"}
+    for name in MODULES:
+        if name.startswith("sweeps"):
+            assert not {other.split(".")[0] for other in imported(MODULES[name])} & others, name
+
+
 def test_imports_within_folders_have_no_circle():
     """A package counts as its `__init__`: what imports the package imports that."""
     graph = {name: imported(file) - {name} for name, file in MODULES.items()}

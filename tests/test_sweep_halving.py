@@ -31,7 +31,7 @@ class Search:
     failing: dict[int, int] = field(default_factory=dict)
     """By number, the epochs after which a trial fails."""
     finishing: dict[int, int] = field(default_factory=dict)
-    """By number, the epochs after which a trial has patience no more."""
+    """By number, the epochs after which early stopping ends a trial."""
     num_workers: int = 2
     seed: int = 0
     interrupt_every: int = 0
@@ -66,7 +66,7 @@ class Search:
         """Up to an epoch; never backwards."""
         epochs, status = max(until, len(self.trials[number].history)), UNFINISHED
         for ends, why in ((self.failing, FAILED), (self.finishing, FINISHED)):
-            if epochs > ends.get(number, 99):
+            if epochs >= ends.get(number, 99):  # at a rung it does not pause
                 epochs, status = ends[number], why
         status = FINISHED if epochs == RUNGS[-1] else status
         if self.trials[number].is_over:

@@ -21,10 +21,10 @@ from test_report import HOSTILE, Page, browse
 
 from fer_ray.errors import UserError
 from fer_ray.reporting import svg
-from fer_ray.sweeps import figures as figures_of_sweeps
 from fer_ray.sweeps import report, sentences, store, summary
+from fer_ray.sweeps.figures import finished_in_order
 from fer_ray.sweeps.space import Arm, Range
-from fer_ray.sweeps.store import Trial
+from fer_ray.sweeps.store import SweepFolder, Trial
 
 
 def test_summary_json_is_json_without_nan(grid: Path, search: Path):
@@ -106,14 +106,14 @@ def test_epochs_are_counted_as_they_were_spent(tmp_path: Path):
     ranges = {"transforms.flip": Range(low=0.0, high=1.0)}
     config = samples.base(schedule={"epochs": 3})
     folder = samples.save(tmp_path / "s", given, config=config, ranges=ranges)
-    ended = figures_of_sweeps.as_they_ended(store.read_trials(str(folder)))
+    ended = finished_in_order(SweepFolder(str(folder)).read_table())
     assert ended[["trial", "spent"]].to_numpy().tolist() == [[2, 5], [0, 9]]
     report.publish(str(folder))
-    assert "Each finished trial where it ended" in read_page(folder)
+    assert "Each finished trial at the time of its end" in read_page(folder)
     untimed = [dataclasses.replace(one, history=samples.history(0.5, len(one.history)))
                for one in given]  # fmt: skip
     samples.save(folder, untimed, config=config, ranges=ranges)
-    ended = figures_of_sweeps.as_they_ended(store.read_trials(str(folder)))
+    ended = finished_in_order(SweepFolder(str(folder)).read_table())
     assert ended[["trial", "spent"]].to_numpy().tolist() == [[0, 3], [2, 7]]
     report.publish(str(folder))
     assert "Trials in the order of their numbers" in read_page(folder)
@@ -134,7 +134,7 @@ def test_the_page_replaces_nothing_else(grid: Path, tmp_path: Path):
 
 def test_the_text_has_every_arm_and_the_command(grid: Path):
     made = summary.summarize(str(grid))
-    text = summary.as_text(made)
+    text = sentences.as_text(made)
     for arm in made["arms"]:
         assert re.search(rf"^{re.escape(arm['arm'])} +3 +{100 * arm['accuracy']['mean']:.1f} ",
                          text, re.MULTILINE)  # fmt: skip

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fer_ray.sweeps import store
 from fer_ray.sweeps.halving import Halving
 from fer_ray.sweeps.search import Planner, Suggestions
 from fer_ray.sweeps.space import Range
-from fer_ray.sweeps.store import FAILED, FINISHED, UNFINISHED, Trial
+from fer_ray.sweeps.store import FAILED, FINISHED, UNFINISHED, SweepFolder, Trial
 
 RANGES = {
     "optimizer.learning_rate": Range(low=0.001, high=1.0, log=True),
@@ -23,9 +22,10 @@ def rows(*scores: float) -> list[dict]:
 
 @pytest.fixture
 def sweep(tmp_path):
+    files = SweepFolder(str(tmp_path))
     for number in range(6):
-        store.create(str(tmp_path), Trial(number=number, arm=None, options={}))
-    return str(tmp_path)
+        files.create(Trial(number=number, arm=None, options={}))
+    return files
 
 
 def test_suggestions_stay_in_their_ranges_and_follow_seed_number_and_what_is_known():
@@ -51,7 +51,7 @@ def known(number: int, *scores: float, status: str = UNFINISHED) -> Trial:
     return Trial(number=number, arm=None, options=chosen, history=rows(*scores), status=status)
 
 
-def share_of_minmax(trials: list[Trial]) -> float:
+def fraction_of_minmax(trials: list[Trial]) -> float:
     suggestions = Suggestions(RANGES, seed=0)
     asked = [suggestions.ask(100 + number, trials) for number in range(20)]
     return sum(one["transforms.normalization"] == "minmax" for one in asked) / 20
@@ -59,44 +59,44 @@ def share_of_minmax(trials: list[Trial]) -> float:
 
 def test_suggestions_lean_to_what_was_good_and_to_what_was_promoted():
     finished = [known(n, 0.9 if n % 2 else 0.1, status=FINISHED) for n in range(32)]
-    assert share_of_minmax(finished) >= 0.75
-    assert share_of_minmax(finished[::-1]) == share_of_minmax(finished)
+    assert fraction_of_minmax(finished) >= 0.75
+    assert fraction_of_minmax(finished[::-1]) == fraction_of_minmax(finished)
     paused = [known(n, 0.9 if n % 2 else 0.1) for n in range(32)]
-    assert share_of_minmax(paused) >= 0.75
+    assert fraction_of_minmax(paused) >= 0.75
     # of two that are paused, what came further is better, whatever its score
     further = [known(n, *([0.2] * 3 if n % 2 else [0.5])) for n in range(32)]
-    assert share_of_minmax(further) >= 0.75
+    assert fraction_of_minmax(further) >= 0.75
 
 
 def test_what_has_no_result_yet_counts_as_bad_and_what_failed_not_at_all():
     half = [known(n, 0.5) for n in range(16)]
     begun = [known(n) for n in range(17, 64, 2)]
-    assert share_of_minmax(half + begun) < share_of_minmax(half)
+    assert fraction_of_minmax(half + begun) < fraction_of_minmax(half)
     failed = [known(n, status=FAILED) for n in range(16, 64)]
-    assert share_of_minmax(half + failed) == share_of_minmax(half)
+    assert fraction_of_minmax(half + failed) == fraction_of_minmax(half)
 
 
 def test_the_planner_hands_out_jobs_and_waits_for_those_that_train(sweep):
     for number in (0, 1):
-        store.end(sweep, number, FINISHED)
-    halving = Halving((1, 3), 7, store.read_all(sweep))
+        sweep.trial(number).end(FINISHED)
+    halving = Halving((1, 3), 7, sweep.trials())
     made: list[int] = []
 
     def make(number: int) -> Trial:
         made.append(number)
-        store.create(sweep, Trial(number=number, arm=None, options={}))
-        return store.read_trial(sweep, number)
+        sweep.create(Trial(number=number, arm=None, options={}))
+        return sweep.trial(number).read()
 
     planner = Planner(sweep, halving, make)
     handed = [planner.suggest(str(n)) for n in range(6)]
     assert handed == [*({"number": n, "until": 1} for n in (2, 3, 4, 5, 6)), None]
     assert made == [6]
-    store.end(sweep, 3, FAILED)
+    sweep.trial(3).end(FAILED)
     planner.on_trial_complete("1", None)
     planner.on_trial_complete("0", None, error=True)  # not written down yet
     assert {n: halving.trials[n].status for n in (2, 3)} == {2: FAILED, 3: FAILED}
     for trial_id, number in (("2", 4), ("3", 5), ("4", 6)):
         assert planner.suggest("then") is None
-        store.end(sweep, number, FAILED)
+        sweep.trial(number).end(FAILED)
         planner.on_trial_complete(trial_id, None)
     assert planner.suggest("then") == Planner.FINISHED

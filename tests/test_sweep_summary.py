@@ -1,8 +1,9 @@
-"""A sweep's summary: its numbers and its words."""
+"""A sweep's summary: its numbers and its sentences."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -11,13 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import sweep_samples as samples
+from conftest import ROOT
 from sweep_samples import ARMS, BASE, CLAHE, MINMAX, read_page, saved, table
 from test_report import Page
 
 from fer_ray.config import overrides
+from fer_ray.reporting import text
 from fer_ray.sweeps import importance, report, sentences, store, summary
 from fer_ray.sweeps.space import Range
-from fer_ray.sweeps.store import FAILED, FINISHED, Trial
+from fer_ray.sweeps.store import FAILED, FINISHED, SweepFolder, Trial
 
 
 def arm_of(made: dict, name: str) -> dict:
@@ -28,7 +31,7 @@ def arm_of(made: dict, name: str) -> dict:
 
 
 def test_the_score_is_the_accuracy_after_the_last_epoch(tmp_path: Path):
-    # a better epoch before the last counts nothing
+    # a better epoch before the last does not count
     history = samples.history(0.5)
     history[1]["validation_accuracy"] = 0.9
     trials = [
@@ -43,7 +46,7 @@ def test_the_score_is_the_accuracy_after_the_last_epoch(tmp_path: Path):
     assert [arm["macro_f1"]["mean"] for arm in made["arms"]] == pytest.approx([0.45] * 3)
 
 
-def test_what_was_run_is_counted(tmp_path: Path):
+def test_trials_are_counted_by_status(tmp_path: Path):
     values = {BASE: [0.5, 0.51, 0.52], MINMAX: [0.5, "diverged", None], CLAHE: ["a", "b", "c"]}
     made = summary.summarize(str(saved(tmp_path, table(values))))
     assert made["trials"] == {
@@ -57,7 +60,7 @@ def test_what_was_run_is_counted(tmp_path: Path):
     assert made["training_s"] == pytest.approx(28.7 * 4 * samples.EPOCHS)
     assert made["images_per_s"] == 1000
     assert made["failures"][1] == {"trial": 4, "arm": MINMAX, "reason": "diverged"}
-    assert [one["trial"] for one in made["failures"]] == [2, 4, 5, 8]
+    assert [failure["trial"] for failure in made["failures"]] == [2, 4, 5, 8]
     assert (arm_of(made, MINMAX)["num_seeds"], arm_of(made, MINMAX)["num_failed"]) == (1, 1)
 
 
@@ -87,16 +90,15 @@ def test_the_sentences_of_a_comparison(tmp_path: Path):
     made = summary.summarize(str(saved(tmp_path, table(values))))
     text = {arm["arm"]: sentences.compared(arm, made) for arm in made["arms"][1:]}
     assert re.fullmatch(
-        r"normalization=minmax: \+0\.4 points \(−0\.\d to \d\.\d\), no effect shown at n = 3 "
-        r"\(p = 0\.\d{3}, corrected 0\.\d{3}\)\.",
+        r"normalization=minmax: \+0\.4 points \(−0\.\d to \d\.\d\), no effect shown "
+        r"\(p = 0\.\d{3}, corrected = 0\.\d{3}, n = 3\)\.",
         text[MINMAX],
     )
     assert re.match(
         r"normalization=clahe: \+10\.1 points \(9\.\d to 1\d\.\d\), better than", text[CLAHE]
     )
     smallest = made["comparison"]["accuracy"]["smallest_shown"]
-    assert any(f"n = 3 could have shown is {100 * smallest:.1f} points" in line
-               for line in made["conclusions"])  # fmt: skip
+    assert f"It could show differences of {100 * smallest:.1f} points" in made["conclusions"][2]
 
 
 def test_a_worse_arm_is_called_worse(tmp_path: Path):
@@ -104,24 +106,27 @@ def test_a_worse_arm_is_called_worse(tmp_path: Path):
     made = summary.summarize(str(saved(tmp_path, table(values))))
     assert "−10.0 points" in sentences.compared(arm_of(made, MINMAX), made)
     assert "worse than the baseline" in sentences.compared(arm_of(made, MINMAX), made)
-    assert made["conclusions"][1] == f"Shown to be worse than {BASE}: {MINMAX} (−10.0 points)."
+    assert made["conclusions"][1] == (
+        f"The pilot shows an effect in 1 of 2 comparisons with {BASE} (n = 3): {MINMAX} is worse "
+        "(−10.0 points)."
+    )
 
 
-def test_one_seed_concludes_nothing(tmp_path: Path):
+def test_one_seed_shows_nothing(tmp_path: Path):
     values = {BASE: [0.5], MINMAX: [0.7], CLAHE: [0.6]}
     made = summary.summarize(str(saved(tmp_path, table(values), seeds=[0])))
     assert sentences.compared(arm_of(made, MINMAX), made) == (
-        "normalization=minmax: +20.0 points; nothing can be concluded at n = 1."
+        "normalization=minmax: +20.0 points; with n = 1 it cannot be tested."
     )
-    (only,) = made["conclusions"]  # nor is anything said of effects by macro-F1
-    assert "nothing can be concluded" in only
+    (only,) = made["conclusions"]  # none about effects by macro-F1 either
+    assert "With n = 1 no difference can be tested." in only
     assert arm_of(made, MINMAX)["accuracy"]["difference_low"] is None
     assert made["comparison"]["accuracy"]["smallest_shown"] is None
-    page = Page(report.render(made, store.read_trials(str(tmp_path / "sweep"))))
-    assert "nothing can be concluded at n\u00a0=\u00a01" in page.text
+    page = Page(report.render(made, SweepFolder(str(tmp_path / "sweep")).read_table()))
+    assert "with n\u00a0=\u00a01 it cannot be tested" in page.text
 
 
-def test_failed_arms_and_missing_seeds_are_said(tmp_path: Path):
+def test_failed_arms_and_missing_seeds_are_reported(tmp_path: Path):
     values = {BASE: [0.5, 0.51, 0.53], MINMAX: [0.5, 0.52, "diverged"], CLAHE: ["a", "b", "c"]}
     folder = saved(tmp_path, table(values))
     made = summary.summarize(str(folder))
@@ -129,9 +134,9 @@ def test_failed_arms_and_missing_seeds_are_said(tmp_path: Path):
     assert (
         sentences.compared(arm_of(made, CLAHE), made) == f"{CLAHE}: no finished trial (3 failed)."
     )
-    page = Page(report.render(made, store.read_trials(str(folder))))
+    page = Page(report.render(made, SweepFolder(str(folder)).read_table()))
     assert "Failed trials" in page.text and "diverged" in page.text
-    assert any("4 of 9 trials" in line for line in made["caveats"])
+    assert any(line.startswith("4 of 9 trials failed") for line in made["caveats"])
 
 
 def test_the_winner_has_as_many_seeds_as_any(tmp_path: Path):
@@ -139,18 +144,19 @@ def test_the_winner_has_as_many_seeds_as_any(tmp_path: Path):
     made = summary.summarize(str(saved(tmp_path, table(values))))
     assert made["winner"]["arm"] == CLAHE
     assert made["winner"]["score"] == pytest.approx(0.52)
-    first, second, *_ = made["conclusions"]
-    assert first.startswith(f"Highest mean accuracy of the arms with the most seeds: {CLAHE}")
-    assert second.startswith(f"{MINMAX} has a higher mean, 60.5 %, but over n = 2 only")
-    assert any(line.startswith("Interim: 1 of 9") for line in made["caveats"])
+    assert made["conclusions"][0].startswith(f"Highest mean accuracy: {CLAHE}")
+    caveats = " ".join(made["caveats"])
+    assert f"Seeds are missing: {MINMAX} has 2 of 3. The winner is chosen among" in caveats
+    assert "Interim result: 1 of 9" in caveats
 
 
-def test_a_winner_without_a_shown_effect_is_said_to_be_none(tmp_path: Path):
+def test_a_winner_without_a_shown_effect_is_reported_as_such(tmp_path: Path):
     values = {BASE: [0.5, 0.54, 0.52], MINMAX: [0.53, 0.52, 0.53], CLAHE: [0.4, 0.55, 0.5]}
     made = summary.summarize(str(saved(tmp_path, table(values))))
     assert (made["winner"]["arm"], made["winner"]["differs"]) == (MINMAX, False)
-    assert f"no difference to the baseline {BASE} is shown" in made["conclusions"][0]
-    assert "No effect shown in any of 2 comparisons at n = 3." in made["conclusions"]
+    assert f"does not show that it differs from the baseline {BASE}." in made["conclusions"][0]
+    shown = f"The pilot shows no effect in any of 2 comparisons with {BASE} (n = 3)."
+    assert shown in made["conclusions"]
 
 
 def test_macro_f1_that_disagrees_is_reported(tmp_path: Path):
@@ -174,31 +180,31 @@ def test_macro_f1_that_disagrees_is_reported(tmp_path: Path):
     agreement = made["comparison"]["agreement"]
     assert agreement["rank_correlation"] == pytest.approx(-1.0)
     assert not agreement["same_winner"] and not agreement["same_conclusions"]
-    line, effects = [line for line in made["conclusions"] if "By macro-F1" in line]
-    assert "another arm is first" in line and "−1.00" in line
-    assert f"shown to be worse: {MINMAX} (−2.0 points), {CLAHE} (−4.0 points)." in effects
+    (line,) = [line for line in made["conclusions"] if "By macro-F1" in line]
+    assert "another arm is first" in line and "tau = −1.00" in line
+    assert f"{MINMAX} is worse (−2.0 points), {CLAHE} is worse (−4.0 points);" in line
 
 
-def test_conclusions_tell_the_seeds_that_there_are(tmp_path: Path):
-    """Not those that were planned: an interrupted sweep concludes from fewer."""
+def test_conclusions_give_the_number_of_finished_seeds(tmp_path: Path):
+    """An interrupted sweep has fewer than were planned."""
     values = {name: [0.5, 0.52 + number / 100, None, None]
               for number, name in enumerate((BASE, MINMAX, CLAHE))}  # fmt: skip
     made = summary.summarize(str(saved(tmp_path, table(values), seeds=[0, 1, 2, 3])))
     text = " ".join(made["conclusions"])
-    assert "comparisons at n = 2 of 4." in text and "that n = 2 of 4 could have shown" in text
+    assert f"comparisons with {BASE} (n = 2 of 4)." in text
     values[CLAHE] = [0.5, 0.53, 0.51, None]
     made = summary.summarize(str(saved(tmp_path, table(values), seeds=[0, 1, 2, 3])))
-    assert "at n = 2 to 3 of 4." in " ".join(made["conclusions"])
+    assert "(n = 2 to 3 of 4)." in " ".join(made["conclusions"])
 
 
-def test_seeds_that_were_added_after_a_look_are_told(tmp_path: Path):
+def test_seeds_that_were_added_after_a_look_are_reported(tmp_path: Path):
     values = {BASE: [0.5, 0.51, 0.52], MINMAX: [0.5, 0.53, 0.54], CLAHE: [0.51, 0.5, 0.53]}
     folder = saved(tmp_path, table(values), fewer_seeds_before=[1, 2])
     caveats = " ".join(summary.summarize(str(folder))["caveats"])
-    assert "when there was a result with 1 and 2: the p-values do not know of that" in caveats
+    assert "Seeds were added after results with 1 and 2 had been seen" in caveats
 
 
-def test_trials_that_were_not_computed_alike_are_told(tmp_path: Path):
+def test_trials_that_were_computed_in_different_ways_are_reported(tmp_path: Path):
     values = {BASE: [0.5, 0.51, 0.52], MINMAX: [0.5, 0.53, 0.54], CLAHE: [0.51, 0.5, 0.53]}
     trials = samples.grid(ARMS, (0, 1, 2), table(values))
     ran_on = {"hardware": "A, 2 cores", "computed_in": "float32", "versions": "torch 2, ray 3"}
@@ -211,14 +217,14 @@ def test_trials_that_were_not_computed_alike_are_told(tmp_path: Path):
         {"on": "A, 2 cores in float32 (torch 2, ray 3)", "trials": 7},
         {"on": "A, 2 cores in bfloat16 (torch 2, ray 3)", "trials": 2},
     ]
-    assert any("Not all trials were computed alike: 7 on A" in line for line in made["caveats"])
+    assert any("which may cause effects: 7 on A" in line for line in made["caveats"])
     alike = [dataclasses.replace(trial, ran_on=ran_on) for trial in trials]
     samples.save(tmp_path / "s", alike, config=samples.base(), arms=ARMS)
-    assert not any("alike" in line for line in summary.summarize(str(folder))["caveats"])
+    assert not any("different ways" in line for line in summary.summarize(str(folder))["caveats"])
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "reason"),
     [
         ({"train_fraction": 0.25, "parameters": 10**6}, "25 % of the train split"),
         ({"parameters": 300_000}, "the model is small (0.3 M parameters)"),
@@ -227,22 +233,31 @@ def test_trials_that_were_not_computed_alike_are_told(tmp_path: Path):
         ({"parameters": 200_000, "most_parameters": 10**6}, None),
     ],
 )
-def test_a_pilot_is_called_one(tmp_path: Path, settings: dict, said: str | None):
+def test_a_pilot_is_called_one(tmp_path: Path, settings: dict, reason: str | None):
     values = {BASE: [0.5, 0.51], MINMAX: [0.5, 0.52], CLAHE: [0.5, 0.53]}
     made = summary.summarize(str(saved(tmp_path, table(values), seeds=[0, 1], **settings)))
     pilot = [line for line in made["caveats"] if line.startswith("This is a pilot")]
-    assert (said in pilot[0]) if said else not pilot
+    assert (reason in pilot[0]) if reason else not pilot
 
 
-def test_before_any_trial_there_is_a_summary_that_says_so(tmp_path: Path):
+def test_before_any_trial_the_summary_has_no_result(tmp_path: Path):
     for method in ({"arms": ARMS}, {"ranges": {"transforms.flip": Range(low=0.0, high=0.5)}}):
         folder = samples.save(tmp_path / "s", [], config=samples.base(), num_trials=9, **method)
         made = summary.write(str(folder))
         assert made["winner"] is None and made["trials"]["unfinished"] == 9
-        assert made["conclusions"] == ["No trial has finished: there is nothing to conclude."]
-        assert "nothing to conclude" in summary.as_text(made)
+        assert made["conclusions"] == ["No trial has finished yet, so there is no result."]
+        assert "there is no result" in sentences.as_text(made)
         report.publish(str(folder))
-        assert "nothing to conclude" in Page(read_page(folder)).text
+        assert "there is no result" in Page(read_page(folder)).text
+
+
+def test_the_recorded_pilot_has_the_sentences_of_its_numbers():
+    """The README's table shows them: rewrite the summary after a change of the sentences."""
+    recorded = json.loads(
+        (ROOT / "results/reference/sweeps/normalization/summary.json").read_text()
+    )
+    assert sentences.conclusions(recorded) == recorded["conclusions"]
+    assert sentences.caveats(recorded) == recorded["caveats"]
 
 
 # -- searches -------------------------------------------------------------------------------
@@ -253,7 +268,7 @@ def test_the_best_of_a_search_and_its_settings(search: Path):
     frame = pd.read_parquet(search / store.TRIALS)
     last = frame[(frame["status"] == FINISHED) & (frame["epoch"] == 9)]
     ranked = last.sort_values("validation_accuracy", ascending=False)
-    assert [one["trial"] for one in made["best"]] == ranked["trial"].head(10).tolist()
+    assert [trial["trial"] for trial in made["best"]] == ranked["trial"].head(10).tolist()
     first = ranked.iloc[0]
     assert made["winner"]["score"] == first["validation_accuracy"]
     for name, value in made["winner"]["settings"].items():
@@ -307,8 +322,8 @@ def test_importance_that_is_noise_is_called_so(tmp_path: Path):
         for number in range(12)
     ]
     folder = samples.save(tmp_path / "s", trials, config=samples.base(), ranges=ranges)
-    told = " ".join(summary.summarize(str(folder))["conclusions"])
-    assert "the shares are noise" in told and "fewer than 30 trials" in told
+    text = " ".join(summary.summarize(str(folder))["conclusions"])
+    assert "The importance is noise" in text and "fewer than 30 trials" in text
 
 
 @pytest.mark.parametrize("number", [1, 3, 8])
@@ -330,12 +345,12 @@ def test_a_search_without_differences_has_no_importance(tmp_path: Path, number: 
     assert made["importance"]["reason"] in " ".join(made["conclusions"])
 
 
-def test_numbers_in_words():
+def test_numbers_as_text():
     assert sentences.points(0.004) == "+0.4" and sentences.points(-0.0123) == "−1.2"
     assert (
         sentences.points(-0.0001) == sentences.points(0.0001) == "0.0"
         and sentences.points(None) == "–"
     )
     assert sentences.between(-0.002, 0.01) == "−0.2 to 1.0" and sentences.between(None, None) == "–"
-    assert sentences.of_p(0.0004) == "< 0.001" and sentences.of_p(0.0123) == "0.012"
-    assert sentences.percent(0.5512) == "55.1" and math.isclose(float(sentences.percent(1.0)), 100)
+    assert text.p_value(0.0004) == "< 0.001" and text.p_value(0.0123) == "0.012"
+    assert text.percent(0.5512) == "55.1" and math.isclose(float(text.percent(1.0)), 100)

@@ -12,7 +12,7 @@ from fer_ray import cli
 from fer_ray.config import flags
 from fer_ray.config.schema import TrainConfig
 from fer_ray.errors import UserError
-from fer_ray.sweeps import store, summary, winner
+from fer_ray.sweeps import store, summary
 from fer_ray.sweeps.space import Arm
 
 
@@ -42,14 +42,14 @@ def test_the_winners_settings_and_its_command_are_the_same_run(kind: str, reques
     name, config = trained("--from-sweep", folder)
     assert name == f"{folder.name}-winner"
     assert samples.settings_of(config) == made["winner"]["settings"]
-    words_ = made["winner"]["command"].split()
-    assert words_[:4] == [".venv/bin/python", "jobs/train.py", "--data", "data/faces"]
-    assert words_[4:6] == ["--run", name]
-    _, pasted = trained(*words_[6:])
+    words = made["winner"]["command"].split()
+    assert words[:4] == [".venv/bin/python", "jobs/train.py", "--data", "data/faces"]
+    assert words[4:6] == ["--run", name]
+    _, pasted = trained(*words[6:])
     assert pasted == config
 
 
-def test_flags_that_are_given_win(tmp_path: Path):
+def test_flags_take_precedence(tmp_path: Path):
     folder = write_winner(tmp_path, {"transforms.flip": 0.25, "optimizer.learning_rate": 0.05})
     arguments = ("--from-sweep", folder, "--epochs", 9, "--flip", 0.125)
     _, config = trained(*arguments)
@@ -85,11 +85,11 @@ def test_without_a_sweep_nothing_changes():
 
 def test_a_sweep_without_a_winner_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"summary\.json is missing"):
-        winner.read(str(tmp_path))
+        summary.read_winner(str(tmp_path))
     folder = saved(tmp_path, table({BASE: [None], MINMAX: ["a"], CLAHE: ["b"]}), seeds=[0])
     summary.write(str(folder))
     with pytest.raises(UserError, match="no trial of this sweep has finished"):
-        winner.read(str(folder))
+        summary.read_winner(str(folder))
     (folder / store.SUMMARY).write_text("[]")
-    with pytest.raises(UserError, match="not of a sweep"):
-        winner.read(str(folder))
+    with pytest.raises(UserError, match="not the summary of a sweep"):
+        summary.read_winner(str(folder))

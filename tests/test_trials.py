@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import small
 import torch
 from processes import wait_for
 from sweeping import config
 
 from fer_ray import storage
+from fer_ray.config.schema import ModelConfig
+from fer_ray.data import history
 from fer_ray.errors import JobFailed
 from fer_ray.models import checkpoint
-from fer_ray.runtime import process
+from fer_ray.runtime import environment, process
 from fer_ray.sweeps import store, trial
+from fer_ray.sweeps.store import SweepFolder, Trial, TrialFolder
 from fer_ray.training import ray_trainer, worker
+from fer_ray.transforms import Normalizer
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +42,23 @@ def test_a_trial_out_of_memory_is_recorded_with_its_reason(
 ):
     """Of several workers the one that runs out leaves the reason; the trial is not repeated."""
     base = config(data, scaling={"num_workers": num_workers})
-    store.create(str(tmp_path), store.Trial(number=0, arm="one", options={}))
+    folder = TrialFolder(str(tmp_path), 0)
+    SweepFolder(str(tmp_path)).create(Trial(number=0, arm="one", options={}))
 
     def ends(*arguments: object, **settings: object) -> None:
         if num_workers == 1:
             raise error
         reason = process.out_of_memory(error)
-        folder = store.folder_of(str(tmp_path), 0)
-        storage.write_json(storage.join(folder, worker.FAILURE), {"reason": reason})
+        storage.write_json(storage.join(folder.path, worker.FAILURE), {"reason": reason})
         raise JobFailed("its workers failed: the actor died")
 
-    monkeypatch.setattr(trial, "_alone", ends)
+    monkeypatch.setattr(trial, "_train_here", ends)
     monkeypatch.setattr(ray_trainer, "run_trainer", ends)
-    # which is of a trial that Ray Tune runs
+    # needs a trial that Ray Tune runs
     monkeypatch.setattr("ray.tune.integration.ray_train.TuneReportCallback", lambda: None)
     settings = {"sweep": str(tmp_path), "config": base.to_dict(), "images": {}}
     trial.run({"number": 0, "until": 2}, settings=settings)
-    ended = store.read_trial(str(tmp_path), 0)
+    ended = folder.read()
     assert (ended.status, ended.reason) == ("failed", f"out of memory: {error}")
 
 
@@ -68,41 +73,129 @@ def test_what_a_killed_trials_workers_hold_is_given_back(ray_cluster, tmp_path):
 
     group = placement_group([{"CPU": 1}])
     assert group.wait(60)
-    folder = store.folder_of(str(tmp_path), 7)
-    storage.write_json(storage.join(folder, worker.PLACEMENT_GROUP), {"id": group.id.hex()})
+    folder = TrialFolder(str(tmp_path), 7)
+    storage.write_json(storage.join(folder.path, worker.PLACEMENT_GROUP), {"id": group.id.hex()})
     for _ in range(2):  # it may be gone already
-        trial.free_workers(str(tmp_path), 7)
+        trial.free_workers(folder)
     wait_for(lambda: placement_group_table(group)["state"] == "REMOVED", 30)
-    trial.free_workers(str(tmp_path), 8)  # it had no workers yet
+    trial.free_workers(TrialFolder(str(tmp_path), 8))  # it had no workers yet
+
+
+def row(epoch: int, score: float = 0.5) -> dict:
+    """An epoch of a history."""
+    metrics = {**dict.fromkeys(store.METRICS, 0.5), "validation_accuracy": score}
+    return {"epoch": epoch, "learning_rate": 0.1, **metrics}
+
+
+def save(folder: TrialFolder, *scores: float) -> None:
+    """Saves a trial after its last epoch, with a checkpoint of a small network."""
+    history = [row(epoch, score) for epoch, score in enumerate(scores, 1)]
+    network = torch.nn.Linear(2, 2)
+    values = {
+        "run": folder.run,
+        "provenance": environment.describe(torch.device("cpu")),
+        "model": ModelConfig(name="custom_cnn"),
+        "labels": ("happy", "sad"),
+        "image_size": 12,
+        "normalizer": Normalizer(normalization="none", mean=0.0, std=1.0),
+        "flip_at_test": False,
+        "bfloat16": False,
+        "epoch": len(history),
+        "history": history,
+        "config": {},
+    }
+    optimizer = torch.optim.SGD(network.parameters())
+    folder.save(
+        history,
+        lambda path: checkpoint.save(
+            path, values=values, model=network, average=network, optimizer=optimizer
+        ),
+    )
+
+
+def new_trial(tmp_path: Path) -> TrialFolder:
+    SweepFolder(str(tmp_path)).create(Trial(number=3, arm=None, options={}))
+    return TrialFolder(str(tmp_path), 3)
 
 
 def test_a_checkpoint_is_kept_whole_and_the_one_before_it_goes(tmp_path):
-    folder = str(tmp_path / "trial")
-    for path in (folder, f"file://{folder}-uri"):
-        for epoch in (1, 2):
-            history = [
-                {"epoch": number, "learning_rate": 0.1, **dict.fromkeys(store.METRICS, 0.5)}
-                for number in range(1, epoch + 1)
-            ]
-
-            def write(unfinished: Path) -> None:
-                (unfinished / "model.safetensors").write_bytes(b"weights")
-                (unfinished / checkpoint.INDEX).write_text("{}")
-
-            store.save(path, epoch, history, write)
-        names = storage.list_names(path)
-        assert names == ["checkpoint_000002", "history.parquet"]
-        assert storage.list_names(storage.join(path, "checkpoint_000002")) == [
-            *("checkpoint.json", "model.safetensors")
+    for sweep in (str(tmp_path / "sweep"), f"file://{tmp_path}/uri"):
+        folder = TrialFolder(sweep, 3)
+        save(folder, 0.5)
+        save(folder, 0.5, 0.6)
+        assert storage.list_names(folder.path) == ["checkpoint_000002", "history.parquet"]
+        assert storage.list_names(storage.join(folder.path, "checkpoint_000002")) == [
+            *("checkpoint.json", "model.safetensors", "training.safetensors")
         ]
+        assert checkpoint.latest(folder.path).epoch == 2
 
 
-def test_what_a_crash_left_between_a_checkpoint_and_its_row_is_made_good(tmp_path, monkeypatch):
+def test_a_crash_between_a_checkpoint_and_its_row_loses_no_row(tmp_path):
     """Where nothing is left to train, nobody else would write the row."""
-    row = {**dict.fromkeys(store.METRICS, 0.5), "learning_rate": 0.1, "epoch": 1}
-    folder = store.folder_of(str(tmp_path), 3)
-    store.create(str(tmp_path), store.Trial(number=3, arm=None, options={}))
-    found = [SimpleNamespace(epoch=1, history=[row])]
-    monkeypatch.setattr(checkpoint, "in_run", lambda path: found)
-    assert store.resume(folder) is found[0]
-    assert [one["epoch"] for one in store.read_trial(str(tmp_path), 3).history] == [1]
+    folder, lines = new_trial(tmp_path), []
+    save(folder, 0.5, 0.6)
+    history.write_history(f"{folder.path}/history.parquet", [row(1)])
+    assert folder.resume(lines.append).epoch == 2
+    assert [epoch["epoch"] for epoch in folder.read().history] == [1, 2] and not lines
+
+
+def damage(folder: TrialFolder, epoch: int) -> None:
+    path = Path(folder.path) / f"checkpoint_{epoch:06d}" / "training.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(tmp_path):
+    folder, lines = new_trial(tmp_path), []
+    save(folder, 0.5)
+    kept = tmp_path / "kept"
+    shutil.copytree(f"{folder.path}/checkpoint_000001", kept)
+    save(folder, 0.5, 0.6)
+    shutil.move(kept, f"{folder.path}/checkpoint_000001")  # as if it were not removed yet
+    damage(folder, 2)
+    assert folder.resume(lines.append).epoch == 1
+    assert [epoch["epoch"] for epoch in folder.read().history] == [1]
+    assert len(lines) == 1 and lines[0].endswith("training again from epoch 2")
+
+
+def test_without_an_undamaged_checkpoint_a_trial_trains_from_the_start(tmp_path):
+    folder, lines = new_trial(tmp_path), []
+    assert folder.resume(lines.append) is None and not lines, "it has not begun"
+    save(folder, 0.5, 0.6)
+    damage(folder, 2)
+    assert folder.resume(lines.append) is None
+    assert not folder.read().history
+    assert lines == [
+        f"{tmp_path.name}-00003: no undamaged checkpoint after epoch 2: training again from epoch 1"
+    ]
+    save(folder, 0.5)
+    assert storage.list_names(folder.path)[0] == "checkpoint_000001"
+    assert checkpoint.latest(folder.path).epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "status", "reason"),
+    [
+        ((0.5, 0.6, 0.4), "unfinished", None),
+        ((0.6, 0.5, 0.4), "finished", "no better score for 2 epochs (--patience)"),
+    ],
+)
+def test_patience_that_ends_at_a_rung_finishes_the_trial(
+    tmp_path, monkeypatch, scores, status, reason
+):
+    """It was paused there, and stopped when it was not promoted."""
+    folder = new_trial(tmp_path)
+    base = small.config(schedule={"epochs": 9, "patience": 2})
+    monkeypatch.setattr(trial, "_train_here", lambda *arguments: save(folder, *scores))
+    settings = {"sweep": str(tmp_path), "config": base.to_dict()}
+    trial.run({"number": 3, "until": 3}, settings=settings)
+    ended = folder.read()
+    assert (ended.status, ended.reason) == (status, reason)
+
+
+def test_a_time_limit_that_ends_at_a_rung_finishes_the_trial(tmp_path, monkeypatch):
+    folder = new_trial(tmp_path)
+    base = small.config(schedule={"epochs": 9, "time_limit_s": 1.25})  # an epoch takes 0.5 s
+    monkeypatch.setattr(trial, "_train_here", lambda *arguments: save(folder, 0.5, 0.6, 0.7))
+    settings = {"sweep": str(tmp_path), "config": base.to_dict()}
+    trial.run({"number": 3, "until": 3}, settings=settings)
+    assert folder.read().reason == "time limit reached (--time-limit-s 1.25)"

@@ -12,16 +12,19 @@ import pytest
 import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.exceptions import RayActorError, RayTaskError
 from sweeping import TWO, config, plan, rows
 
 from fer_ray import storage
 from fer_ray.data import object_store
 from fer_ray.errors import UserError
-from fer_ray.sweeps import images, preflight, progress, store
-from fer_ray.sweeps import plan as planning
-from fer_ray.sweeps import run as tuning
+from fer_ray.runtime import resources
+from fer_ray.sweeps import progress, run, store
 from fer_ray.sweeps.halving import Halving, Job
-from fer_ray.sweeps.plan import Limits
+from fer_ray.sweeps.plan import Limits, concurrent_trials, plan_sweep, share_images
+from fer_ray.sweeps.run import run_sweep
+from fer_ray.sweeps.store import SweepFolder, Trial
+from fer_ray.sweeps.trial import WorkersLost
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +35,8 @@ def data(drawn_faces):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"num_trials": 5}, "has 2 arms x 3 seeds = 6 trials; --seeds changes that"),
-        ({"sweep": "search", "num_seeds": 2}, "a search trains each configuration once"),
+        ({"num_trials": 5}, "has 2 arms x 3 seeds = 6 trials; change it with --seeds"),
+        ({"sweep": "search", "num_seeds": 2}, "a search trains each configuration with one seed"),
         ({"run": "a/b"}, "not a plain name"),
         ({"sweep": "space.schedule.global_batch_size = [16, 500]"}, "500 is more than the 320"),
         ({"train_fraction": 0.04}, "16 is more than the 14 images of --train-fraction 0.04"),
@@ -54,7 +57,7 @@ def test_streams_and_remote_tensorboards_are_refused(data, tmp_path):
     with pytest.raises(UserError, match="share the images in memory"):
         plan(data, tmp_path, config=config(data, schedule={"loading": "stream"}))
     with pytest.raises(UserError, match="writes to a local --storage only"):
-        planning.plan(
+        plan_sweep(
             config(data),
             sweep="normalization",
             storage_path=f"file://{tmp_path}",
@@ -69,24 +72,24 @@ def test_streams_and_remote_tensorboards_are_refused(data, tmp_path):
 def test_what_never_fits_is_refused_before_anything_is_written(data, tmp_path, scaling, limits):
     made = plan(data, tmp_path, config=config(data, scaling=scaling), limits=limits)
     with pytest.raises(UserError, match="wanted, the cluster has"):
-        tuning.fit(made, log=lambda line: None)
+        run_sweep(made, log=lambda line: None)
     assert not storage.exists(made.folder)
 
 
-def test_trials_at_once_are_what_fits(data, tmp_path):
-    def at_once(scaling: dict, **limits) -> int:
+def test_as_many_trials_run_at_a_time_as_fit(data, tmp_path):
+    def at_a_time(scaling: dict, **limits) -> int:
         made = plan(data, tmp_path, config=config(data, scaling=scaling), limits=limits)
-        return preflight.trials_at_once(made, print)
+        return concurrent_trials(made, print)
 
-    assert at_once({}) == 2
-    assert at_once({"cpus_per_worker": 0.5}) == 4
-    assert at_once({"cpus_per_worker": 0.1}) == 6, "there are no more trials"
-    assert at_once({"cpus_per_worker": 0.5}, max_concurrent=3) == 3
-    assert at_once({"num_workers": 2}) == 1
+    assert at_a_time({}) == 2
+    assert at_a_time({"cpus_per_worker": 0.5}) == 4
+    assert at_a_time({"cpus_per_worker": 0.1}) == 6, "there are no more trials"
+    assert at_a_time({"cpus_per_worker": 0.5}, max_concurrent=3) == 3
+    assert at_a_time({"num_workers": 2}) == 1
 
 
 @pytest.mark.parametrize(
-    ("grown", "limits", "at_once", "said"),
+    ("grown", "limits", "expected", "num_lines"),
     [
         *((3, {}, 3, 0), (9, {}, 6, 0), (9, {"max_concurrent": 4}, 4, 0)),
         *((None, {}, 2, 1), (None, {"max_concurrent": 5}, 5, 1)),
@@ -94,15 +97,15 @@ def test_trials_at_once_are_what_fits(data, tmp_path):
     ],
 )
 def test_trials_wait_for_the_nodes_that_a_cluster_may_start(
-    data, tmp_path, monkeypatch, grown, limits, at_once, said
+    data, tmp_path, monkeypatch, grown, limits, expected, num_lines
 ):
-    monkeypatch.setattr(preflight.capacity, "fitting_when_grown", lambda each: grown)
+    monkeypatch.setattr(resources, "fitting_when_grown", lambda each: grown)
     lines: list[str] = []
-    assert preflight.trials_at_once(plan(data, tmp_path, limits=limits), lines.append) == at_once
-    assert sum("--max-concurrent" in line for line in lines) == said
+    assert concurrent_trials(plan(data, tmp_path, limits=limits), lines.append) == expected
+    assert sum("--max-concurrent" in line for line in lines) == num_lines
 
 
-def test_a_part_of_the_train_split_has_its_share_of_each_class():
+def test_a_fraction_of_the_train_split_is_taken_of_each_class():
     labels = np.array([0] * 100 + [1] * 10 + [2] * 3 + [-1] * 50)
     kept = object_store.stratified(labels, 0.2, seed=1)
     assert np.bincount(labels[kept]).tolist() == [20, 2, 1]
@@ -132,7 +135,9 @@ def test_a_plan_counts_the_images_that_trials_see(data, tmp_path):
         plan(data, tmp_path, batches, train_fraction=0.33)
 
 
-def test_images_that_do_not_fit_are_refused_with_the_part_that_does(data, tmp_path, monkeypatch):
+def test_images_that_do_not_fit_are_refused_with_the_fraction_that_fits(
+    data, tmp_path, monkeypatch
+):
     import ray
 
     made = plan(data, tmp_path)
@@ -143,12 +148,12 @@ def test_images_that_do_not_fit_are_refused_with_the_part_that_does(data, tmp_pa
         node = {"Alive": True, "Resources": {"object_store_memory": 2 * room * each}}
         monkeypatch.setattr(ray, "nodes", lambda: [node])
         with pytest.raises(UserError, match="--train-fraction") as caught:
-            images.share(made)
+            share_images(made)
         return str(caught.value)
 
     half = rows["validation"] + rows["train"] / 2
     assert refused(half).endswith("at most 0.5 fits")
-    assert refused(rows["validation"] - 1).endswith("the validation split alone is more")
+    assert refused(rows["validation"] - 1).endswith("the validation split alone is larger")
 
 
 HALF = """
@@ -160,16 +165,16 @@ space.optimizer.ema_decay = [0.0]
 
 @pytest.fixture(scope="module")
 def swept(data, tmp_path_factory):
-    """A grid of which one arm's loss cannot stay finite, and what it said."""
-    folder, said = tmp_path_factory.mktemp("sweeps"), []
+    """A grid with an arm whose loss cannot stay finite, and its lines of progress."""
+    folder, lines = tmp_path_factory.mktemp("sweeps"), []
     settings = config(data, model={"name": "sequential_cnn"}, schedule={"warmup_epochs": 0})
     made = plan(data, folder, HALF, num_seeds=2, config=settings, limits={"tensorboard": True})
-    summary = tuning.fit(made, log=said.append)
-    return Path(made.folder), summary, said, settings
+    summary = run_sweep(made, log=lines.append)
+    return Path(made.folder), summary, lines, settings
 
 
 def test_every_trial_and_epoch_is_a_row_and_a_failure_is_recorded(swept, data):
-    folder, summary, said, _ = swept
+    folder, summary, lines, _ = swept
     assert pq.read_schema(folder / "trials.parquet").equals(store.SCHEMA)
     found = rows(folder)
     assert len(found[found["epoch"] > 0].groupby("trial")) >= 2
@@ -183,32 +188,33 @@ def test_every_trial_and_epoch_is_a_row_and_a_failure_is_recorded(swept, data):
     assert set(bad["trial"]) == {1, 3} and (bad["status"] == "failed").all()
     assert bad["stop_reason"].str.contains(r"not finite at step \d+").all()
     assert summary["trials"]["failed"] == 2 and summary["trials"]["finished"] == 2
-    assert sum("failed" in line and "not finite" in line for line in said) == 2
-    assert any("2 arms x 2 seeds = 4 trials of 2 epochs" in line for line in said)
-    assert any("2 at once; 8 epochs to run" in line for line in said)
+    assert sum("failed" in line and "not finite" in line for line in lines) == 2
+    assert any("2 arms x 2 seeds = 4 trials of 2 epochs" in line for line in lines)
+    assert any("2 at a time; 8 epochs to run" in line for line in lines)
     assert (good["computed_in"] == "float32").all() and good["hardware"].nunique() == 1
     assert good["versions"].str.fullmatch(r"torch .+, ray .+").all()
-    assert [one["trials"] for one in summary["ran_on"]] == [2]
+    assert [group["trials"] for group in summary["ran_on"]] == [2]
 
 
-def test_nothing_is_left_but_the_records(swept):
+def test_only_the_sweeps_files_are_left(swept):
     folder, *_ = swept
     names = {path.name for path in folder.iterdir()}
     assert names == {"sweep.json", "summary.json", "trials.parquet", "trials", "tensorboard"}
-    for place in (folder / "trials").iterdir():
-        kept = {path.name for path in place.iterdir()}
+    for trial in (folder / "trials").iterdir():
+        kept = {path.name for path in trial.iterdir()}
         assert kept <= {"trial.json", "history.parquet", "end.json", "logs"}
 
 
-def test_every_trial_leaves_lines_of_its_own(swept):
+def test_every_trial_leaves_its_own_log(swept):
     folder, *_ = swept
-    for one in store.read_all(str(folder)):
-        (file,) = (Path(store.folder_of(str(folder), one.number)) / "logs").iterdir()
+    files = SweepFolder(str(folder))
+    for trial in files.trials():
+        (file,) = (Path(files.trial(trial.number).path) / "logs").iterdir()
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        assert {line["run"] for line in lines} == {f"{folder.name}-{one.number:05d}"}
+        assert {line["run"] for line in lines} == {f"{folder.name}-{trial.number:05d}"}
         epochs = [line["epoch"] for line in lines if line["event"] == "epoch"]
-        assert epochs == [row["epoch"] for row in one.history]
-        assert lines[-1]["event"] == ("failed" if one.status == store.FAILED else "end")
+        assert epochs == [row["epoch"] for row in trial.history]
+        assert lines[-1]["event"] == ("failed" if trial.status == store.FAILED else "end")
 
 
 def test_tensorboard_has_every_epoch(swept):
@@ -229,17 +235,17 @@ def test_the_same_command_runs_nothing_again_and_more_seeds_go_on(swept, data, m
     folder, _, _, settings = swept
     before = (folder / "trials.parquet").read_bytes()
     started: list[int] = []
-    monkeypatch.setattr(tuning, "_run_trials", lambda *given: started.append(1))
+    monkeypatch.setattr(run, "_run_trials", lambda *arguments: started.append(1))
     again = plan(data, folder.parent, HALF, num_seeds=2, config=settings)
-    tuning.fit(again, log=lambda line: None)
+    run_sweep(again, log=lambda line: None)
     assert not started and (folder / "trials.parquet").read_bytes() == before
-    said: list[str] = []
-    tuning.fit(plan(data, folder.parent, HALF, num_seeds=3, config=settings), log=said.append)
+    lines: list[str] = []
+    run_sweep(plan(data, folder.parent, HALF, num_seeds=3, config=settings), log=lines.append)
     assert started == [1]
-    assert any("4 epochs to run (4 trials are over" in line for line in said)
-    trials = store.read_all(str(folder))
+    assert any("4 epochs to run (4 trials are over" in line for line in lines)
+    trials = SweepFolder(str(folder)).trials()
     assert [trial.options["schedule.seed"] for trial in trials] == [0, 0, 1, 1, 2, 2]
-    with pytest.raises(UserError, match=r"seeds: \[0, 1, 2\] -> \[0\], more but not fewer"):
+    with pytest.raises(UserError, match=r"seeds: \[0, 1, 2\] -> \[0\], seeds can only be added"):
         plan(data, folder.parent, HALF, num_seeds=1, config=settings)
 
 
@@ -247,8 +253,9 @@ def test_a_live_table_is_erased_whole_and_never_wraps(swept, data, monkeypatch, 
     folder, *_ = swept
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "40")
-    halving = Halving((2,), 9, store.read_all(str(folder)))
-    shown = progress.Progress(str(folder), config(data), halving, log=lambda line: None)
+    files = SweepFolder(str(folder))
+    halving = Halving((2,), 9, files.trials())
+    shown = progress.Progress(files, config(data), halving, log=lambda line: None)
     shown.on_trial_start(0, [], tuned(0, 2))
     shown._draw()
     drawn = capsys.readouterr().out.splitlines()
@@ -260,21 +267,20 @@ def test_a_live_table_is_erased_whole_and_never_wraps(swept, data, monkeypatch, 
 
 
 def tuned(number: int, until: int) -> SimpleNamespace:
-    """What Ray Tune calls a trial."""
+    """A trial of Ray Tune."""
     return SimpleNamespace(config={"number": number, "until": until})
 
 
 def test_the_table_tells_what_is_paused_and_what_was_promoted(tmp_path):
-    sweep, said = str(tmp_path), []
+    files, lines = SweepFolder(str(tmp_path)), []
     row = {**dict.fromkeys(store.METRICS, 0.5), "learning_rate": 0.1, "images_per_s": 900.0}
     for number in range(4):
-        made = store.Trial(number=number, arm=None, options={"schedule.seed": 0})
-        store.create(sweep, made)
+        files.create(Trial(number=number, arm=None, options={"schedule.seed": 0}))
     history = [{**row, "epoch": epoch} for epoch in (1, 2)]
     for number in range(3):
-        store.save(store.folder_of(sweep, number), 1, history[:1], lambda path: None)
-    halving = Halving((1, 3, 9), 9, store.read_all(sweep))
-    shown = progress.Progress(sweep, small.config(), halving, log=said.append)
+        files.trial(number).save(history[:1], lambda path: None)
+    halving = Halving((1, 3, 9), 9, files.trials())
+    shown = progress.Progress(files, small.config(), halving, log=lines.append)
     for number, until in ((0, 3), (3, 1)):
         assert halving.next() == Job(number=number, until=until)
         shown.on_trial_start(0, [], tuned(number, until))
@@ -284,13 +290,33 @@ def test_the_table_tells_what_is_paused_and_what_was_promoted(tmp_path):
     assert second == "  trial 3: epoch 0/1 of 9"
     # 1 of trial 0, 1 of trial 3, 5 new trials, 2 more to epoch 3, 1 to the end
     assert last.startswith("  0 of 9 trials over, 2 paused; 17 epochs to run, about ")
-    store.save(store.folder_of(sweep, 3), 1, history[:1], lambda path: None)
+    files.trial(3).save(history[:1], lambda path: None)
     shown.on_trial_complete(0, [], tuned(3, 1))
-    assert said[0] == "trial 3 paused: 50.00% after 1 epoch, 0 s"
-    said.clear()
+    assert lines[0] == "trial 3 paused: 50.00% after 1 epoch, 0 s"
+    lines.clear()
     shown.on_trial_complete(0, [], tuned(1, 3))  # the time budget ended before it began
     shown.on_trial_complete(0, [], tuned(0, 3))
-    assert not said
+    assert not lines
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RayActorError(error_msg="The actor died.\nMore."), "its process died: The actor died."),
+        (RayTaskError("train", "trace", WorkersLost("its workers failed")), "its workers failed"),
+        (None, "no reason is known"),
+    ],
+)
+def test_the_reason_of_a_trial_that_ray_gave_up(tmp_path, error, reason):
+    files = SweepFolder(str(tmp_path))
+    files.create(Trial(number=0, arm=None, options={"schedule.seed": 0}))
+    lines: list[str] = []
+    shown = progress.Progress(files, small.config(), Halving((1,), 1, []), log=lines.append)
+    shown.on_trial_error(
+        0, [], SimpleNamespace(**vars(tuned(0, 1)), get_pickled_error=lambda: error)
+    )
+    assert (files.trial(0).read().status, files.trial(0).read().reason) == (store.FAILED, reason)
+    assert lines[0] == f"trial 0 failed ({reason})"
 
 
 def test_another_sweep_under_the_same_name_is_refused_and_shown(swept, data):
@@ -302,37 +328,22 @@ def test_another_sweep_under_the_same_name_is_refused_and_shown(swept, data):
     )
     with pytest.raises(UserError, match=r"schedule\.epochs: 2 -> 3"):
         plan(data, folder.parent, HALF, num_seeds=3, config=longer)
-    with pytest.raises(UserError, match="arms: other than before"):
+    with pytest.raises(UserError, match="arms has changed"):
         plan(data, folder.parent, TWO, num_seeds=3, config=settings)
-    with pytest.raises(UserError, match="train_fraction: other than before"):
+    with pytest.raises(UserError, match="train_fraction has changed"):
         plan(data, folder.parent, HALF, num_seeds=3, config=settings, train_fraction=0.5)
-
-
-def test_a_sweep_whose_settings_had_another_meaning_is_not_gone_on_with(data, tmp_path):
-    """Once, another preset undid what was set beside it: --noise 0.05 held in one arm only."""
-    text = "space.transforms.augmentation = ['none', 'standard']"
-    noisy = config(data, transforms={"noise": 0.05})
-    made = plan(data, tmp_path, text, config=noisy)
-    path = storage.join(made.folder, store.SWEEP)
-    old = made.to_dict()
-    storage.write_json(path, old)
-    plan(data, tmp_path, text, config=noisy)
-    del old["most_parameters"]
-    storage.write_json(path, old)
-    with pytest.raises(UserError, match="undid what is set beside"):
-        plan(data, tmp_path, text, config=noisy)
 
 
 def test_seeds_are_called_added_only_where_there_was_a_result(data, tmp_path):
     def added(seeds: int) -> list[int]:
         made = plan(data, tmp_path, num_seeds=seeds)
-        tuning._write_plan(made)
-        return storage.read_json(storage.join(made.folder, store.SWEEP))["fewer_seeds_before"]
+        run._write_settings(made)
+        return made.files.read_settings()["fewer_seeds_before"]
 
     assert added(1) == added(2) == []
     made = plan(data, tmp_path, num_seeds=2)
-    store.create(made.folder, store.Trial(number=0, arm="one", options={}))
-    store.end(made.folder, 0, store.FINISHED)
+    made.files.create(Trial(number=0, arm="one", options={}))
+    made.files.trial(0).end(store.FINISHED)
     assert (added(3), added(3), added(4)) == ([2], [2], [2, 3])
 
 

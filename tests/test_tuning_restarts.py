@@ -14,8 +14,8 @@ import pytest
 from processes import descendants, kill_with_descendants, killing, wait_for
 from sweeping import TWO, config, grid, plan, rows, same_results
 
-from fer_ray.sweeps import run as tuning
-from fer_ray.sweeps import store
+from fer_ray.sweeps.run import run_sweep
+from fer_ray.sweeps.store import SweepFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +68,7 @@ def test_a_broken_off_sweep_goes_on_by_the_same_command(data, undisturbed, tmp_p
             "tune.py: interrupted; run the same command"
         )
         assert rows(tmp_path / "sweeps/tried")["epoch"].max() >= 1
-    trials = store.read_all(str(tmp_path / "sweeps/tried"))
+    trials = SweepFolder(str(tmp_path / "sweeps/tried")).trials()
     over = sum(trial.is_over for trial in trials)
     assert over < 4, "too late to show anything"
     second = job(data, tmp_path)
@@ -79,12 +79,12 @@ def test_a_broken_off_sweep_goes_on_by_the_same_command(data, undisturbed, tmp_p
 
 
 @pytest.mark.slow
-def test_the_job_ends_with_the_winners_command_and_the_place(undisturbed):
+def test_the_job_prints_the_winners_command_and_the_folder(undisturbed):
     folder, printed = undisturbed
     lines = printed.strip().splitlines()
     assert lines[-1] == str(folder)
     assert any("jobs/train.py --data" in line for line in lines)
-    assert "Traceback" not in printed and "2 at once" in printed
+    assert "Traceback" not in printed and "2 at a time" in printed
 
 
 @contextlib.contextmanager
@@ -108,7 +108,7 @@ def test_a_trial_whose_process_is_killed_goes_on(data, tmp_path):
     )
 
     with killing_the_first_trial(Path(made.folder)) as killed:
-        tuning.fit(made, log=lambda line: None)
+        run_sweep(made, log=lambda line: None)
     assert killed
     found = rows(Path(made.folder))
     assert found.groupby("trial")["epoch"].apply(list).tolist() == [list(range(1, 9))] * 2
@@ -126,20 +126,20 @@ def test_a_trial_whose_process_dies_too_often_is_recorded_and_the_others_go_on(d
     )
 
     with killing_the_first_trial(Path(made.folder)):
-        tuning.fit(made, log=lambda line: None)
+        run_sweep(made, log=lambda line: None)
     ends = rows(Path(made.folder)).groupby("trial").tail(1)
     assert ends["status"].tolist() == ["failed", "finished"]
     assert "process died" in ends["stop_reason"].iloc[0]
 
 
 @pytest.mark.slow
-def test_a_time_budget_ends_a_sitting_and_the_next_goes_on(data, tmp_path):
+def test_a_time_budget_ends_a_session_and_the_next_resumes(data, tmp_path):
     settings = config(data, schedule={"epochs": 60})
-    said: list[str] = []
+    lines: list[str] = []
     first = plan(data, tmp_path, num_seeds=1, config=settings, limits={"time_budget_s": 6})
-    tuning.fit(first, log=said.append)
-    assert any("are not over: the same command goes on" in line for line in said)
-    tuning.fit(plan(data, tmp_path, num_seeds=1, config=settings), log=said.append)
+    run_sweep(first, log=lines.append)
+    assert any("are not over; run the same command to resume" in line for line in lines)
+    run_sweep(plan(data, tmp_path, num_seeds=1, config=settings), log=lines.append)
     found = rows(Path(first.folder))
     assert found.groupby("trial")["epoch"].apply(list).tolist() == [list(range(1, 61))] * 2
 
@@ -154,7 +154,7 @@ space.transforms.normalization = ["none", "dataset"]
 @pytest.mark.slow
 def test_a_search_stops_trials_and_goes_on_with_more(data, tmp_path):
     settings = config(data, schedule={"epochs": 9})
-    tuning.fit(plan(data, tmp_path, SEARCH, num_trials=8, config=settings), log=lambda line: None)
+    run_sweep(plan(data, tmp_path, SEARCH, num_trials=8, config=settings), log=lambda line: None)
     folder = tmp_path / "tried"
     found = rows(folder)
     ends = found.groupby("trial").tail(1)
@@ -162,7 +162,7 @@ def test_a_search_stops_trials_and_goes_on_with_more(data, tmp_path):
     stopped = ends[ends["status"] == "stopped"]
     assert (stopped["epoch"] < 9).all() and stopped["stop_reason"].str.startswith("ASHA").all()
     assert (ends[ends["status"] == "finished"]["epoch"] == 9).all()
-    summary = tuning.fit(
+    summary = run_sweep(
         plan(data, tmp_path, SEARCH, num_trials=10, config=settings), log=lambda line: None
     )
     more = rows(folder)
@@ -199,7 +199,7 @@ def test_a_search_that_is_killed_between_two_rungs_goes_on_as_if_it_had_not_been
     trials = broken / "sweeps/searched/trials"
     wait_for(lambda: any(trials.glob("*/checkpoint_000002/checkpoint.json")) or first.poll() == 0)
     kill_with_descendants(first)
-    stood = {trial.number: trial for trial in store.read_all(str(broken / "sweeps/searched"))}
+    stood = {trial.number: trial for trial in SweepFolder(str(broken / "sweeps/searched")).trials()}
     assert not any(trial.is_over for trial in stood.values()), "too late to show anything"
     assert sum(len(trial.history) == 1 for trial in stood.values()) >= 2, "some are paused"
     second = search_job(data, broken)
@@ -232,16 +232,16 @@ def test_trials_of_several_workers_pause_and_go_on_without_leaving_their_workers
         num_trials=3,
         config=settings,
     )
-    said: list[str] = []
+    lines: list[str] = []
     with killing_the_first_trial(Path(made.folder)) as killed:
-        tuning.fit(made, log=said.append)
+        run_sweep(made, log=lines.append)
     assert killed
-    assert any("1 at once" in line for line in said)
+    assert any("1 at a time" in line for line in lines)
     found = rows(Path(made.folder))
     ends = found.groupby("trial").tail(1)
     assert len(ends) == 3 and set(ends["status"]) == {"finished", "stopped"}
     assert (ends[ends["status"] == "finished"]["epoch"] == 4).all()
     assert (ends[ends["status"] == "stopped"]["epoch"] == 1).all()
     assert not found.duplicated(["trial", "epoch"]).any()
-    assert any("paused" in line for line in said)
+    assert any("paused" in line for line in lines)
     wait_for(lambda: not descendants(os.getpid(), "ray::RayTrainWorker"), 30)

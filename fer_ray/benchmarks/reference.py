@@ -21,6 +21,7 @@ from fer_ray.config.model import model_config
 from fer_ray.data import predictions
 from fer_ray.errors import UserError
 from fer_ray.models import registry
+from fer_ray.reporting import text
 from fer_ray.sweeps import sentences, store
 from fer_ray.sweeps.space import GRID
 
@@ -184,9 +185,9 @@ def _arm_cells(arm: dict[str, Any]) -> list[str]:
     return [
         f"`{arm['arm']}`",
         str(arm["num_seeds"]),
-        f"{sentences.percent(accuracy['mean'])} % ({sentences.percent(accuracy['deviation'])})",
+        f"{text.percent(accuracy['mean'])} % ({text.percent(accuracy['deviation'])})",
         difference,
-        sentences.of_p(accuracy["p_holm"]),
+        text.p_value(accuracy["p_holm"]),
         {True: "shown", False: "not shown", None: "baseline"}[accuracy["shown"]],
     ]
 
@@ -274,10 +275,10 @@ def update(readme: Path, section: str, content: str) -> None:
     Raises:
         UserError: if the markers are missing.
     """
-    text, begin, end = readme.read_text(), BEGIN.format(section), END.format(section)
-    if begin not in text or end not in text:
+    page, begin, end = readme.read_text(), BEGIN.format(section), END.format(section)
+    if begin not in page or end not in page:
         raise UserError(f"{readme}: the lines {begin!r} and {end!r} are missing; add them")
-    before, after = text.split(begin)[0], text.split(end)[1]
+    before, after = page.split(begin)[0], page.split(end)[1]
     readme.write_text(f"{before}{begin}\n{content}\n{end}{after}")
 
 

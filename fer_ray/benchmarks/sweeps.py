@@ -18,10 +18,10 @@ from fer_ray.config import overrides
 from fer_ray.config.schema import TrainConfig
 from fer_ray.preparation.plan import plan_preparation
 from fer_ray.preparation.run import prepare
-from fer_ray.sweeps import plan as planning
-from fer_ray.sweeps import run as tuning
 from fer_ray.sweeps import store
-from fer_ray.sweeps.plan import Limits
+from fer_ray.sweeps.plan import Limits, plan_sweep
+from fer_ray.sweeps.run import run_sweep
+from fer_ray.sweeps.store import SweepFolder
 
 _OVERHEAD_TRIALS = 10
 _OVERHEAD_IMAGES = 1_000
@@ -48,10 +48,10 @@ def overhead(folder: str, log: Callable[[str], None]) -> dict[str, Any]:
     Returns:
         ``sweep_overhead_s``, and ``sweep`` with what it is computed from.
     """
-    log(f"measuring the overhead of a sweep of {_OVERHEAD_TRIALS} trials")
+    log(f"the overhead of {_OVERHEAD_TRIALS} trials")
     data = _synthetic_faces(folder, _OVERHEAD_IMAGES)
     sweep = _sweep_file(folder, "overhead", {"transforms.normalization": ["none"]})
-    plan = planning.plan(
+    plan = plan_sweep(
         _config(data, width=4, epochs=2),
         sweep=sweep,
         storage_path=storage.join(folder, "sweeps"),
@@ -59,9 +59,9 @@ def overhead(folder: str, log: Callable[[str], None]) -> dict[str, Any]:
         limits=Limits(max_concurrent=1),
     )
     start = time.monotonic()
-    tuning.fit(plan, log=lambda line: None)
+    run_sweep(plan, log=lambda line: None)
     seconds = time.monotonic() - start
-    trials = store.read_all(plan.folder)
+    trials = plan.files.trials()
     trained_s = sum(row["seconds"] for trial in trials for row in trial.history)
     return {
         "rounds": {},
@@ -83,17 +83,17 @@ def halving(folder: str, log: Callable[[str], None]) -> dict[str, Any]:
     """
     data = _synthetic_faces(folder, _HALVING_IMAGES)
     config = _config(data, width=8, epochs=_HALVING_EPOCHS)
-    log("training 27 trials in full")
-    grid = planning.plan(
+    log("27 trials in full")
+    grid = plan_sweep(
         config,
         sweep=_sweep_file(folder, "grid", _GRID),
         storage_path=storage.join(folder, "sweeps"),
         num_seeds=1,
         limits=Limits(),
     )
-    tuning.fit(grid, log=lambda line: None)
-    log("training the same 27 trials with ASHA")
-    search = planning.plan(
+    run_sweep(grid, log=lambda line: None)
+    log("the same 27 trials with ASHA")
+    search = plan_sweep(
         config,
         sweep=_sweep_file(folder, "halved", _GRID, method="search"),
         storage_path=storage.join(folder, "sweeps"),
@@ -102,9 +102,9 @@ def halving(folder: str, log: Callable[[str], None]) -> dict[str, Any]:
     )
     names = list(_GRID)
     for number, values in enumerate(itertools.product(*_GRID.values())):
-        options = {**dict(zip(names, values)), "schedule.seed": config.schedule.seed}
-        store.create(search.folder, store.Trial(number=number, arm=None, options=options))
-    tuning.fit(search, log=lambda line: None)
+        chosen = {**dict(zip(names, values)), "schedule.seed": config.schedule.seed}
+        search.files.create(store.Trial(number=number, arm=None, options=chosen))
+    run_sweep(search, log=lambda line: None)
     full, halved = (_outcome(plan.folder) for plan in (grid, search))
     return {
         "rounds": {},
@@ -115,7 +115,7 @@ def halving(folder: str, log: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _outcome(sweep: str) -> dict[str, Any]:
-    trials = store.read_all(sweep)
+    trials = SweepFolder(sweep).trials()
     scores = [
         trial.history[-1]["validation_accuracy"]
         for trial in trials

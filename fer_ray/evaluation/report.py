@@ -79,9 +79,9 @@ def publish(
     page = render(evaluation, runs=runs, data=data)
     with storage.staged_directory(output) as folder:
         tables.write(evaluation, folder)
-        storage.write_bytes(storage.join(folder, tables.REPORT), page.encode())
+        storage.write_bytes(storage.join(folder, html.REPORT), page.encode())
         tables.write_marker(evaluation, folder)
-    return storage.join(output, tables.REPORT)
+    return storage.join(output, html.REPORT)
 
 
 def render(evaluation: Evaluation, *, runs: str | None = None, data: str | None = None) -> str:

@@ -15,13 +15,10 @@ from fer_ray.evaluation.comparisons import Comparison
 from fer_ray.evaluation.run import Evaluation
 from fer_ray.evaluation.scores import Estimate, Score
 from fer_ray.metrics import METRICS
+from fer_ray.reporting.html import EVALUATION_MARKER, REPORT
 from fer_ray.reporting.text import aligned, p_equals
 
-MARKER = "evaluation.json"
-"""Marks a folder as an evaluation, which a later one may replace."""
-
 FORMAT = "fer_ray evaluation 1"
-REPORT = "report.html"
 
 _FIRST = ("accuracy", "macro_f1", "balanced_accuracy", "nll")
 """The metrics of every ``metrics.parquet``, whose columns come first."""
@@ -67,16 +64,16 @@ def check_output(path: str) -> None:
     if storage.is_unfinished(path):  # by an evaluation that was killed
         return
     names = storage.list_names(path)
-    files = {MARKER, REPORT, *(f"{name}.parquet" for name in schemas())}
+    files = {EVALUATION_MARKER, REPORT, *(f"{name}.parquet" for name in schemas())}
     others = sorted(set(names) - files)
     if others:
         raise UserError(
             f"--output: {path} is not an evaluation: it holds {others[0]!r}; give another folder"
         )
-    if names and MARKER not in names:
+    if names and EVALUATION_MARKER not in names:
         raise UserError(
-            f"--output: {path} is not empty and not an evaluation (no {MARKER}); give another "
-            "folder"
+            f"--output: {path} is not empty and not an evaluation (no {EVALUATION_MARKER}); give "
+            "another folder"
         )
 
 
@@ -112,7 +109,7 @@ def write_marker(evaluation: Evaluation, folder: str) -> None:
         "bootstrap": evaluation.resamples,
         "seed": evaluation.seed,
     }
-    storage.write_json(storage.join(folder, MARKER), value)
+    storage.write_json(storage.join(folder, EVALUATION_MARKER), value)
 
 
 def _metrics_row(score: Score) -> dict[str, Any]:

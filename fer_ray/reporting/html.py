@@ -11,6 +11,11 @@ import numpy as np
 
 from fer_ray.reporting import text
 
+REPORT = "report.html"
+"""The page of an evaluation or a sweep, in its folder."""
+EVALUATION_MARKER = "evaluation.json"
+"""Marks a folder as an evaluation, which a later one may replace."""
+
 LARGEST_IMAGE = 128
 """Pixels: larger images are reduced to this before they are put into a page."""
 

@@ -1,14 +1,14 @@
-"""What a designed sweep shows: each arm over its seeds, and its difference to the baseline.
+"""The statistics of a grid: each arm over its seeds, and its difference to the baseline.
 
 Every arm is trained with the same seeds, so a seed is a block: it decides the initial weights and
-the order of the images for all arms alike. A trial's score is taken as the sum of an arm's effect,
-a seed's effect and noise that is equally large everywhere (randomized blocks: Montgomery, "Design
-and Analysis of Experiments", chapter 4). With all trials there, a difference is the plain mean of
-the differences paired by seed; where some are missing, least squares takes from the others what
-they say. Pooling the noise over all arms is what makes few seeds say something; the paired t-test
-without pooling stands beside it for who doubts that.
+the order of the images in all arms. The model of a score is the sum of an arm's effect, a seed's
+effect and noise with the same variance everywhere (randomized blocks: Montgomery, "Design and
+Analysis of Experiments", chapter 4). When no trial is missing, a difference is the mean of the
+differences paired by seed; otherwise it is estimated by least squares from all trials. The noise is
+pooled over all arms, which gives tests with few seeds enough power; the paired t-test without
+pooling is computed too.
 
-Everything here is about other seeds. Nothing is about other images.
+The inference is about other seeds, not about other images.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import pandas as pd
 from fer_ray import metrics
 
 LEVEL = 0.05
-"""An effect is called shown when its corrected p-value is below."""
+"""An effect is shown where its corrected p-value is below this."""
 POWER = 0.8
-"""The chance of showing the difference that is called detectable."""
+"""The probability with which a difference of the detectable size is shown."""
 _NEGLIGIBLE = 1e-12
-"""Noise below this share of the scores is rounding: nothing can be tested with it."""
+"""Noise below this fraction of the scores is rounding error and allows no test."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """One arm over its seeds, in the score's unit; NaN where there are too few."""
+    """One arm over its seeds, in the unit of the score; NaN where there are too few seeds."""
 
     arm: str
     num_seeds: int
@@ -42,13 +42,13 @@ class Mean:
     deviation: float
     """Standard deviation over seeds, with n - 1."""
     low: float
-    """Of the 95 % t interval of the mean, from this arm's deviation alone."""
+    """Lower end of the 95 % t interval of the mean, from this arm's standard deviation alone."""
     high: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """An arm minus the baseline, in the score's unit; NaN where it cannot be told."""
+    """An arm minus the baseline, in the unit of the score; NaN where it cannot be estimated."""
 
     arm: str
     num_seeds: int
@@ -58,18 +58,18 @@ class Comparison:
     difference: float
     standard_error: float
     low: float
-    """Of the 95 % t interval, for this comparison alone."""
+    """Lower end of the 95 % t interval, for this comparison alone."""
     high: float
     p_value: float
     """Two-sided, for this comparison alone."""
     p_holm: float
     """Corrected (Holm) for all comparisons."""
     paired_p_value: float
-    """Of the paired t-test on the seeds in common, with its own noise only; not corrected."""
+    """Of the paired t-test on the common seeds, with their noise alone; not corrected."""
     smallest_shown: float
-    """The difference that would just be called shown if no other arm differed."""
+    """The smallest difference that would be shown if no other arm differed."""
     detectable: float
-    """The true difference that would then be shown with the chance `POWER`."""
+    """The true difference that would then be shown with the probability `POWER`."""
 
     @property
     def shown(self) -> bool:
@@ -79,60 +79,61 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """A designed sweep's arms and comparisons."""
+    """The arms of a grid, and their comparisons with the baseline."""
 
     baseline: str
     arms: tuple[Mean, ...]
-    """All arms in the given order, those without a finished trial too."""
+    """All arms in the order of the grid, those without a finished trial too."""
     comparisons: tuple[Comparison, ...]
     """Every arm but the baseline, in the same order."""
     df: int
     """Degrees of freedom of the noise; 0: nothing can be tested."""
     noise: float
-    """Standard deviation of one trial about arm and seed, pooled over arms; NaN at df 0."""
+    """Standard deviation of a trial around arm and seed, pooled over arms; NaN where `df` is 0."""
     smallest_shown: float
-    """Median of the comparisons'; NaN where there are none."""
+    """Median over the comparisons; NaN where there are none."""
     detectable: float
-    """Likewise."""
+    """Median over the comparisons; NaN where there are none."""
 
     def comparison(self, arm: str) -> Comparison | None:
         """An arm's comparison; None for the baseline."""
-        return next((one for one in self.comparisons if one.arm == arm), None)
+        return next((compared for compared in self.comparisons if compared.arm == arm), None)
 
 
 def analyse(scores: pd.DataFrame, arms: Sequence[str]) -> Analysis:
-    """Estimates each arm, and compares it with the first.
+    """Estimates the mean of each arm, and compares each arm with the first.
 
     Args:
-        scores: one row a finished trial: ``arm``, ``seed``, ``score`` (finite). Each arm and seed
-            at most once.
+        scores: one row per finished trial: ``arm``, ``seed``, ``score`` (finite). Each pair of arm
+            and seed at most once.
         arms: every arm's name; the first is the baseline.
 
     Raises:
-        ValueError: for an arm and seed that comes twice, an unknown arm or a score of NaN.
+        ValueError: for a repeated pair of arm and seed, an unknown arm or a score of NaN.
     """
     table = _table(scores, arms)
     blocks = _Blocks(table)
     compared = [_compare(blocks, table, number, arm) for number, arm in enumerate(arms) if number]
-    tested = [one for one in compared if not math.isnan(one.p_value)]
-    corrected = dict(zip(map(id, tested), metrics.holm([one.p_value for one in tested])))
-    finished = tuple(
+    tested = [comparison for comparison in compared if not math.isnan(comparison.p_value)]
+    p_holm = metrics.holm([comparison.p_value for comparison in tested])
+    corrected = {comparison.arm: p_value for comparison, p_value in zip(tested, p_holm)}
+    comparisons = tuple(
         replace(
-            one,
-            p_holm=corrected.get(id(one), math.nan),
-            smallest_shown=smallest_shown(one.standard_error, blocks.df, len(tested)),
-            detectable=detectable(one.standard_error, blocks.df, len(tested)),
+            comparison,
+            p_holm=corrected.get(comparison.arm, math.nan),
+            smallest_shown=smallest_shown(comparison.standard_error, blocks.df, len(tested)),
+            detectable=detectable(comparison.standard_error, blocks.df, len(tested)),
         )
-        for one in compared
+        for comparison in compared
     )
     return Analysis(
         baseline=arms[0],
         arms=tuple(_mean(arm, row) for arm, row in zip(arms, table)),
-        comparisons=finished,
+        comparisons=comparisons,
         df=blocks.df,
         noise=blocks.noise,
-        smallest_shown=_median([one.smallest_shown for one in finished]),
-        detectable=_median([one.detectable for one in finished]),
+        smallest_shown=_median([comparison.smallest_shown for comparison in comparisons]),
+        detectable=_median([comparison.detectable for comparison in comparisons]),
     )
 
 
@@ -142,7 +143,7 @@ def smallest_shown(standard_error: float, df: int, num_comparisons: int) -> floa
     Args:
         standard_error: of a difference.
         df: degrees of freedom of the noise.
-        num_comparisons: that are corrected together.
+        num_comparisons: comparisons that are corrected together.
 
     Returns:
         In the unit of the standard error; NaN where nothing can be tested.
@@ -151,9 +152,9 @@ def smallest_shown(standard_error: float, df: int, num_comparisons: int) -> floa
 
 
 def detectable(standard_error: float, df: int, num_comparisons: int) -> float:
-    """The true difference that is shown with the chance `POWER`, at Holm's strictest step.
+    """The true difference that is shown with the probability `POWER`, at Holm's strictest step.
 
-    The standard error is taken as the true one, so this is itself an estimate.
+    It is an estimate, since the estimated standard error is taken for the true one.
     """
     return _shift(df, num_comparisons) * standard_error
 
@@ -182,10 +183,10 @@ def _critical(df: int, num_comparisons: int) -> float:
 
 
 def _power(shift: float, critical: float, df: int) -> float:
-    """The chance that t, whose numerator has the mean `shift`, lies beyond the critical value.
+    """The probability that t, whose numerator has the mean `shift`, is beyond the critical value.
 
-    The mean over equally probable deviations of the noise, because scipy's noncentral t is NaN
-    for some shifts.
+    It is averaged over quantiles of the noise's standard deviation, because scipy's noncentral t
+    is NaN for some shifts.
     """
     from scipy.special import ndtr
     from scipy.stats import chi2
@@ -196,7 +197,7 @@ def _power(shift: float, critical: float, df: int) -> float:
 
 
 def _table(scores: pd.DataFrame, arms: Sequence[str]) -> np.ndarray:
-    """Scores of shape (arms, seeds), NaN where there is none."""
+    """Scores of shape (arms, seeds), NaN for a missing trial."""
     if scores.duplicated(["arm", "seed"]).any():
         raise ValueError("an arm has two trials of one seed")
     values = scores["score"].to_numpy(float)
@@ -211,44 +212,44 @@ def _table(scores: pd.DataFrame, arms: Sequence[str]) -> np.ndarray:
 
 
 class _Blocks:
-    """Least squares for arm + seed on a table with holes.
+    """Least squares for arm + seed on a table with missing values.
 
-    The arms' effects are eliminated, which leaves one small system for the seeds' (the
-    intra-block analysis of incomplete blocks).
+    The effects of the arms are eliminated, which leaves one small system for those of the seeds
+    (the intra-block analysis of incomplete blocks).
     """
 
     def __init__(self, table: np.ndarray) -> None:
-        there = ~np.isnan(table)
-        there, table = there[there.any(axis=1)], table[there.any(axis=1)]
-        per_arm = there.sum(axis=1, keepdims=True)
-        means = np.where(there, table, 0.0).sum(axis=1, keepdims=True) / np.maximum(per_arm, 1)
-        matrix = np.diag(there.sum(axis=0)) - there.T @ (there / np.maximum(per_arm, 1))
+        present = ~np.isnan(table)
+        present, table = present[present.any(axis=1)], table[present.any(axis=1)]
+        per_arm = present.sum(axis=1, keepdims=True)
+        means = np.where(present, table, 0.0).sum(axis=1, keepdims=True) / np.maximum(per_arm, 1)
+        matrix = np.diag(present.sum(axis=0)) - present.T @ (present / np.maximum(per_arm, 1))
         self._inverse = np.linalg.pinv(matrix, rcond=1e-9, hermitian=True)
         self._matrix = matrix
-        self._seeds = self._inverse @ np.where(there, table - means, 0.0).sum(axis=0)
-        arm_effects = means - (there / np.maximum(per_arm, 1)) @ self._seeds[:, None]
-        residuals = np.where(there, table - arm_effects - self._seeds, 0.0)
+        self._seeds = self._inverse @ np.where(present, table - means, 0.0).sum(axis=0)
+        arm_effects = means - (present / np.maximum(per_arm, 1)) @ self._seeds[:, None]
+        residuals = np.where(present, table - arm_effects - self._seeds, 0.0)
         rank = len(table) + round(float(np.trace(self._inverse @ matrix)))
-        self.df = int(there.sum()) - rank
+        self.df = int(present.sum()) - rank
         """Degrees of freedom of the noise."""
         self.noise = math.nan
-        """Standard deviation of a trial about arm and seed."""
+        """Standard deviation of a trial around arm and seed."""
         if self.df > 0:
             noise = math.sqrt(float((residuals**2).sum()) / self.df)
             self.noise = noise if noise > _NEGLIGIBLE * float(np.abs(means).max()) else 0.0
 
     def difference(self, first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-        """Difference of two arms' effects and its standard error; NaN where it has none.
+        """Difference of the effects of two arms and its standard error; NaN if not estimable.
 
         Args:
-            first: the one arm's row of the table.
-            second: the other's.
+            first: the row of one arm in the table.
+            second: the row of the other.
         """
         if np.isnan(first).all() or np.isnan(second).all():
             return math.nan, math.nan
         weights = _weights(first) - _weights(second)
         if not np.allclose(self._matrix @ self._inverse @ weights, weights, atol=1e-9):
-            return math.nan, math.nan  # no chain of common seeds links the two
+            return math.nan, math.nan  # no chain of common seeds links the arms
         difference = np.nanmean(first) - np.nanmean(second) - weights @ self._seeds
         spread = weights @ self._inverse @ weights
         spread += sum(1 / np.isfinite(row).sum() for row in (first, second))
@@ -256,12 +257,12 @@ class _Blocks:
 
 
 def _weights(row: np.ndarray) -> np.ndarray:
-    there = np.isfinite(row)
-    return there / there.sum()
+    present = np.isfinite(row)
+    return present / present.sum()
 
 
 def _compare(blocks: _Blocks, table: np.ndarray, number: int, arm: str) -> Comparison:
-    """An arm against the baseline, not corrected yet."""
+    """The comparison of an arm with the baseline, before the correction."""
     from scipy.stats import t
 
     difference, error = blocks.difference(table[number], table[0])
@@ -287,7 +288,7 @@ def _compare(blocks: _Blocks, table: np.ndarray, number: int, arm: str) -> Compa
 
 
 def _paired(differences: np.ndarray) -> float:
-    """The p-value of the paired t-test; NaN for fewer than two, or without any noise."""
+    """The p-value of the paired t-test; NaN for fewer than two pairs, or without noise."""
     from scipy.stats import t
 
     if len(differences) < 2 or np.ptp(differences) <= _NEGLIGIBLE * np.abs(differences).max():

@@ -1,8 +1,8 @@
-"""Runs a sweep on Ray Tune, or goes on with it.
+"""Runs a sweep on Ray Tune, or resumes it.
 
-A sweep is a folder, ``<storage>/<run>/`` (`records`). Trials that are over are kept, the others
-go on from their last checkpoints. What Ray Tune calls a trial is one of `halving`'s jobs here: a
-trial that pauses ends there, and one that is promoted begins again from its checkpoint.
+Trials that are over are kept; the others resume from their last checkpoints. What Ray Tune calls a
+trial is a job of `halving` here: the job of a trial that pauses ends, and another job resumes the
+trial from its checkpoint when it is promoted.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fer_ray import storage
-from fer_ray.sweeps import images, preflight, store
+from fer_ray.sweeps import store
 from fer_ray.sweeps.halving import Halving, rungs
-from fer_ray.sweeps.plan import SweepPlan
+from fer_ray.sweeps.plan import (
+    SweepPlan,
+    announcement,
+    concurrent_trials,
+    resources_of_trial,
+    share_images,
+)
 from fer_ray.sweeps.space import GRID
 from fer_ray.sweeps.store import Trial
 
 
-def fit(plan: SweepPlan, *, log: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs on the connected Ray cluster what of a sweep is left to run.
+def run_sweep(plan: SweepPlan, *, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs the trials of a sweep that are not over, on the connected Ray cluster.
 
     Args:
-        plan: from `plan`.
+        plan: from `plan_sweep`.
         log: receives lines of progress.
 
     Returns:
@@ -37,84 +42,86 @@ def fit(plan: SweepPlan, *, log: Callable[[str], None] = print) -> dict[str, Any
 
     Raises:
         UserError: where not a single trial fits the cluster.
-        KeyboardInterrupt: when it was interrupted; the tables are written before.
+        KeyboardInterrupt: when the sweep is interrupted; its tables are written before.
     """
     from fer_ray.sweeps import summary
 
-    at_once = preflight.trials_at_once(plan, log)
-    _write_plan(plan)
+    num_concurrent = concurrent_trials(plan, log)
+    _write_settings(plan)
     if plan.space.method == GRID:
         _create_grid(plan)
     halving = _halving(plan)
-    log(preflight.announcement(plan, halving, at_once))
+    log(announcement(plan, halving, num_concurrent))
     try:
         if not halving.is_over:
-            _run_trials(plan, halving, at_once, log)
+            _run_trials(plan, halving, num_concurrent, log)
         if halving.is_over:
-            _leave_behind(plan, halving, log)
+            _stop_paused(plan, halving, log)
     finally:
-        trials = store.write_trials(plan.folder, plan.config)
-        made = summary.write(plan.folder)
+        trials = plan.files.write_table(plan.config)
+        content = summary.write(plan.folder)
         left = plan.num_trials - sum(trial.is_over for trial in trials)
         if left:
-            log(f"{left} trials are not over: the same command goes on with them")
-    return made
+            log(f"{left} trials are not over; run the same command to resume")
+    return content
 
 
-def _write_plan(plan: SweepPlan) -> None:
-    """Writes ``sweep.json``; it remembers the numbers of seeds at which there was a result."""
-    path = storage.join(plan.folder, store.SWEEP)
-    looks: list[int] = []
-    if storage.exists(path):
-        before = storage.read_json(path)
-        looks, count = before.get("fewer_seeds_before", []), len(before["seeds"])
-        over = any(trial.status == store.FINISHED for trial in store.read_all(plan.folder))
-        if over and count < len(plan.seeds) and count not in looks:
+def _write_settings(plan: SweepPlan) -> None:
+    """Writes ``sweep.json``; it records the numbers of seeds at which results were seen."""
+    files, looks = plan.files, []
+    if files.exists:
+        saved = files.read_settings()
+        looks, count = saved["fewer_seeds_before"], len(saved["seeds"])
+        has_result = any(trial.status == store.FINISHED for trial in files.trials())
+        if has_result and count < len(plan.seeds) and count not in looks:
             looks = [*looks, count]
-    storage.write_json(path, {**plan.to_dict(), "fewer_seeds_before": looks})
+    files.write_settings({**plan.to_dict(), "fewer_seeds_before": looks})
 
 
 def _create_grid(plan: SweepPlan) -> None:
-    """Writes every trial down, all arms with the first seed before any with the second, so that
-    what is interrupted is balanced; more seeds add trials at the end."""
-    known = {trial.number for trial in store.read_all(plan.folder)}
+    """Records every trial: all arms with the first seed, then all with the second, and so on.
+
+    An interrupted grid is therefore balanced, and more seeds add trials at the end.
+    """
+    known = {trial.number for trial in plan.files.trials()}
     number = 0
     for seed in plan.seeds:
         for arm in plan.space.arms:
             if number not in known:
-                chosen = {**arm.options, "schedule.seed": seed}
-                store.create(plan.folder, Trial(number=number, arm=arm.name, options=chosen))
+                options = {**arm.options, "schedule.seed": seed}
+                plan.files.create(Trial(number=number, arm=arm.name, options=options))
             number += 1
 
 
 def _halving(plan: SweepPlan) -> Halving:
-    """Where the sweep stands; a grid has one rung, so that every trial trains to its end."""
+    """The state of the sweep; a grid has a single rung, so every trial trains to its end."""
     epochs = plan.config.schedule.epochs
-    places = (epochs,) if plan.space.method == GRID else rungs(epochs)
-    return Halving(places, plan.num_trials, store.read_all(plan.folder))
+    pauses = (epochs,) if plan.space.method == GRID else rungs(epochs)
+    return Halving(pauses, plan.num_trials, plan.files.trials())
 
 
-def _leave_behind(plan: SweepPlan, halving: Halving, log: Callable[[str], None]) -> None:
-    """Ends what was not promoted: nothing else can change that any more."""
+def _stop_paused(plan: SweepPlan, halving: Halving, log: Callable[[str], None]) -> None:
+    """Ends the trials that were not promoted; no further result can change that."""
     from fer_ray.sweeps.progress import line_of
 
     for number, reason in halving.left_behind().items():
-        store.end(plan.folder, number, store.STOPPED, reason)
-        log(line_of(store.read_trial(plan.folder, number)))
+        folder = plan.files.trial(number)
+        folder.end(store.STOPPED, reason)
+        log(line_of(folder.read()))
 
 
 def _run_trials(
-    plan: SweepPlan, halving: Halving, at_once: int, log: Callable[[str], None]
+    plan: SweepPlan, halving: Halving, num_concurrent: int, log: Callable[[str], None]
 ) -> None:
-    """One sitting of Ray Tune. Its own state is not kept: the records are enough."""
+    """One session of Ray Tune. Its own state is not kept, since the sweep's files suffice."""
     from ray import tune
 
     from fer_ray.sweeps import progress
 
     _quieten_tune()
     limits, scaling = plan.limits, plan.config.scaling
-    shown = progress.Progress(plan.folder, plan.config, halving, log=log)
-    callbacks: list[Any] = [shown]
+    display = progress.Progress(plan.files, plan.config, halving, log=log)
+    callbacks: list[Any] = [display]
     if limits.tensorboard:
         callbacks.append(progress.TensorBoard(str(Path(plan.folder) / "tensorboard")))
     with tempfile.TemporaryDirectory() as temporary:
@@ -122,8 +129,8 @@ def _run_trials(
             _trainable(plan),
             tune_config=tune.TuneConfig(
                 search_alg=_planner(plan, halving),
-                num_samples=-1,  # until the planner says that there is nothing more
-                max_concurrent_trials=at_once,
+                num_samples=-1,  # until the planner reports that it is finished
+                max_concurrent_trials=num_concurrent,
                 time_budget_s=limits.time_budget_s or None,
                 reuse_actors=scaling.num_workers == 1,
             ),
@@ -136,42 +143,43 @@ def _run_trials(
             ),
         )
         try:
-            with _interrupts(shown.interrupt):
+            with _deferred_interrupt(display.interrupt):
                 tuner.fit()
         finally:
-            shown.close()
+            display.close()
 
 
 @contextlib.contextmanager
-def _interrupts(note: Callable[[], None]) -> Iterator[None]:
-    """Notes the first interrupt instead of raising it wherever Python happens to be.
+def _deferred_interrupt(notify: Callable[[], None]) -> Iterator[None]:
+    """Reports the first interrupt to a function instead of raising `KeyboardInterrupt`.
 
-    In a finalizer it would be printed and lost. A second one is raised as ever.
+    Raised while Python runs a finalizer, the exception would be printed and lost. A second
+    interrupt is raised as usual.
     """
 
     def handle(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        note()
+        signal.signal(signal.SIGINT, previous)
+        notify()
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, handle)
+    previous = signal.signal(signal.SIGINT, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 def _quieten_tune() -> None:
-    """What Ray Tune would print, and the files that it would write for each trial."""
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints a banner, however quiet
+    """Turns off what Ray Tune would print, and the files that it would write for each trial."""
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new output prints a banner at any verbosity
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
-    # each report is decided on before the next epoch
+    # no buffer: each result is processed before the next epoch
     os.environ["TUNE_RESULT_BUFFER_LENGTH"] = "1"
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -186,26 +194,27 @@ def _trainable(plan: SweepPlan) -> Any:
         "sweep": plan.folder,
         "config": plan.config.to_dict(),
         "info": plan.info,
-        "images": images.share(plan),
+        "images": share_images(plan),
     }
-    wanted = preflight.wanted(plan)
+    amounts = resources_of_trial(plan)
     if plan.config.scaling.num_workers > 1:
-        # its workers reserve what they need; a trial has to reserve something: a byte
-        wanted = {"memory": 1.0}
-    reserved = tune.PlacementGroupFactory([wanted])
+        # the workers reserve what they need; a trial has to reserve something, such as a byte
+        amounts = {"memory": 1.0}
+    reserved = tune.PlacementGroupFactory([amounts])
     return tune.with_resources(tune.with_parameters(trial.run, settings=settings), reserved)
 
 
 def _planner(plan: SweepPlan, halving: Halving) -> Any:
-    """Who tells Ray Tune what to train next; the trials of a grid are written down already."""
+    """Gives Ray Tune the next job; the trials of a search are drawn when they are needed."""
     from fer_ray.sweeps.search import Planner, Suggestions
 
     suggestions = Suggestions(plan.space.ranges, seed=plan.config.schedule.seed)
 
-    def make(number: int) -> Trial:
-        chosen = suggestions.ask(number, halving.trials.values())
-        made = Trial(number=number, arm=None, options={**chosen, "schedule.seed": plan.seeds[0]})
-        store.create(plan.folder, made)
-        return made
+    def create(number: int) -> Trial:
+        options = suggestions.ask(number, halving.trials.values())
+        options["schedule.seed"] = plan.seeds[0]
+        trial = Trial(number=number, arm=None, options=options)
+        plan.files.create(trial)
+        return trial
 
-    return Planner(plan.folder, halving, make)
+    return Planner(plan.files, halving, create)

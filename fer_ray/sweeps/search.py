@@ -1,4 +1,4 @@
-"""What a search tries: Optuna's TPE draws options, and `Planner` hands jobs to Ray Tune."""
+"""The options that a search tries, drawn by Optuna's TPE, and the jobs for Ray Tune."""
 
 from __future__ import annotations
 
@@ -15,48 +15,50 @@ from fer_ray.sweeps import store
 from fer_ray.sweeps.halving import Halving, Job
 from fer_ray.sweeps.importance import distribution
 from fer_ray.sweeps.space import Choices, Range
-from fer_ray.sweeps.store import Trial
+from fer_ray.sweeps.store import SweepFolder, Trial
 
 _STARTUP_TRIALS = 10
-"""Optuna draws so many at random before TPE takes over: its own default."""
+"""Trials that are drawn at random before TPE takes over: Optuna's default."""
 
 
 class Suggestions:
-    """Optuna's TPE on a space: options for a new trial from all that is known of the others."""
+    """Optuna's TPE on a space: draws the options of a new trial, given all other trials."""
 
     def __init__(self, ranges: dict[str, Range | Choices], *, seed: int) -> None:
         self._seed = seed
         self._distributions = {
-            name: distribution(name, asdict(given) if isinstance(given, Range) else given)
-            for name, given in ranges.items()
+            name: distribution(name, asdict(values) if isinstance(values, Range) else values)
+            for name, values in ranges.items()
         }
 
-    def ask(self, number: int, known: Iterable[Trial]) -> dict[str, Any]:
-        """Options for a new trial, by dotted name.
+    def ask(self, number: int, trials: Iterable[Trial]) -> dict[str, Any]:
+        """The options of a new trial, by dotted name.
 
-        They follow from the seed, the number and what is known, whoever asked before.
+        They depend on the seed, the number and the other trials alone, so a resumed search draws
+        the same ones.
 
         Args:
             number: of the new trial.
-            known: the others, over or not.
+            trials: the others, over or not.
         """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         state = np.random.SeedSequence((self._seed, number)).generate_state(1)
-        # trials run side by side: those without a result count as bad, so as not to be repeated
+        # trials run concurrently: those without a result count as bad, so they are not repeated
         sampler = optuna.samplers.TPESampler(
             seed=int(state[0]), n_startup_trials=_STARTUP_TRIALS, constant_liar=True
         )
         study = optuna.create_study(direction="maximize", sampler=sampler)
-        study.add_trials([self._told(trial) for trial in sorted(known, key=lambda one: one.number)])
+        ordered = sorted(trials, key=lambda trial: trial.number)
+        study.add_trials([self._optuna_trial(trial) for trial in ordered])
         return dict(study.ask(self._distributions).params)
 
-    def _told(self, trial: Trial) -> Any:
-        """A trial as Optuna takes it.
+    def _optuna_trial(self, trial: Trial) -> Any:
+        """A trial in Optuna's form.
 
-        Those that did not come to the end, paused ones too, rank behind those that did, by how
-        far they came and then by their score: to TPE they are pruned.
+        TPE treats trials that did not finish, paused ones too, as pruned: they rank below the
+        finished ones, by the epoch that they reached and then by their score.
         """
         from optuna.trial import TrialState, create_trial
 
@@ -79,41 +81,43 @@ class Suggestions:
 
 
 class Planner(Searcher):
-    """Hands what `Halving` decides to Ray Tune: to it, each job is a trial of its own."""
+    """Hands the jobs of `Halving` to Ray Tune, for which each job is a trial."""
 
-    def __init__(self, sweep: str, halving: Halving, make: Callable[[int], Trial]) -> None:
+    def __init__(
+        self, files: SweepFolder, halving: Halving, create: Callable[[int], Trial]
+    ) -> None:
         """Starts with what is left to do.
 
         Args:
-            sweep: the sweep's folder.
-            halving: decides.
-            make: makes and writes down a new trial of that number.
+            files: of the sweep.
+            halving: decides on the jobs.
+            create: creates and records a new trial with a number.
         """
         super().__init__(metric=SCORE, mode="max")
-        self._sweep, self._halving, self._make = sweep, halving, make
+        self._files, self._halving, self._create = files, halving, create
         self._jobs: dict[str, Job] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        """The next job; None for none now; or that there is none any more."""
+        """The next job; None where there is none now; `FINISHED` where there will be none."""
         job = self._halving.next()
         if job is None:
             return None if self._halving.is_training else Searcher.FINISHED
         if job.number not in self._halving.trials:
-            self._halving.begins(self._make(job.number))
+            self._halving.begins(self._create(job.number))
         self._jobs[trial_id] = job
         return {"number": job.number, "until": job.until}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Passes on how the job ended, from the trial's records."""
-        trial = store.read_trial(self._sweep, self._jobs.pop(trial_id).number)
-        # a process that died too often: that is written down only after this call
+        """Reports to `Halving` how the job ended, from the trial's files."""
+        trial = self._files.trial(self._jobs.pop(trial_id).number).read()
+        # after too many deaths of its process, the trial's end is recorded only after this call
         self._halving.ended(replace(trial, status=store.FAILED) if error else trial)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the records are what a further sitting begins with."""
+        """Writes an empty file: the next session starts from the sweep's files."""
         Path(checkpoint_path).write_bytes(b"")
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as in `save`."""
+        """Does nothing, as `save` explains."""

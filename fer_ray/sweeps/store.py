@@ -1,15 +1,17 @@
-"""What a sweep leaves on the disk, and how it knows what is still to do.
+"""The files of a sweep: the one place that knows their names, and reads and writes them.
 
-``<storage>/<run>/`` holds ``sweep.json`` (what was asked for), ``trials.parquet`` (one row a
-trial and epoch), ``summary.json`` and a folder a trial, ``trials/00007/``: ``trial.json`` (its
-options), ``history.parquet`` (its epochs so far), while it is unfinished its last checkpoint,
-and once it is over ``end.json``; its lines are in ``logs/``. The folders are the truth, the tables
-are made from them: a process that is killed at any moment leaves a trial that is over or one that
-goes on.
+``<storage>/<run>/`` holds ``sweep.json`` (the settings of the sweep), ``trials.parquet`` (one row
+per trial and epoch), ``summary.json`` and one folder per trial, ``trials/00007/``: ``trial.json``
+(its options), ``history.parquet`` (its epochs so far), its last checkpoint while it is unfinished,
+``end.json`` once it is over, ``error.txt`` after an unexpected exception, and ``logs/``.
+
+The trials' folders are the source of truth and the tables are derived from them, so a process that
+is killed at any moment leaves each trial either over or ready to resume.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tempfile
 import time
@@ -37,10 +39,13 @@ TRIALS = "trials.parquet"
 SUMMARY = "summary.json"
 FORMAT = 1
 FINISHED, STOPPED, FAILED, UNFINISHED = "finished", "stopped", "failed", "unfinished"
-"""What becomes of a trial: trained to its end, left behind by ASHA, failed, to go on."""
+"""The status of a trial: trained to its end, not promoted by ASHA, failed, not over yet."""
 
 _FOLDER = "trials"
-_TRIAL, _HISTORY, _END = "trial.json", "history.parquet", "end.json"
+_TRIAL, _HISTORY, _END, _ERROR = "trial.json", "history.parquet", "end.json", "error.txt"
+_CHECKPOINT = "checkpoint_"
+_REMOVED_AT_THE_END = (_CHECKPOINT, f".{_CHECKPOINT}", "workers")
+"""How the names of files begin that only an unfinished trial needs."""
 
 METRICS = (*histories.METRICS, "images_per_s", "seconds")
 """The columns that every epoch fills, as in ``history.parquet``."""
@@ -49,121 +54,183 @@ METRICS = (*histories.METRICS, "images_per_s", "seconds")
 _ARROW_TYPES = {int: pa.int32(), float: pa.float64(), bool: pa.bool_(), str: pa.string()}
 
 
-SCHEMA = pa.schema(
-    [
-        pa.field("trial", pa.int32(), nullable=False),
-        pa.field("arm", pa.string()),
-        *(
-            pa.field(setting.column, _ARROW_TYPES[setting.type])
-            for setting in overrides.settings().values()
-        ),
-        pa.field("epoch", pa.int32(), nullable=False),
-        *(pa.field(metric, pa.float64()) for metric in METRICS),
-        pa.field("ended_at", pa.timestamp("ms", tz="UTC")),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("stop_reason", pa.string()),
-        *(pa.field(name, pa.string()) for name in ("hardware", "computed_in", "versions")),
-    ]
-)
-"""The columns of every ``trials.parquet``."""
+def schema(names: Iterable[str] = ()) -> pa.Schema:
+    """The columns of ``trials.parquet``: every setting, then what was measured.
+
+    Args:
+        names: keys of the histories' rows, which may have further metrics.
+    """
+    settings = overrides.settings().values()
+    return pa.schema(
+        [
+            pa.field("trial", pa.int32(), nullable=False),
+            pa.field("arm", pa.string()),
+            *(pa.field(setting.column, _ARROW_TYPES[setting.type]) for setting in settings),
+            pa.field("epoch", pa.int32(), nullable=False),
+            *(pa.field(metric, pa.float64()) for metric in METRICS),
+            pa.field("ended_at", pa.timestamp("ms", tz="UTC")),
+            pa.field("status", pa.string(), nullable=False),
+            pa.field("stop_reason", pa.string()),
+            *(pa.field(name, pa.string()) for name in ("hardware", "computed_in", "versions")),
+            *(pa.field(name, pa.float64()) for name in histories.added_metrics(names)),
+        ]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One trial, as its folder tells."""
+    """One trial, as its folder records it."""
 
     number: int
-    """From 0, in the order in which they were planned or suggested."""
+    """From 0, in the order in which the trials were planned or suggested."""
     arm: str | None
-    """Designed sweeps: the name of what differs."""
+    """The name of its arm in a grid; None in a search."""
     options: dict[str, Any]
-    """What differs from the sweep's base settings, by dotted name; the seed too."""
+    """The settings that differ from the sweep's base settings, by dotted name; the seed too."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One dict an epoch."""
+    """One dict per epoch: the rows of ``history.parquet``."""
     status: str = UNFINISHED
     reason: str | None = None
-    """Why it was stopped, or failed."""
+    """Why it was stopped, failed, or finished before its last epoch."""
     ran_on: dict[str, str] = field(default_factory=dict)
-    """Of trials that are over: `hardware`, `computed_in` and `versions` of its last epoch."""
+    """`hardware`, `computed_in` and `versions` of its last epoch; empty until it is over."""
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether it will not be trained further."""
         return self.status != UNFINISHED
 
     def config(self, base: TrainConfig) -> TrainConfig:
-        """All its settings."""
+        """All settings of the trial."""
         return overrides.changed(base, self.options)
 
 
-def folder_of(sweep: str, number: int) -> str:
-    """A trial's folder."""
-    return storage.join(sweep, _FOLDER, f"{number:05d}")
+@dataclass(frozen=True)
+class TrialFolder:
+    """The files of one trial."""
 
+    sweep: str
+    """The sweep's folder."""
+    number: int
 
-def create(sweep: str, trial: Trial) -> None:
-    """Writes down a trial before it begins."""
-    value = {"number": trial.number, "arm": trial.arm, "options": trial.options}
-    storage.write_json(storage.join(folder_of(sweep, trial.number), _TRIAL), value)
+    @property
+    def path(self) -> str:
+        """The folder: local path or URI."""
+        return storage.join(self.sweep, _FOLDER, f"{self.number:05d}")
 
+    @property
+    def run(self) -> str:
+        """The name of the trial in log lines, metrics and checkpoints."""
+        return f"{storage.name_of(self.sweep)}-{self.number:05d}"
 
-def end(sweep: str, number: int, status: str, reason: str | None = None) -> None:
-    """Writes down how a trial ended, and removes its checkpoint.
+    def _file(self, name: str) -> str:
+        return storage.join(self.path, name)
 
-    What was written first stays: a trial that ended while its stop was on the way has ended.
-    """
-    folder = folder_of(sweep, number)
-    path = storage.join(folder, _END)
-    if not storage.exists(path):
-        # the time is for whoever looks; nothing is computed from it
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        ended = {"status": status, "reason": reason, "at": at, "ran_on": _ran_on(folder)}
-        storage.write_json(path, ended)
-    for name in storage.list_names(folder):
-        if name.startswith(("checkpoint_", ".checkpoint_", "workers")):
-            storage.remove(storage.join(folder, name))
+    @property
+    def exists(self) -> bool:
+        """Whether the trial was created."""
+        return storage.exists(self._file(_TRIAL))
 
+    def read(self) -> Trial:
+        """The trial as its folder records it."""
+        value = storage.read_json(self._file(_TRIAL))
+        end: dict[str, Any] = {"status": UNFINISHED, "reason": None}
+        if storage.exists(self._file(_END)):
+            end = storage.read_json(self._file(_END))
+        return Trial(
+            **value,
+            history=self._read_history(),
+            status=end["status"],
+            reason=end["reason"],
+            ran_on=end.get("ran_on", {}),
+        )
 
-def _ran_on(folder: str) -> dict[str, str]:
-    """What a trial was computed on and in, as its last checkpoint tells."""
-    found = _last_checkpoint(folder)
-    if not found:
-        return {}
-    hardware, versions = found.provenance["hardware"], found.provenance["versions"]
-    device = hardware.get("gpu") or f"{hardware['processor']}, {hardware['cores']} cores"
-    return {
-        "hardware": f"{device}, {hardware['threads_per_worker']} thread(s) a worker",
-        "computed_in": "bfloat16" if found.bfloat16 else "float32",
-        "versions": f"torch {versions['torch']}, ray {versions['ray']}",
-    }
+    def _read_history(self) -> list[dict[str, Any]]:
+        if not storage.exists(self._file(_HISTORY)):
+            return []
+        content = storage.read_bytes(self._file(_HISTORY))
+        return pq.read_table(io.BytesIO(content)).to_pylist()
 
+    def save(self, history: list[dict[str, Any]], write: Callable[[Path], None]) -> None:
+        """Keeps the checkpoint and the history after an epoch, and removes older checkpoints.
 
-def save(
-    folder: str, epoch: int, history: list[dict[str, Any]], write: Callable[[Path], None]
-) -> None:
-    """Keeps a trial's checkpoint and history after an epoch, whole or not at all.
+        Args:
+            history: one row per epoch.
+            write: writes the checkpoint into a local folder.
+        """
+        name = f"{_CHECKPOINT}{len(history):06d}"
+        path = self._file(name)
+        if storage.is_uri(path):
+            _upload(path, write)
+        else:
+            with storage.staged_directory(path) as unfinished:
+                write(Path(unfinished))
+        write_history(self._file(_HISTORY), history)
+        for other in storage.list_names(self.path):
+            if other.startswith(_CHECKPOINT) and other != name:
+                storage.remove(self._file(other))
 
-    Args:
-        folder: of the trial.
-        epoch: epochs that are done.
-        history: their rows.
-        write: writes the checkpoint into a local folder.
-    """
-    name = f"checkpoint_{epoch:06d}"
-    path = storage.join(folder, name)
-    if storage.is_uri(path):
-        _upload(path, write)
-    else:
-        with storage.staged_directory(path) as unfinished:
-            write(Path(unfinished))
-    write_history(storage.join(folder, _HISTORY), history)
-    for other in storage.list_names(folder):
-        if other.startswith("checkpoint_") and other != name:
-            storage.remove(storage.join(folder, other))
+    def resume(self, log: Callable[[str], None]) -> Checkpoint | None:
+        """The checkpoint to resume from; None: train from the first epoch.
+
+        Damaged checkpoints are passed over. The history is made to match the checkpoint: a crash
+        may have come between the checkpoint and its row, and epochs whose checkpoint is damaged
+        are trained again.
+
+        Args:
+            log: receives a line where epochs are trained again.
+        """
+        latest = checkpoint.latest(self.path)
+        epochs = latest.history if latest else []
+        lost = len(self._read_history()) - len(epochs)
+        if lost > 0:
+            log(
+                f"{self.run}: no undamaged checkpoint after epoch {len(epochs) + lost}: "
+                f"training again from epoch {len(epochs) + 1}"
+            )
+        if lost:
+            write_history(self._file(_HISTORY), epochs)
+        return latest
+
+    def end(self, status: str, reason: str | None = None) -> None:
+        """Records how the trial ended, and removes its checkpoint.
+
+        The first record stays: a trial may end by itself while it is being stopped.
+        """
+        if not storage.exists(self._file(_END)):
+            # for readers; nothing is computed from it
+            at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            value = {"status": status, "reason": reason, "at": at, "ran_on": self._ran_on()}
+            storage.write_json(self._file(_END), value)
+        for name in storage.list_names(self.path):
+            if name.startswith(_REMOVED_AT_THE_END):
+                storage.remove(self._file(name))
+
+    def _ran_on(self) -> dict[str, str]:
+        """Hardware, precision and versions of the last epoch, from the index of its checkpoint.
+
+        The index has its own file, so it does not matter here whether the tensors are damaged.
+        """
+        checkpoints = checkpoint.in_run(self.path)
+        if not checkpoints:
+            return {}
+        last = max(checkpoints, key=lambda candidate: candidate.epoch)
+        hardware, versions = last.provenance["hardware"], last.provenance["versions"]
+        device = hardware.get("gpu") or f"{hardware['processor']}, {hardware['cores']} cores"
+        return {
+            "hardware": f"{device}, {hardware['threads_per_worker']} thread(s) a worker",
+            "computed_in": "bfloat16" if last.bfloat16 else "float32",
+            "versions": f"torch {versions['torch']}, ray {versions['ray']}",
+        }
+
+    def keep_traceback(self, text: str) -> None:
+        """Keeps the traceback of an unexpected exception, if the folder can still be written."""
+        with contextlib.suppress(OSError):
+            storage.write_bytes(self._file(_ERROR), text.encode())
 
 
 def _upload(path: str, write: Callable[[Path], None]) -> None:
-    """Object stores cannot rename: the index, without which a checkpoint is none, goes last."""
+    """Object stores cannot rename, so the index, which makes a folder a checkpoint, goes last."""
     with tempfile.TemporaryDirectory() as temporary:
         write(Path(temporary))
         fs, inner = storage.filesystem(path)
@@ -173,53 +240,102 @@ def _upload(path: str, write: Callable[[Path], None]) -> None:
             pafs.copy_files(str(file), f"{inner}/{file.name}", destination_filesystem=fs)
 
 
-def resume(folder: str) -> Checkpoint | None:
-    """Where an unfinished trial goes on from; its history is made to match."""
-    found = _last_checkpoint(folder)
-    if found:  # a crash may have come between a checkpoint and its row
-        write_history(storage.join(folder, _HISTORY), found.history)
-    return found
+@dataclass(frozen=True)
+class SweepFolder:
+    """The files of one sweep."""
 
+    path: str
+    """The folder: local path or URI."""
 
-def _last_checkpoint(folder: str) -> Checkpoint | None:
-    return max(checkpoint.in_run(folder), key=lambda one: one.epoch, default=None)
+    def trial(self, number: int) -> TrialFolder:
+        """The files of one of its trials."""
+        return TrialFolder(self.path, number)
 
+    def create(self, trial: Trial) -> None:
+        """Records a trial before it begins."""
+        value = {"number": trial.number, "arm": trial.arm, "options": trial.options}
+        storage.write_json(storage.join(self.trial(trial.number).path, _TRIAL), value)
 
-def read_trial(sweep: str, number: int) -> Trial:
-    """A trial as its folder tells."""
-    folder = folder_of(sweep, number)
-    value = storage.read_json(storage.join(folder, _TRIAL))
-    history: list[dict[str, Any]] = []
-    if storage.exists(storage.join(folder, _HISTORY)):
-        content = storage.read_bytes(storage.join(folder, _HISTORY))
-        history = pq.read_table(io.BytesIO(content)).to_pylist()
-    ended: dict[str, Any] = {"status": UNFINISHED, "reason": None}
-    if storage.exists(storage.join(folder, _END)):
-        ended = storage.read_json(storage.join(folder, _END))
-    return Trial(
-        **value,
-        history=history,
-        status=ended["status"],
-        reason=ended["reason"],
-        ran_on=ended.get("ran_on", {}),
-    )
+    def trials(self) -> list[Trial]:
+        """Every trial that was created, by number."""
+        names = storage.list_names(storage.join(self.path, _FOLDER))
+        folders = [self.trial(int(name)) for name in names if name.isdigit()]
+        return [folder.read() for folder in folders if folder.exists]
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is a sweep."""
+        return storage.exists(storage.join(self.path, SWEEP))
 
-def read_all(sweep: str) -> list[Trial]:
-    """Every trial that was written down, by number."""
-    names = storage.list_names(storage.join(sweep, _FOLDER))
-    return [
-        read_trial(sweep, int(name))
-        for name in names
-        if name.isdigit() and storage.exists(storage.join(sweep, _FOLDER, name, _TRIAL))
-    ]
+    def write_settings(self, value: Mapping[str, Any]) -> None:
+        """Writes ``sweep.json``."""
+        storage.write_json(storage.join(self.path, SWEEP), value)
+
+    def read_settings(self) -> dict[str, Any]:
+        """The content of ``sweep.json``.
+
+        Raises:
+            UserError: where the folder is not a sweep's, or of another version.
+        """
+        value = storage.read_json(self._checked(SWEEP))
+        if value.get("format") != FORMAT:
+            raise UserError(f"{self.path}: this sweep was written by another version of fer_ray")
+        return value
+
+    def write_table(self, base: TrainConfig) -> list[Trial]:
+        """Writes ``trials.parquet`` from the trials' folders, and returns the trials.
+
+        Args:
+            base: the settings that all trials have in common.
+        """
+        trials = self.trials()
+        names = (name for trial in trials for row in trial.history for name in row)
+        table = pa.Table.from_pylist(rows(trials, base), schema=schema(names))
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        storage.write_bytes(storage.join(self.path, TRIALS), sink.getvalue().to_pybytes())
+        return trials
+
+    def read_table(self) -> pd.DataFrame:
+        """The content of ``trials.parquet``, by trial and epoch; missing columns are null.
+
+        Raises:
+            UserError: where the folder is not a sweep's.
+        """
+        content = storage.read_bytes(self._checked(TRIALS))
+        frame = pq.read_table(io.BytesIO(content)).to_pandas()
+        missing = [name for name in schema().names if name not in frame]
+        frame = frame.reindex(columns=[*frame.columns, *missing])
+        return frame.sort_values(["trial", "epoch"], ignore_index=True)
+
+    def write_summary(self, value: Mapping[str, Any]) -> None:
+        """Writes ``summary.json``."""
+        storage.write_json(storage.join(storage.absolute(self.path), SUMMARY), value)
+
+    def read_summary(self) -> Any:
+        """The content of ``summary.json``.
+
+        Raises:
+            UserError: where the folder is not a sweep's.
+        """
+        return storage.read_json(self._checked(SUMMARY))
+
+    def _checked(self, name: str) -> str:
+        """The path of one of the files above, which has to be there."""
+        path = storage.join(storage.absolute(self.path), name)
+        if not storage.exists(path):
+            raise UserError(
+                f"{storage.absolute(self.path)}: not a sweep: {name} is missing; give the folder "
+                "of a run of jobs/tune.py"
+            )
+        return path
 
 
 def rows(trials: Iterable[Trial], base: TrainConfig) -> list[dict[str, Any]]:
-    """The rows of ``trials.parquet``; a trial that failed before its first epoch has one too."""
-    found = []
+    """The rows of ``trials.parquet``; a trial that failed in its first epoch has one too."""
+    table = []
     for trial in trials:
-        around = {
+        shared = {
             "trial": trial.number,
             "arm": trial.arm,
             **overrides.values_of(trial.config(base)),
@@ -228,10 +344,10 @@ def rows(trials: Iterable[Trial], base: TrainConfig) -> list[dict[str, Any]]:
             **trial.ran_on,
         }
         if trial.history:
-            found += [{**around, **_epoch(row)} for row in trial.history]
+            table += [{**shared, **_epoch(row)} for row in trial.history]
         elif trial.is_over:
-            found.append({**around, "epoch": 0})
-    return found
+            table.append({**shared, "epoch": 0})
+    return table
 
 
 def measured(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,58 +357,3 @@ def measured(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _epoch(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"epoch": row["epoch"], **measured(row), "ended_at": row.get("ended_at")}
-
-
-def schema(names: Iterable[str]) -> pa.Schema:
-    """The columns of a ``trials.parquet``: `SCHEMA`, then those of further metrics.
-
-    Args:
-        names: keys of the histories' rows.
-    """
-    return pa.schema([*SCHEMA, *((name, pa.float64()) for name in histories.added_metrics(names))])
-
-
-def table(trials: Iterable[Trial], base: TrainConfig) -> pa.Table:
-    """The content of ``trials.parquet``."""
-    trials = list(trials)
-    names = (name for trial in trials for row in trial.history for name in row)
-    return pa.Table.from_pylist(rows(trials, base), schema=schema(names))
-
-
-def write_trials(sweep: str, base: TrainConfig) -> list[Trial]:
-    """Makes ``trials.parquet`` from the trials' folders; returns the trials."""
-    trials = read_all(sweep)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table(trials, base), sink)
-    storage.write_bytes(storage.join(sweep, TRIALS), sink.getvalue().to_pybytes())
-    return trials
-
-
-def read_trials(sweep: str) -> pd.DataFrame:
-    """The content of ``trials.parquet``, by trial and epoch.
-
-    Raises:
-        UserError: where the folder is no sweep.
-    """
-    content = storage.read_bytes(storage.join(_checked(sweep, TRIALS), TRIALS))
-    frame = pq.read_table(io.BytesIO(content)).to_pandas()
-    return frame.sort_values(["trial", "epoch"], ignore_index=True)
-
-
-def read_sweep(sweep: str) -> dict[str, Any]:
-    """The content of ``sweep.json``.
-
-    Raises:
-        UserError: where the folder is no sweep.
-    """
-    value = storage.read_json(storage.join(_checked(sweep, SWEEP), SWEEP))
-    if value.get("format") != FORMAT:
-        raise UserError(f"{sweep}: a sweep of another version of this project")
-    return value
-
-
-def _checked(sweep: str, name: str) -> str:
-    path = storage.absolute(sweep)
-    if not storage.exists(storage.join(path, name)):
-        raise UserError(f"{path}: not a sweep: {name} is missing; a folder of jobs/tune.py's run")
-    return path

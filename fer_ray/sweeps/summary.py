@@ -1,4 +1,4 @@
-"""A sweep's result as numbers: what ``summary.json`` holds, made from the two other files."""
+"""A sweep's result as numbers: the content of ``summary.json``, and the winner's settings."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pandas as pd
 
-from fer_ray import storage
 from fer_ray.config import overrides
 from fer_ray.config.schema import TrainConfig
-from fer_ray.reporting.text import aligned
-from fer_ray.sweeps import sentences, store, winner
+from fer_ray.errors import UserError
+from fer_ray.sweeps import sentences, store
 from fer_ray.sweeps.analysis import LEVEL, POWER, Analysis, analyse
 from fer_ray.sweeps.importance import importance, plain
 from fer_ray.sweeps.space import GRID
+from fer_ray.sweeps.store import SweepFolder
 
 FORMAT = 1
 METRICS = {"accuracy": "validation_accuracy", "macro_f1": "validation_macro_f1"}
@@ -25,20 +25,21 @@ _NUM_BEST = 10
 _STATUSES = (store.FINISHED, store.STOPPED, store.FAILED)
 
 
-def write(folder: str) -> dict[str, Any]:
-    """Makes ``summary.json`` from a sweep's two other files, and returns its content."""
-    made = summarize(folder)
-    storage.write_json(storage.join(storage.absolute(folder), store.SUMMARY), made)
-    return made
+def write(path: str) -> dict[str, Any]:
+    """Writes ``summary.json`` from the other two files of a sweep's folder; returns its content."""
+    content = summarize(path)
+    SweepFolder(path).write_summary(content)
+    return content
 
 
-def summarize(folder: str) -> dict[str, Any]:
-    """The content of ``summary.json``: JSON types, None where a number cannot be told.
+def summarize(path: str) -> dict[str, Any]:
+    """The content of ``summary.json``: JSON types, None where a number is not known.
 
     Raises:
-        UserError: where the folder is no sweep.
+        UserError: where the folder is not a sweep's.
     """
-    return of_trials(store.read_sweep(folder), store.read_trials(folder))
+    files = SweepFolder(path)
+    return of_trials(files.read_settings(), files.read_table())
 
 
 def of_trials(sweep: Mapping[str, Any], trials: pd.DataFrame) -> dict[str, Any]:
@@ -46,18 +47,16 @@ def of_trials(sweep: Mapping[str, Any], trials: pd.DataFrame) -> dict[str, Any]:
     base = TrainConfig.from_dict({**sweep["config"], "data": sweep["data"]})
     last = last_epochs(trials)
     finished = last[(last["status"] == store.FINISHED) & last["validation_accuracy"].notna()]
-    about = {
+    content = {
         "format": FORMAT,
         **{key: sweep[key] for key in ("sweep", "run", "method", "data", "data_sha256")},
         "model": {
             "name": base.model.name,
-            **{key: sweep[key] for key in ("parameters", "multiply_adds")},
-            "most_parameters": sweep.get("most_parameters", sweep["parameters"]),
+            **{key: sweep[key] for key in ("parameters", "multiply_adds", "most_parameters")},
         },
         **{key: sweep[key] for key in ("train_images", "validation_images", "train_fraction")},
         "epochs": base.schedule.epochs,
-        "seeds": sweep["seeds"],
-        "fewer_seeds_before": sweep.get("fewer_seeds_before", []),
+        **{key: sweep[key] for key in ("seeds", "fewer_seeds_before")},
         "trials": _counts(sweep, last),
         "num_epochs_run": int((trials["epoch"] > 0).sum()),
         "training_s": float(trials["seconds"].sum()),
@@ -66,59 +65,13 @@ def of_trials(sweep: Mapping[str, Any], trials: pd.DataFrame) -> dict[str, Any]:
         "failures": _failures(last),
     }
     if sweep["method"] == GRID:
-        part = _grid(sweep, base, last, finished)
+        content |= _grid(sweep, base, last, finished)
     else:
-        part = _search(sweep, base, trials, finished)
-    made = _without_nan({**about, **part})
-    return {**made, "conclusions": sentences.conclusions(made), "caveats": sentences.caveats(made)}
-
-
-def as_text(made: Mapping[str, Any]) -> str:
-    """The content of ``summary.json`` as plain text: what it shows, a table, the winner."""
-    head = f"sweep {made['run']}: {sentences.trials(made)}"
-    rows = _arm_rows(made) if made["method"] == GRID else _best_rows(made)
-    blocks = [head, "\n".join(made["conclusions"])]
-    if made["winner"]:
-        blocks.append("\n".join(rows))
-    blocks.append("\n".join(f"note: {line}" for line in made["caveats"]))
-    if made["winner"]:
-        blocks.append(f"the winner, alone:\n{made['winner']['command']}")
-    return "\n\n".join(blocks)
-
-
-def _arm_rows(made: Mapping[str, Any]) -> list[str]:
-    rows = [
-        ["arm", "n", "accuracy %", "difference", "95 % interval", "p", "corrected", "macro-F1 %"]
-    ]
-    for arm in made["arms"]:
-        one = arm["accuracy"]
-        difference = "baseline"
-        if arm["arm"] != made["comparison"]["baseline"]:
-            difference = sentences.points(one["difference"])
-        rows.append(
-            [
-                arm["arm"],
-                str(arm["num_seeds"]),
-                sentences.percent(one["mean"]),
-                difference,
-                sentences.between(one["difference_low"], one["difference_high"]),
-                sentences.of_p(one["p_value"]),
-                sentences.of_p(one["p_holm"]),
-                sentences.percent(arm["macro_f1"]["mean"]),
-            ]
-        )
-    return aligned(rows, num_texts=1)
-
-
-def _best_rows(made: Mapping[str, Any]) -> list[str]:
-    rows = [["trial", "accuracy %", "macro-F1 %"]]
-    rows += [
-        [str(one["trial"]), *(sentences.percent(one[metric]) for metric in METRICS)]
-        for one in made["best"]
-    ]
-    named = ["options", *(sentences.named(one["options"]) for one in made["best"])]
-    lines = aligned(rows, num_texts=1)
-    return [f"{line}  {options}" for line, options in zip(lines, named)]
+        content |= _search(sweep, base, trials, finished)
+    content = _without_nan(content)
+    content["conclusions"] = sentences.conclusions(content)
+    content["caveats"] = sentences.caveats(content)
+    return content
 
 
 def last_epochs(trials: pd.DataFrame) -> pd.DataFrame:
@@ -127,30 +80,24 @@ def last_epochs(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def _counts(sweep: Mapping[str, Any], last: pd.DataFrame) -> dict[str, int]:
-    """Trials by status; those that have not begun are unfinished too."""
+    """Number of trials by status; those that have not begun are unfinished too."""
     counts = {status: int((last["status"] == status).sum()) for status in _STATUSES}
     planned = max(sweep["num_trials"], len(last))
-    return {
-        "planned": planned,
-        **counts,
-        store.UNFINISHED: planned - sum(counts.values()),
-    }
+    return {"planned": planned, **counts, store.UNFINISHED: planned - sum(counts.values())}
 
 
 def _ran_on(last: pd.DataFrame) -> list[dict[str, Any]]:
-    """The different combinations of hardware, arithmetic and versions, most trials first."""
-    known = last[last["hardware"].notna()] if "hardware" in last else last[:0]
-    if known.empty:  # of sweeps from before this was kept
-        return []
-    alike = known.groupby(["hardware", "computed_in", "versions"]).size().reset_index(name="count")
-    named = [
+    """The combinations of hardware, precision and versions, those of most trials first."""
+    columns = ["hardware", "computed_in", "versions"]
+    combinations = last.dropna(subset=columns).groupby(columns).size().reset_index(name="trials")
+    groups = [
         {
-            "on": f"{one['hardware']} in {one['computed_in']} ({one['versions']})",
-            "trials": int(one["count"]),
+            "on": f"{row['hardware']} in {row['computed_in']} ({row['versions']})",
+            "trials": int(row["trials"]),
         }
-        for one in alike.to_dict("records")
+        for row in combinations.to_dict("records")
     ]
-    return sorted(named, key=lambda one: -one["trials"])
+    return sorted(groups, key=lambda group: -group["trials"])
 
 
 def _failures(last: pd.DataFrame) -> list[dict[str, Any]]:
@@ -161,13 +108,13 @@ def _failures(last: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
+# -- grids ----------------------------------------------------------------------------------
+
+
 def _grid(
-    sweep: Mapping[str, Any],
-    base: TrainConfig,
-    last: pd.DataFrame,
-    finished: pd.DataFrame,
+    sweep: Mapping[str, Any], base: TrainConfig, last: pd.DataFrame, finished: pd.DataFrame
 ) -> dict[str, Any]:
-    """What a designed sweep adds."""
+    """The part of the summary that only a grid has."""
     names = [arm["name"] for arm in sweep["arms"]]
     analyses = {metric: _analyse(finished, names, column) for metric, column in METRICS.items()}
     accuracy = analyses["accuracy"]
@@ -182,6 +129,7 @@ def _grid(
         }
         for number, arm in enumerate(sweep["arms"])
     ]
+    tested = [compared for compared in accuracy.comparisons if not math.isnan(compared.p_holm)]
     return {
         "arms": arms,
         "comparison": {
@@ -189,7 +137,7 @@ def _grid(
             "method": sentences.METHOD,
             "level": LEVEL,
             "power": POWER,
-            "num_comparisons": sum(not math.isnan(one.p_holm) for one in accuracy.comparisons),
+            "num_comparisons": len(tested),
             **{metric: _of_noise(analysis) for metric, analysis in analyses.items()},
             "agreement": _agreement(*analyses.values()),
         },
@@ -203,20 +151,20 @@ def _analyse(finished: pd.DataFrame, names: Sequence[str], column: str) -> Analy
 
 
 def _arm(analysis: Analysis, number: int) -> dict[str, Any]:
-    """One arm's numbers by one metric; the baseline's differences are NaN."""
+    """One arm's numbers by one metric; the differences of the baseline are None."""
     mean = analysis.arms[number]
     compared = analysis.comparison(mean.arm)
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         name: getattr(mean, name) for name in ("mean", "deviation", "low", "high")
     }
     for name in (
         *("difference", "standard_error", "p_value", "p_holm", "paired_p_value"),
         *("num_pairs", "smallest_shown", "detectable", "shown"),
     ):
-        found[name] = getattr(compared, name, None)
+        numbers[name] = getattr(compared, name, None)
     for end in ("low", "high"):
-        found[f"difference_{end}"] = getattr(compared, end, None)
-    return found
+        numbers[f"difference_{end}"] = getattr(compared, end, None)
+    return numbers
 
 
 def _of_noise(analysis: Analysis) -> dict[str, Any]:
@@ -226,31 +174,31 @@ def _of_noise(analysis: Analysis) -> dict[str, Any]:
 
 def best_arm(analysis: Analysis) -> str | None:
     """The arm with the highest mean among those with the most seeds; None without any."""
-    most = max(one.num_seeds for one in analysis.arms)
+    most = max(arm.num_seeds for arm in analysis.arms)
     if not most:
         return None
-    eligible = [one for one in analysis.arms if one.num_seeds == most]
-    return max(eligible, key=lambda one: one.mean).arm
+    eligible = [arm for arm in analysis.arms if arm.num_seeds == most]
+    return max(eligible, key=lambda arm: arm.mean).arm
 
 
 def _agreement(accuracy: Analysis, macro_f1: Analysis) -> dict[str, Any]:
-    """Whether macro-F1 says the same as accuracy."""
+    """Whether macro-F1 leads to the same conclusions as accuracy."""
     from scipy.stats import kendalltau
 
     means = [
-        (one.mean, other.mean)
-        for one, other in zip(accuracy.arms, macro_f1.arms)
-        if one.num_seeds and other.num_seeds
+        (by_accuracy.mean, by_macro_f1.mean)
+        for by_accuracy, by_macro_f1 in zip(accuracy.arms, macro_f1.arms)
+        if by_accuracy.num_seeds and by_macro_f1.num_seeds
     ]
     tau = kendalltau(*zip(*means)).statistic if len(means) > 1 else math.nan
-    shown = [
-        [(one.arm, one.difference > 0) for one in analysis.comparisons if one.shown]
+    effects = [
+        [(arm.arm, arm.difference > 0) for arm in analysis.comparisons if arm.shown]
         for analysis in (accuracy, macro_f1)
     ]
     return {
         "rank_correlation": float(tau),
         "same_winner": best_arm(accuracy) == best_arm(macro_f1),
-        "same_conclusions": shown[0] == shown[1],
+        "same_conclusions": effects[0] == effects[1],
     }
 
 
@@ -260,23 +208,23 @@ def _winning_arm(
     name = best_arm(accuracy)
     if name is None:
         return None
-    chosen = next(arm["options"] for arm in sweep["arms"] if arm["name"] == name)
+    options = next(arm["options"] for arm in sweep["arms"] if arm["name"] == name)
     compared = accuracy.comparison(name)
     return {
         "arm": name,
         "differs": compared.shown if compared else False,
-        "score": next(one.mean for one in accuracy.arms if one.arm == name),
-        **winner.described(overrides.changed(base, chosen), chosen, sweep),
+        "score": next(arm.mean for arm in accuracy.arms if arm.arm == name),
+        **_settings_of_winner(overrides.changed(base, options), options, sweep),
     }
 
 
+# -- searches -------------------------------------------------------------------------------
+
+
 def _search(
-    sweep: Mapping[str, Any],
-    base: TrainConfig,
-    trials: pd.DataFrame,
-    finished: pd.DataFrame,
+    sweep: Mapping[str, Any], base: TrainConfig, trials: pd.DataFrame, finished: pd.DataFrame
 ) -> dict[str, Any]:
-    """What a search adds."""
+    """The part of the summary that only a search has."""
     ranked = finished.sort_values(["validation_accuracy", "trial"], ascending=[False, True])
     best = [
         {
@@ -288,16 +236,70 @@ def _search(
         }
         for row in ranked.head(_NUM_BEST).to_dict("records")
     ]
-    first = None
+    winner = None
     if best:
-        config = winner.config_of(ranked.iloc[0], base)
-        first = {
+        winner = {
             "trial": best[0]["trial"],
             "score": best[0]["accuracy"],
-            **winner.described(config, best[0]["options"], sweep),
+            **_settings_of_winner(config_of(ranked.iloc[0], base), best[0]["options"], sweep),
         }
-    found = asdict(importance(trials, sweep["space"]))
-    return {"space": sweep["space"], "best": best, "importance": found, "winner": first}
+    importances = asdict(importance(trials, sweep["space"]))
+    return {"space": sweep["space"], "best": best, "importance": importances, "winner": winner}
+
+
+def config_of(row: pd.Series, base: TrainConfig) -> TrainConfig:
+    """The settings of a trial.
+
+    Args:
+        row: one of ``trials.parquet``.
+        base: gives what has no column: the data, and where the work runs.
+    """
+    values: dict[str, Any] = {**base.to_dict(), "model": {}}
+    for setting in overrides.settings().values():
+        value = plain(row[setting.column])
+        if value is not None:  # None: an option of another network
+            values[setting.section][setting.field] = setting.type(value)
+    return TrainConfig.from_dict(values)
+
+
+# -- the winner -----------------------------------------------------------------------------
+
+
+def winner_run(sweep: str) -> str:
+    """The name of the run that trains the winner of a sweep."""
+    return f"{sweep}-winner"
+
+
+def _settings_of_winner(
+    config: TrainConfig, options: Mapping[str, Any], sweep: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The winner's settings: those that the sweep varies, all of them, and as a command."""
+    values = overrides.values_of(config)
+    return {
+        "options": dict(options),
+        "settings": {name: values[column] for column, name in overrides.columns().items()},
+        "command": overrides.as_command(config, run=winner_run(sweep["run"])),
+    }
+
+
+def read_winner(path: str) -> tuple[str, dict[str, Any]]:
+    """The winner in the ``summary.json`` of a sweep's folder.
+
+    Returns:
+        A name for the run that trains it, and the value of every setting by dotted name.
+
+    Raises:
+        UserError: where there is no summary, or no trial had finished.
+    """
+    try:
+        content = SweepFolder(path).read_summary()
+    except UserError as error:
+        raise UserError(f"--from-sweep: {error}") from error
+    if not isinstance(content, dict) or "winner" not in content:
+        raise UserError(f"--from-sweep: {path}: {store.SUMMARY} is not the summary of a sweep")
+    if content["winner"] is None:
+        raise UserError(f"--from-sweep: {path}: no trial of this sweep has finished")
+    return winner_run(content["run"]), content["winner"]["settings"]
 
 
 def _without_nan(value: Any) -> Any:

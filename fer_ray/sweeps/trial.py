@@ -1,8 +1,7 @@
-"""What runs in the process of one trial: the same loop as training's, on images that all share."""
+"""The training of one trial, in its own process: the loop of `training` on shared images."""
 
 from __future__ import annotations
 
-import contextlib
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,60 +13,69 @@ import torch
 from fer_ray import storage
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo
-from fer_ray.errors import JobFailed
+from fer_ray.errors import JobFailed, first_line
 from fer_ray.runtime import environment, process
 from fer_ray.sweeps import store
+from fer_ray.sweeps.store import SweepFolder, TrialFolder
 from fer_ray.training import loop, ray_trainer, worker
 from fer_ray.training.feed import Images
+from fer_ray.training.loop import StopReason
 from fer_ray.training.memory_feed import MemoryFeed
 from fer_ray.training.process_group import ProcessGroup
 from fer_ray.training.telemetry import Telemetry
 
-ERROR = "error.txt"
-"""Holds the traceback of a trial that failed for a reason that nobody foresaw."""
+
+class WorkersLost(RuntimeError):
+    """The workers of a trial ended without a reason of their own, as killed processes do."""
 
 
 def run(config: dict[str, Any], *, settings: dict[str, Any]) -> None:
-    """Trains a trial up to an epoch, or goes on with it; how it ends is written into its folder.
+    """Trains a trial up to an epoch, or resumes it, and records in its folder how it ended.
 
-    What the trial itself is to blame for (not finite, out of memory, any exception) ends it as
-    failed and is no failure to Ray Tune: a retry would end in the same way. Only a process that
-    dies is tried again; of several workers also one that ends by an exception that nobody
-    foresaw, since the others see no more of it than that it is gone.
+    Errors of the trial itself (a loss that is not finite, too little memory, any exception) end it
+    as failed and are not reported to Ray Tune, since a retry would end in the same way. Ray Tune
+    retries only after a process has died. With several workers, unexpected exceptions are retried
+    too: the peers only see a lost worker.
 
     Args:
         config: ``number`` of the trial, and ``until``, the epoch after which it pauses.
-        settings: ``sweep`` (folder), ``config`` (`TrainConfig.to_dict`, the base's), ``info``
-            (`DatasetInfo`) and ``images``, references to pixels and labels of each split.
+        settings: ``sweep`` (folder), ``config`` (`TrainConfig.to_dict` of the base settings),
+            ``info`` (`DatasetInfo`) and ``images``, references to the pixels and labels of each
+            split.
     """
-    sweep, number, until = settings["sweep"], config["number"], config["until"]
+    folder, until = SweepFolder(settings["sweep"]).trial(config["number"]), config["until"]
     try:
-        trial = store.read_trial(sweep, number)
+        trial = folder.read()
         if trial.is_over:
             return
         train_config = trial.config(TrainConfig.from_dict(settings["config"]))
         several = train_config.scaling.num_workers > 1
-        (_with_workers if several else _alone)(sweep, number, train_config, settings, until)
-        _finish(sweep, number, train_config, until)
-    except _WorkersLost:
-        raise  # as with a process that dies, Ray Tune tries again
+        (_train_on_workers if several else _train_here)(folder, train_config, settings, until)
+        _end_unless_paused(folder, train_config)
+    except WorkersLost:
+        raise
     except (loop.NotFinite, JobFailed) as error:
-        store.end(sweep, number, store.FAILED, _first_line(error))
+        folder.end(store.FAILED, first_line(error))
     except Exception as error:
         reason = process.out_of_memory(error)
         if not reason:
-            _keep_traceback(sweep, number)
-            reason = f"{type(error).__name__}: {_first_line(error)}"
-        store.end(sweep, number, store.FAILED, reason)
+            folder.keep_traceback(traceback.format_exc())
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        folder.end(store.FAILED, reason)
     finally:
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # others share the device
+            torch.cuda.empty_cache()  # other trials share the device
 
 
-def _alone(
-    sweep: str, number: int, config: TrainConfig, settings: dict[str, Any], until: int
+def _log(message: str) -> None:
+    """Ray forwards it to the driver's terminal."""
+    print(message, flush=True)
+
+
+def _train_here(
+    folder: TrialFolder, config: TrainConfig, settings: dict[str, Any], until: int
 ) -> None:
-    """One process, one device or a part of it."""
+    """Trains in this process, on one device or a fraction of it."""
     import ray
     from ray import tune
 
@@ -78,106 +86,84 @@ def _alone(
     info: DatasetInfo = settings["info"]
     images = [Images.known(*ray.get(settings["images"][name])) for name in worker.SPLITS]
     feed = MemoryFeed(config, info, *images, group=group)
-    folder = store.folder_of(sweep, number)
 
     def report(history: list[dict[str, Any]], save: Callable[[Path], None]) -> None:
-        store.save(folder, len(history), history, save)
-        tune.report(_reported(history[-1]))
+        folder.save(history, save)
+        row = history[-1]
+        tune.report({"epoch": row["epoch"], **store.measured(row)})
 
-    name = _name(sweep, number)
-    with Telemetry(run=name, rank=0, folder=folder, device=device) as callback:
+    with Telemetry(run=folder.run, rank=0, folder=folder.path, device=device) as callback:
         loop.train(
             config,
             info,
             feed,
             group=group,
-            run=name,
+            run=folder.run,
             report=report,
             provenance=environment.describe(device),
-            resume=store.resume(folder),
+            resume=folder.resume(_log),
             until=until,
             log=None,
             callback=callback,
         )
 
 
-def _name(sweep: str, number: int) -> str:
-    """What a trial's lines, metrics and checkpoints are called."""
-    return f"{storage.name_of(sweep)}-{number:05d}"
-
-
-def _reported(row: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Tune is told after an epoch."""
-    return {"epoch": row["epoch"], **store.measured(row)}
-
-
-def _with_workers(
-    sweep: str, number: int, config: TrainConfig, settings: dict[str, Any], until: int
+def _train_on_workers(
+    folder: TrialFolder, config: TrainConfig, settings: dict[str, Any], until: int
 ) -> None:
-    """A data-parallel run within the trial: for what does not fit one device."""
+    """Trains data-parallel, for a model or batch that does not fit one device."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    folder = store.folder_of(sweep, number)
-    given: dict[str, Any] = {"config": config.to_dict(), "run": _name(sweep, number)}
-    given |= {"folder": folder, "until": until, "log": False, "note_group": True}
-    free_workers(sweep, number)  # of this trial's process before, if it was killed
-    failure = storage.join(folder, worker.FAILURE)
+    path = folder.path
+    worker_settings: dict[str, Any] = {"config": config.to_dict(), "run": folder.run}
+    worker_settings |= {"folder": path, "until": until, "log": False, "note_group": True}
+    free_workers(folder)  # of an earlier process of this trial that was killed
+    folder.resume(_log)  # the workers look for the checkpoint themselves
+    failure = storage.join(path, worker.FAILURE)
     storage.remove(failure)
     try:
         ray_trainer.run_trainer(
             worker.work,
-            {**given, "images": settings["images"]},
-            # who stops the trial removes its workers: they must not be replaced
+            {**worker_settings, "images": settings["images"]},
+            # Ray Tune stops a trial by removing its workers: they must not be replaced
             replace(config.scaling, max_failures=0),
-            storage_path=storage.parent_of(folder),
-            run=storage.name_of(folder),
+            storage_path=storage.parent_of(path),
+            run=storage.name_of(path),
             failed="its workers failed",
             callbacks=[TuneReportCallback()],
         )
     except JobFailed as error:
         if not storage.exists(failure):
-            raise _WorkersLost(str(error)) from error
+            raise WorkersLost(str(error)) from error
     if storage.exists(failure):
         raise JobFailed(storage.read_json(failure)["reason"])
 
 
-class _WorkersLost(RuntimeError):
-    """The workers of a trial ended other than by their own decision."""
+def free_workers(folder: TrialFolder) -> None:
+    """Releases the resources that the workers of a killed trial still hold, if any.
 
-
-def free_workers(sweep: str, number: int) -> None:
-    """Gives back what the workers of a trial that was killed still hold, if anything.
-
-    Nobody else does while the sweep runs (`launch`): the next trial would wait for ever.
+    Ray releases them only when the sweep's job ends, and the next trial would wait for them.
     """
     from ray import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    path = storage.join(store.folder_of(sweep, number), worker.PLACEMENT_GROUP)
+    path = storage.join(folder.path, worker.PLACEMENT_GROUP)
     if storage.exists(path):
-        found = PlacementGroupID(bytes.fromhex(storage.read_json(path)["id"]))
-        remove_placement_group(PlacementGroup(found))
+        group_id = PlacementGroupID(bytes.fromhex(storage.read_json(path)["id"]))
+        remove_placement_group(PlacementGroup(group_id))
 
 
-def _finish(sweep: str, number: int, config: TrainConfig, until: int) -> None:
-    """Writes down that a trial has finished, and why before its last epoch, unless it pauses."""
-    history, schedule = store.read_trial(sweep, number).history, config.schedule
-    reason = None
-    if len(history) < schedule.epochs:
-        if len(history) == until:
-            return
-        spent_s = sum(row["seconds"] for row in history)
-        reason = f"no better for {schedule.patience} epochs"
-        if schedule.time_limit_s and spent_s > schedule.time_limit_s:
-            reason = f"--time-limit-s {schedule.time_limit_s:g}"
-    store.end(sweep, number, store.FINISHED, reason)
+def _end_unless_paused(folder: TrialFolder, config: TrainConfig) -> None:
+    """Records that a trial has finished; one that only came to its rung is paused.
 
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or repr(error)).splitlines()[0]
-
-
-def _keep_traceback(sweep: str, number: int) -> None:
-    path = storage.join(store.folder_of(sweep, number), ERROR)
-    with contextlib.suppress(OSError):
-        storage.write_bytes(path, traceback.format_exc().encode())
+    Early stopping is decided first: it may end a trial exactly at a rung.
+    """
+    schedule = config.schedule
+    stop = loop.stop_reason(schedule, folder.read().history)
+    if stop is None:
+        return
+    reasons = {
+        StopReason.PATIENCE: f"no better score for {schedule.patience} epochs (--patience)",
+        StopReason.TIME_LIMIT: f"time limit reached (--time-limit-s {schedule.time_limit_s:g})",
+    }
+    folder.end(store.FINISHED, reasons.get(stop))

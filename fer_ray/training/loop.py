@@ -7,10 +7,11 @@ Train, a trial of a sweep and a test all run the same loop.
 from __future__ import annotations
 
 import datetime
+import enum
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fer_ray.config.schema import TrainConfig
+from fer_ray.config.schema import ScheduleConfig, TrainConfig
 from fer_ray.data.dataset import DatasetInfo
 from fer_ray.metrics import training_metrics
 from fer_ray.models import checkpoint, registry
@@ -150,7 +151,10 @@ class Trainer:
 
     def fit(self, report: Report, until: int | None = None) -> None:
         """Runs the remaining epochs and reports each; raises `NotFinite` on every worker."""
-        while not self._finished() and (until is None or len(self.history) < until):
+        schedule = self.config.schedule
+        while stop_reason(schedule, self.history) is None:
+            if until is not None and len(self.history) >= until:
+                return
             epoch, start = len(self.history), time.perf_counter()
             trained = self._train_epoch(epoch)
             train_s = time.perf_counter() - start
@@ -179,18 +183,6 @@ class Trainer:
         """The latest of the workers' clocks: the history is the same on every worker."""
         latest = self.group.slowest(time.time())
         return datetime.datetime.fromtimestamp(latest, datetime.UTC).isoformat()
-
-    def _finished(self) -> bool:
-        schedule, done = self.config.schedule, len(self.history)
-        if done >= schedule.epochs:
-            return True
-        if done == 0:
-            return False
-        spent_s = sum(row["seconds"] for row in self.history)
-        if schedule.time_limit_s and spent_s > schedule.time_limit_s:
-            return True
-        scores = [row[checkpoint.SCORE] for row in self.history]
-        return bool(schedule.patience) and done - 1 - int(np.argmax(scores)) >= schedule.patience
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         seed = np.random.SeedSequence((self.config.schedule.seed, epoch, self.group.rank))
@@ -307,6 +299,35 @@ class Trainer:
     def _check_finite(self, epoch: int, bad_step: int) -> None:
         if bad_step >= 0:
             raise NotFinite(epoch=epoch + 1, step=epoch * self.steps_per_epoch + bad_step + 1)
+
+
+class StopReason(enum.Enum):
+    """Why a training has ended."""
+
+    LAST_EPOCH = "last epoch"
+    TIME_LIMIT = "time limit"
+    PATIENCE = "patience"
+
+
+def stop_reason(
+    schedule: ScheduleConfig, history: Sequence[Mapping[str, Any]]
+) -> StopReason | None:
+    """Why training ends after the epochs of a history; None: it goes on.
+
+    Args:
+        schedule: epochs, time limit and patience.
+        history: one row per epoch, of which ``seconds`` and the score decide.
+    """
+    if len(history) >= schedule.epochs:
+        return StopReason.LAST_EPOCH
+    if not history:
+        return None
+    if schedule.time_limit_s and sum(row["seconds"] for row in history) > schedule.time_limit_s:
+        return StopReason.TIME_LIMIT
+    best = int(np.argmax([row[checkpoint.SCORE] for row in history]))
+    if schedule.patience and len(history) - 1 - best >= schedule.patience:
+        return StopReason.PATIENCE
+    return None
 
 
 class NotFinite(ArithmeticError):
