@@ -27,11 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--rounds", type=cli.integer(1), default=5, help="number of rounds of each series")
     add("--round-s", type=cli.number(0.0), default=3.0, help="seconds of a round, approximately")
-    add(
-        "--show-augmentations",
-        metavar="FILE.html",
-        help="only write this page, which shows each augmentation",
-    )
+    add("--show-augmentations", metavar="FILE.html", help="only write this page of examples")
     flags.add_config_flags(parser)
     return parser
 
