@@ -251,8 +251,8 @@ def test_before_any_trial_the_summary_has_no_result(tmp_path: Path):
         assert "there is no result" in Page(read_page(folder)).text
 
 
-def test_the_recorded_pilot_has_the_sentences_of_its_numbers():
-    """The README's table shows them: rewrite the summary after a change of the sentences."""
+def test_the_summary_of_the_recorded_pilot_is_up_to_date():
+    """The README shows its sentences: write it again after a change of them or of the settings."""
     recorded = json.loads(
         (ROOT / "results/reference/sweeps/normalization/summary.json").read_text()
     )

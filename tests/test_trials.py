@@ -12,7 +12,7 @@ from processes import wait_for
 from sweeping import config
 
 from fer_ray import storage
-from fer_ray.config.schema import ModelConfig
+from fer_ray.config.model import model_config
 from fer_ray.data import history
 from fer_ray.errors import JobFailed
 from fer_ray.models import checkpoint
@@ -20,7 +20,7 @@ from fer_ray.runtime import environment, process
 from fer_ray.sweeps import store, trial
 from fer_ray.sweeps.store import SweepFolder, Trial, TrialFolder
 from fer_ray.training import ray_trainer, worker
-from fer_ray.transforms import Normalizer
+from fer_ray.transforms.normalization import Normalizer
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def save(folder: TrialFolder, *scores: float) -> None:
     values = {
         "run": folder.run,
         "provenance": environment.describe(torch.device("cpu")),
-        "model": ModelConfig(name="custom_cnn"),
+        "model": model_config(name="custom_cnn"),
         "labels": ("happy", "sad"),
         "image_size": 12,
         "normalizer": Normalizer(normalization="none", mean=0.0, std=1.0),
