@@ -386,7 +386,7 @@ def test_a_training_survives_that_a_host_is_cut_off_and_comes_back(cluster, jour
     training.reach(len(training.epochs) + 1)
     done = training.epochs
     wait_for(lambda: cluster.alive() == both, "a host was lost")
-    assert "going on after" not in training.log
+    assert "resuming after" not in training.log
     assert len(done) < EPOCHS - 1, "too fast to be cut off"
     cluster.network.cut("worker")
     wait_for(lambda: cluster.alive() == [head], "the head does not notice that a host is gone")
@@ -394,7 +394,7 @@ def test_a_training_survives_that_a_host_is_cut_off_and_comes_back(cluster, jour
     wait_for(lambda: cluster.alive() == both, "the host does not come back")
     assert training.end() == 0, training.log
     assert training.epochs == list(range(1, EPOCHS + 1))
-    after = int(training.log.partition("going on after epoch ")[2].partition("\n")[0])
+    after = int(training.log.partition("resuming after epoch ")[2].partition("\n")[0])
     assert len(done) <= after < EPOCHS
     assert json.loads((training.run / "run.json").read_text())["epochs"] == EPOCHS
     # why it needs somebody to start it anew, as the README tells: which of the two, is chance

@@ -45,7 +45,7 @@ def run(data, tmp_path_factory):
         data,
         small.feed(config, *parts, described=data),
         group=ProcessGroup(),
-        labels={"run": "tried", "provenance": {}},
+        labels={"run": "tried", "environment": {}},
         resume=None,
     )
 
@@ -182,7 +182,7 @@ def test_parts_that_workers_cannot_read_are_one_line(run, copy, how, tmp_path, c
     place, part = copy
     output = tmp_path / "predictions"
     plan = inference.plan(
-        checkpoint_place=str(run), data=place, split="validation", output=str(output)
+        checkpoint_path=str(run), data=place, split="validation", output=str(output)
     )
     damage(part, how)
     with pytest.raises(UserError, match=f"--data: {part} cannot be read") as caught:
@@ -294,5 +294,5 @@ def test_wrong_input_is_refused_before_any_work(data, run, tmp_path, given, mess
 
 
 def test_more_actors_than_cpus_are_refused(data, run, tmp_path):
-    with pytest.raises(UserError, match="--num-actors: 99 CPUs wanted, the cluster has 2"):
+    with pytest.raises(UserError, match="--num-actors: 99 CPUs requested, the cluster has 2"):
         predict(run, tmp_path, data=data.path, actors=99)

@@ -69,8 +69,8 @@ def test_other_settings_under_the_same_name_are_refused_and_shown(data, tmp_path
 
 def test_what_can_never_be_scheduled_is_refused(data, tmp_path):
     for scaling, message in (
-        ({"num_workers": 50}, "50 CPUs wanted, the cluster has 2"),
-        ({"use_gpu": True}, "1 GPUs wanted, the cluster has 0"),
+        ({"num_workers": 50}, "50 CPUs requested, the cluster has 2"),
+        ({"use_gpu": True}, "1 GPUs requested, the cluster has 0"),
     ):
         wanted = plan(config(data, scaling=scaling, schedule={"global_batch_size": 64}), tmp_path)
         with pytest.raises(UserError, match=message):
@@ -94,22 +94,9 @@ def test_damaged_files_are_refused_before_workers_start(data, tmp_path, monkeypa
     assert not started
 
 
-def test_runs_from_before_there_were_engines_are_not_resumed_with_another(data, tmp_path):
-    first = plan(config(data), tmp_path)
-    values = first.config.to_dict()
-    del values["transforms"]["engine"]
-    (tmp_path / "tried").mkdir()
-    saved = {"config": values, "data_sha256": first.info.data_sha256}
-    (tmp_path / "tried" / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(UserError, match=r"transforms\.engine: 'albumentations' -> 'auto'"):
-        plan(config(data), tmp_path)
-    same = plan(config(data, transforms={"engine": "albumentations"}), tmp_path)
-    assert same.resumes and not training.decide_loading(same)
-
-
 def test_auto_loads_into_memory_what_fits_there(data, tmp_path, monkeypatch):
     assert not training.decide_loading(plan(config(data), tmp_path))
-    monkeypatch.setattr(training, "_MEMORY_SHARE", 1e-9)
+    monkeypatch.setattr(training, "_MEMORY_FRACTION", 1e-9)
     tight = config(data, scaling={"num_workers": 2, "cpus_per_worker": 0.5})
     assert training.decide_loading(plan(tight, tmp_path))
 
@@ -211,7 +198,7 @@ def test_a_broken_off_job_goes_on_by_the_same_command(data, undisturbed, tmp_pat
     assert not (tmp_path / "tried" / "run.json").exists(), "killed too late to show anything"
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "resuming" in done.stdout and "going on after epoch" in done.stdout
+    assert "resuming" in done.stdout and "resuming after epoch" in done.stdout
     assert done.stdout.strip().splitlines()[-1] == str(tmp_path / "tried")
     assert tensors(tmp_path / "tried") == tensors(undisturbed[0])
 
@@ -243,7 +230,7 @@ def test_two_workers_stream_on_two_cpus_and_resume(data, tmp_path, capfd):
     )
     with killing_a_worker_after_the_first_epoch(tmp_path / "tried"):
         result = training.fit(plan(settings, tmp_path), log=said.append)
-    assert "going on after epoch" in capfd.readouterr().out
+    assert "resuming after epoch" in capfd.readouterr().out
     assert any("loading from a stream" in line for line in said)
     assert json.loads((tmp_path / "tried" / "config.json").read_text())["loading"] == "stream"
     undisturbed = training.fit(plan(settings, tmp_path, "whole"), log=lambda line: None)

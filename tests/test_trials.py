@@ -11,11 +11,12 @@ from processes import wait_for
 from sweeping import config
 
 from fer_ray import storage
+from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import JobFailed
 from fer_ray.models import checkpoint
 from fer_ray.runtime import process
 from fer_ray.sweeps import store, trial
-from fer_ray.training import ray_trainer, worker
+from fer_ray.training import ray_trainer
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,7 @@ def test_a_trial_out_of_memory_is_recorded_with_its_reason(
         if num_workers == 1:
             raise error
         reason = process.out_of_memory(error)
-        folder = store.folder_of(str(tmp_path), 0)
-        storage.write_json(storage.join(folder, worker.FAILURE), {"reason": reason})
+        RunFolder(store.folder_of(str(tmp_path), 0)).write_failure(reason)
         raise JobFailed("its workers failed: the actor died")
 
     monkeypatch.setattr(trial, "_alone", ends)
@@ -68,8 +68,7 @@ def test_what_a_killed_trials_workers_hold_is_given_back(ray_cluster, tmp_path):
 
     group = placement_group([{"CPU": 1}])
     assert group.wait(60)
-    folder = store.folder_of(str(tmp_path), 7)
-    storage.write_json(storage.join(folder, worker.PLACEMENT_GROUP), {"id": group.id.hex()})
+    RunFolder(store.folder_of(str(tmp_path), 7)).write_placement_group(group.id.hex())
     for _ in range(2):  # it may be gone already
         trial.free_workers(str(tmp_path), 7)
     wait_for(lambda: placement_group_table(group)["state"] == "REMOVED", 30)
@@ -102,7 +101,7 @@ def test_what_a_crash_left_between_a_checkpoint_and_its_row_is_made_good(tmp_pat
     row = {**dict.fromkeys(store.METRICS, 0.5), "learning_rate": 0.1, "epoch": 1}
     folder = store.folder_of(str(tmp_path), 3)
     store.create(str(tmp_path), store.Trial(number=3, arm=None, options={}))
-    found = [SimpleNamespace(epoch=1, history=[row])]
-    monkeypatch.setattr(checkpoint, "in_run", lambda path: found)
-    assert store.resume(folder) is found[0]
+    latest = SimpleNamespace(epoch=1, history=[row])
+    monkeypatch.setattr(checkpoint, "latest", lambda path: latest)
+    assert store.resume(folder) is latest
     assert [one["epoch"] for one in store.read_trial(str(tmp_path), 3).history] == [1]

@@ -83,7 +83,7 @@ class Workplace:
 
     def trainer(self, feed: Feed) -> Trainer:
         """The real loop's state."""
-        labels: dict[str, Any] = {"run": "benchmark", "provenance": {}}
+        labels: dict[str, Any] = {"run": "benchmark", "environment": {}}
         made = Trainer(self.config, self.info, feed, group=self.group, labels=labels, resume=None)
         made._last_logged = math.inf  # rounds are no epochs of a run: no lines of progress
         return made

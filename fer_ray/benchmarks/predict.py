@@ -84,7 +84,7 @@ def _save(
     """A checkpoint as the loop writes it, before the first step."""
     group = ProcessGroup(device=device)
     feed = MemoryFeed(config, info, images, images, group=group)
-    labels: dict[str, Any] = {"run": "benchmark", "provenance": {}}
+    labels: dict[str, Any] = {"run": "benchmark", "environment": {}}
     Trainer(config, info, feed, group=group, labels=labels, resume=None).save(path)
 
 

@@ -181,10 +181,10 @@ def together(settings: dict[str, Any]) -> None:
     """
     path = Workplace.of(settings, threads=1)
     group, batch_size = path.group, path.config.schedule.global_batch_size
-    own = group.part(batch_size)
+    own = group.shard(batch_size)
     trainer = path.trainer(path.feed(2))
     plain = path.plain(trainer.forward, own.stop - own.start, 2)
-    step_s = group.slowest(step_seconds(plain, group.device))
+    step_s = group.maximum(step_seconds(plain, group.device))
     steps = steps_for(step_s, settings["round_s"], batch_size)
     trainer.feed, trainer.steps_per_epoch = path.feed(steps), steps
     plain = path.plain(trainer.forward, own.stop - own.start, steps)
@@ -195,15 +195,17 @@ def together(settings: dict[str, Any]) -> None:
         before = _cpu_seconds(settings, group)
         start = now(group.device)
         trainer._train_epoch(next(epochs))
-        seconds = group.slowest(now(group.device) - start)
+        seconds = group.maximum(now(group.device) - start)
         after = _cpu_seconds(settings, group)
         spent = {kind: after[kind] - before.get(kind, 0.0) for kind in after}
         used.append({"seconds": seconds, **spent})
         return steps * batch_size / seconds
 
     def apart() -> float:
-        group.total(np.zeros(1))  # a barrier: they begin together
-        return float(group.total(np.array([rate(lambda: plain.train(steps), group.device)]))[0])
+        group.all_reduce(np.zeros(1))  # a barrier: they begin together
+        return float(
+            group.all_reduce(np.array([rate(lambda: plain.train(steps), group.device)]))[0]
+        )
 
     rounds = in_turn({"workers": real, "workers_plain": apart}, settings["rounds"])
     if group.rank == 0:
@@ -216,7 +218,7 @@ def together(settings: dict[str, Any]) -> None:
 def _cpu_seconds(settings: dict[str, Any], group: ProcessGroup) -> dict[str, float]:
     """CPU seconds so far of each kind of Ray's own processes, seen by the first worker."""
     found = processes.cpu_seconds(settings["session"]) if group.rank == 0 else {}
-    group.total(np.zeros(1))  # nobody starts before the first worker has looked
+    group.all_reduce(np.zeros(1))  # nobody starts before the first worker has looked
     return {kind: s for kind, s in found.items() if processes.is_rays_own(kind)}
 
 

@@ -15,7 +15,7 @@ from fer_ray.data.labels import UNKNOWN_LABEL
 from fer_ray.errors import UserError
 
 
-def share(
+def shared_images(
     info: DatasetInfo,
     fractions: Mapping[str, float],
     *,
@@ -73,10 +73,10 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     kept = []
     for label in np.unique(labels[labels != UNKNOWN_LABEL]):
         where = np.flatnonzero(labels == label)
-        kept.append(random.permutation(where)[: share_of(len(where), fraction)])
+        kept.append(random.permutation(where)[: sample_size(len(where), fraction)])
     return np.sort(np.concatenate(kept))
 
 
-def share_of(count: int, fraction: float) -> int:
+def sample_size(count: int, fraction: float) -> int:
     """How many of a class's images are a fraction of them: one at least, where there are any."""
     return max(round(count * fraction), 1) if count else 0

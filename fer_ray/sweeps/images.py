@@ -36,4 +36,4 @@ def share(plan: SweepPlan) -> dict[str, Any]:
             f"--train-fraction: the images take {size / 2**20:,.0f} MiB, the trials of a node can "
             f"share {room / 2**20:,.0f}; {help_}"
         )
-    return object_store.share(plan.info, share, seed=plan.config.schedule.seed)
+    return object_store.shared_images(plan.info, share, seed=plan.config.schedule.seed)

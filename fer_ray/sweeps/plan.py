@@ -92,7 +92,7 @@ class SweepPlan:
     def train_images(self) -> int:
         """Labelled images of the train split that trials see."""
         classes = self.info.split("train").classes.values()
-        return sum(object_store.share_of(count, self.train_fraction) for count in classes)
+        return sum(object_store.sample_size(count, self.train_fraction) for count in classes)
 
 
 def _labelled(info: DatasetInfo, name: str) -> int:

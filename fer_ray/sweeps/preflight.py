@@ -74,11 +74,11 @@ def trials_at_once(plan: SweepPlan, log: Callable[[str], None]) -> int:
     now = max(resources.fitting(each, nodes) // scaling.num_workers, 1)
     most = plan.limits.max_concurrent or plan.num_trials
     if now < min(most, plan.num_trials):
-        grown = resources.fitting_when_grown(each)
+        grown = resources.fitting_at_maximum(each)
         if grown is None:
             log(
-                f"{now} trials fit at once; how far the cluster grows is not known here: "
-                "--max-concurrent N lets N of them wait for more nodes"
+                f"{now} trials fit at once; how far the cluster may grow is not known: "
+                f"--max-concurrent N lets N of them wait for more nodes, or set {resources.MAXIMUM}"
             )
             grown = (plan.limits.max_concurrent or now) * scaling.num_workers
         now = max(now, grown // scaling.num_workers)

@@ -3,7 +3,7 @@
 ``<storage>/<run>/`` holds ``sweep.json`` (what was asked for), ``trials.parquet`` (one row a
 trial and epoch), ``summary.json`` and a folder a trial, ``trials/00007/``: ``trial.json`` (its
 options), ``history.parquet`` (its epochs so far), while it is unfinished its last checkpoint,
-and once it is over ``end.json``; its lines are in ``logs/``. The folders are the truth, the tables
+and once it is over ``end.json``. The folders are the truth, the tables
 are made from them: a process that is killed at any moment leaves a trial that is over or one that
 goes on.
 """
@@ -11,7 +11,6 @@ goes on.
 from __future__ import annotations
 
 import io
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,14 +19,13 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from fer_ray import storage
 from fer_ray.config import overrides
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data import history as histories
-from fer_ray.data.history import write_history
+from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import UserError
 from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
@@ -40,7 +38,7 @@ FINISHED, STOPPED, FAILED, UNFINISHED = "finished", "stopped", "failed", "unfini
 """What becomes of a trial: trained to its end, left behind by ASHA, failed, to go on."""
 
 _FOLDER = "trials"
-_TRIAL, _HISTORY, _END = "trial.json", "history.parquet", "end.json"
+_TRIAL, _END = "trial.json", "end.json"
 
 METRICS = (*histories.METRICS, "images_per_s", "seconds")
 """The columns that every epoch fills, as in ``history.parquet``."""
@@ -119,17 +117,15 @@ def end(sweep: str, number: int, status: str, reason: str | None = None) -> None
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         ended = {"status": status, "reason": reason, "at": at, "ran_on": _ran_on(folder)}
         storage.write_json(path, ended)
-    for name in storage.list_names(folder):
-        if name.startswith(("checkpoint_", ".checkpoint_", "workers")):
-            storage.remove(storage.join(folder, name))
+    RunFolder(folder).remove_checkpoints()
 
 
 def _ran_on(folder: str) -> dict[str, str]:
     """What a trial was computed on and in, as its last checkpoint tells."""
-    found = _last_checkpoint(folder)
+    found = checkpoint.latest(folder)
     if not found:
         return {}
-    hardware, versions = found.provenance["hardware"], found.provenance["versions"]
+    hardware, versions = found.environment["hardware"], found.environment["versions"]
     device = hardware.get("gpu") or f"{hardware['processor']}, {hardware['cores']} cores"
     return {
         "hardware": f"{device}, {hardware['threads_per_worker']} thread(s) a worker",
@@ -149,56 +145,31 @@ def save(
         history: their rows.
         write: writes the checkpoint into a local folder.
     """
-    name = f"checkpoint_{epoch:06d}"
-    path = storage.join(folder, name)
-    if storage.is_uri(path):
-        _upload(path, write)
-    else:
-        with storage.staged_directory(path) as unfinished:
-            write(Path(unfinished))
-    write_history(storage.join(folder, _HISTORY), history)
-    for other in storage.list_names(folder):
-        if other.startswith("checkpoint_") and other != name:
-            storage.remove(storage.join(folder, other))
-
-
-def _upload(path: str, write: Callable[[Path], None]) -> None:
-    """Object stores cannot rename: the index, without which a checkpoint is none, goes last."""
-    with tempfile.TemporaryDirectory() as temporary:
-        write(Path(temporary))
-        fs, inner = storage.filesystem(path)
-        fs.create_dir(inner, recursive=True)
-        files = sorted(Path(temporary).iterdir(), key=lambda file: file.name == checkpoint.INDEX)
-        for file in files:
-            pafs.copy_files(str(file), f"{inner}/{file.name}", destination_filesystem=fs)
+    files = RunFolder(folder)
+    files.save_checkpoint(epoch, write)
+    files.write_history(history)
+    files.remove_checkpoints(but={epoch})
 
 
 def resume(folder: str) -> Checkpoint | None:
     """Where an unfinished trial goes on from; its history is made to match."""
-    found = _last_checkpoint(folder)
+    found = checkpoint.latest(folder)
     if found:  # a crash may have come between a checkpoint and its row
-        write_history(storage.join(folder, _HISTORY), found.history)
+        RunFolder(folder).write_history(found.history)
     return found
-
-
-def _last_checkpoint(folder: str) -> Checkpoint | None:
-    return max(checkpoint.in_run(folder), key=lambda one: one.epoch, default=None)
 
 
 def read_trial(sweep: str, number: int) -> Trial:
     """A trial as its folder tells."""
     folder = folder_of(sweep, number)
     value = storage.read_json(storage.join(folder, _TRIAL))
-    history: list[dict[str, Any]] = []
-    if storage.exists(storage.join(folder, _HISTORY)):
-        content = storage.read_bytes(storage.join(folder, _HISTORY))
-        history = pq.read_table(io.BytesIO(content)).to_pylist()
+    table = RunFolder(folder).read_history()
     ended: dict[str, Any] = {"status": UNFINISHED, "reason": None}
     if storage.exists(storage.join(folder, _END)):
         ended = storage.read_json(storage.join(folder, _END))
     return Trial(
         **value,
-        history=history,
+        history=table.to_pylist() if table else [],
         status=ended["status"],
         reason=ended["reason"],
         ran_on=ended.get("ran_on", {}),

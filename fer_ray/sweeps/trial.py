@@ -14,6 +14,7 @@ import torch
 from fer_ray import storage
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo
+from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import JobFailed
 from fer_ray.runtime import environment, process
 from fer_ray.sweeps import store
@@ -85,20 +86,19 @@ def _alone(
         tune.report(_reported(history[-1]))
 
     name = _name(sweep, number)
-    with Telemetry(run=name, rank=0, folder=folder, device=device) as callback:
-        loop.train(
-            config,
-            info,
-            feed,
-            group=group,
-            run=name,
-            report=report,
-            provenance=environment.describe(device),
-            resume=store.resume(folder),
-            until=until,
-            log=None,
-            callback=callback,
-        )
+    loop.train(
+        config,
+        info,
+        feed,
+        group=group,
+        run=name,
+        report=report,
+        environment=environment.describe(device),
+        resume=store.resume(folder),
+        until=until,
+        log=None,
+        callback=Telemetry(run=name, rank=0, device=device),
+    )
 
 
 def _name(sweep: str, number: int) -> str:
@@ -121,24 +121,23 @@ def _with_workers(
     given: dict[str, Any] = {"config": config.to_dict(), "run": _name(sweep, number)}
     given |= {"folder": folder, "until": until, "log": False, "note_group": True}
     free_workers(sweep, number)  # of this trial's process before, if it was killed
-    failure = storage.join(folder, worker.FAILURE)
-    storage.remove(failure)
+    files = RunFolder(folder)
+    files.clear_failure()
     try:
         ray_trainer.run_trainer(
             worker.work,
             {**given, "images": settings["images"]},
             # who stops the trial removes its workers: they must not be replaced
             replace(config.scaling, max_failures=0),
-            storage_path=storage.parent_of(folder),
-            run=storage.name_of(folder),
+            run=_name(sweep, number),
             failed="its workers failed",
             callbacks=[TuneReportCallback()],
         )
     except JobFailed as error:
-        if not storage.exists(failure):
+        if not files.failure:
             raise _WorkersLost(str(error)) from error
-    if storage.exists(failure):
-        raise JobFailed(storage.read_json(failure)["reason"])
+    if reason := files.failure:
+        raise JobFailed(reason)
 
 
 class _WorkersLost(RuntimeError):
@@ -153,10 +152,8 @@ def free_workers(sweep: str, number: int) -> None:
     from ray import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    path = storage.join(store.folder_of(sweep, number), worker.PLACEMENT_GROUP)
-    if storage.exists(path):
-        found = PlacementGroupID(bytes.fromhex(storage.read_json(path)["id"]))
-        remove_placement_group(PlacementGroup(found))
+    if group_id := RunFolder(store.folder_of(sweep, number)).placement_group:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
 
 
 def _finish(sweep: str, number: int, config: TrainConfig, until: int) -> None:
