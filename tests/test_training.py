@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,9 +19,12 @@ from processes import kill_with_descendants, killing
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data import history
 from fer_ray.data.dataset import read_info
+from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.models import checkpoint
 from fer_ray.training import run as training
+from fer_ray.training import worker
+from fer_ray.training.process_group import ProcessGroup
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,6 +120,45 @@ def test_history_is_written_whole_with_its_schema(tmp_path):
     assert [one and one.second for one in table["ended_at"].to_pylist()] == [None, 14]
 
 
+def test_the_speed_of_a_run_is_the_median_of_its_epochs(data, tmp_path, monkeypatch):
+    row = dict.fromkeys(history.SCHEMA.names, 0.5) | {"ended_at": None}
+    rows = [{**row, "epoch": n, "images_per_s": s} for n, s in ((1, 654.0), (2, 262.0))]
+    last = SimpleNamespace(path="checkpoint_2", epoch=2, history=rows, metrics=rows[-1])
+    last.sha256, last.bfloat16, last.environment = "0" * 64, False, {}
+    monkeypatch.setattr(checkpoint, "latest", lambda path: last)
+    monkeypatch.setattr(checkpoint, "find", lambda path: last)
+    tried = plan(config(data), tmp_path)
+    tried.files.write_config(tried.config.to_dict(), data_sha256="", loading="memory")
+    assert training._result(tried, wall_s=1.0)["images_per_s"] == 458.0
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UserError("--data: it is gone"), "worker 1 cannot load the images: --data: it is gone"),
+        (MemoryError("no more"), "out of memory: no more"),
+    ],
+)
+def test_a_worker_that_cannot_load_the_images_records_why(
+    data, tmp_path, monkeypatch, error, reason
+):
+    def fails(*arguments: object, **settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr(worker, "StreamFeed", fails)
+    folder = RunFolder(str(tmp_path))
+    with pytest.raises(type(error)):
+        worker._open_data(
+            {"pieces": {}, "spare_cpus": 0.0}, config(data), ProcessGroup(rank=1, size=2), folder
+        )
+    assert folder.failure == reason
+
+
+def test_a_worker_that_does_not_see_the_runs_folder_says_so(tmp_path):
+    with pytest.raises(UserError, match="--storage: the host of worker 0 does not see .*/absent: "):
+        worker._prepare_folder(RunFolder(str(tmp_path / "absent")), note_group=False)
+
+
 def tensors(folder: Path) -> dict[str, bytes]:
     """The tensor files of the last checkpoint of a run."""
     last = max(checkpoint.in_run(str(folder)), key=lambda one: one.epoch)
@@ -150,6 +193,8 @@ def test_a_run_leaves_what_the_contract_says(data, undisturbed):
     assert saved["best"]["validation_accuracy"] == max(scores)
     kept = {one.epoch for one in checkpoint.in_run(str(folder))}
     assert kept == {4, saved["best"]["epoch"]}
+    others = {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint_0")}
+    assert others == {"config.json", "history.parquet", "run.json"}, "nothing of Ray Train's own"
     assert json.loads((folder / "config.json").read_text())["config"]["schedule"]["epochs"] == 4
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import small
 import torch
 from processes import wait_for
 from sweeping import config
@@ -16,7 +17,8 @@ from fer_ray.errors import JobFailed
 from fer_ray.models import checkpoint
 from fer_ray.runtime import process
 from fer_ray.sweeps import store, trial
-from fer_ray.training import ray_trainer
+from fer_ray.training import loop, ray_trainer
+from fer_ray.training.process_group import ProcessGroup
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,25 @@ def test_a_checkpoint_is_kept_whole_and_the_one_before_it_goes(tmp_path):
         assert storage.list_names(storage.join(path, "checkpoint_000002")) == [
             *("checkpoint.json", "model.safetensors")
         ]
+
+
+def test_a_damaged_checkpoint_of_a_trial_is_passed_over(tmp_path):
+    """It was taken for the last one, and the trial failed."""
+    settings, described, images = small.config(), small.info(24), small.split(24)
+    files = RunFolder(str(tmp_path))
+    loop.train(
+        settings,
+        described,
+        small.feed(settings, images, images, described=described),
+        group=ProcessGroup(),
+        run="tried",
+        report=lambda history, save: files.save_checkpoint(len(history), save),
+    )
+    first, second = files.checkpoint_paths()
+    Path(second, "model.safetensors").write_bytes(b"cut off")
+    resumed = store.resume(str(tmp_path))
+    assert resumed.path == first and resumed.epoch == 1
+    assert files.read_history()["epoch"].to_pylist() == [1]
 
 
 def test_what_a_crash_left_between_a_checkpoint_and_its_row_is_made_good(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from fer_ray.config.schema import TrainConfig
 from fer_ray.data import dataset
 from fer_ray.data.dataset import DatasetInfo, load_split, read_info
 from fer_ray.errors import JobFailed
+from fer_ray.inference import plan as planning
 from fer_ray.inference import run as inference
 from fer_ray.models import checkpoint
 from fer_ray.preparation.shards import ROWS_PER_PART
@@ -131,7 +132,7 @@ def parts_for(speed: float, round_s: float) -> tuple[int, int]:
 
 def _predict(data: str, folder: str, use_gpu: bool) -> float:
     """Images/s of the real path once it runs: from the first written part to the last."""
-    plan = inference.plan(
+    plan = planning.plan(
         checkpoint_path=storage.join(folder, "checkpoint"),
         data=data,
         split="train",
