@@ -22,7 +22,6 @@ from fer_ray.data import dataset, predictions
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.evaluation import report
 from fer_ray.evaluation import run as evaluation
-from fer_ray.inference.plan import plan as plan_prediction
 from fer_ray.inference import run as inference
 from fer_ray.inference.plan import plan as plan_prediction
 from fer_ray.models import checkpoint

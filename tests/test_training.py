@@ -155,9 +155,7 @@ def test_a_worker_that_cannot_load_the_images_records_why(
 
 
 def test_a_worker_that_does_not_see_the_runs_folder_says_so(tmp_path):
-    with pytest.raises(
-        UserError, match=r"the host of worker 0 does not see .*/absent: "
-    ):
+    with pytest.raises(UserError, match=r"the host of worker 0 does not see .*/absent: "):
         worker._prepare_folder(RunFolder(str(tmp_path / "absent")), note_group=False)
 
 

@@ -9,7 +9,6 @@ last. Three files serve one session or the next: ``failure.json``, why the worke
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from fer_ray import storage
-from fer_ray.data.history import write_history
+from fer_ray.data.history import read_history, write_history
 
 CONFIG = "config.json"
 HISTORY = "history.parquet"
@@ -82,11 +80,9 @@ class RunFolder:
         """The content of ``history.parquet``; None before the first epoch.
 
         Raises:
-            pyarrow.ArrowException: where the file is damaged.
+            UserError: where the file is damaged.
         """
-        if not storage.exists(self.history_path):
-            return None
-        return pq.read_table(io.BytesIO(storage.read_bytes(self.history_path)))
+        return read_history(self.history_path) if storage.exists(self.history_path) else None
 
     def write_history(self, rows: Sequence[dict[str, Any]]) -> None:
         """Writes ``history.parquet``; `rows` are those of the last checkpoint."""
