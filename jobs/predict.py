@@ -18,20 +18,12 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run: its best one")
     add("--data", metavar="DIR", help="prepared data set")
     add("--images", metavar="DIR-OR-ZIP", help="face crops in any layout, instead of --data")
-    add(
-        "--split",
-        nargs="+",
-        metavar="NAME",
-        help="split of --data (default: validation), or the name to give to --images",
-    )
+    split = "split of --data (default: validation), or the name to give to --images"
+    add("--split", nargs="+", metavar="NAME", help=split)
     add("--output", default="results/predictions", metavar="DIR", help="folder of all predictions")
     add("--run", metavar="NAME", help="run name in the output (default: that of the checkpoint)")
-    add(
-        "--num-actors",
-        type=cli.integer(0),
-        default=0,
-        help="number of predicting processes; 0: one per CPU, or per GPU with --use-gpu",
-    )
+    actors = "predicting processes; 0: one per CPU, or per GPU with --use-gpu"
+    add("--num-actors", type=cli.integer(0), default=0, help=actors)
     add("--use-gpu", action="store_true", help="give each process a GPU")
     return parser
 
