@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fer_ray import cli, storage
-from fer_ray.data import predictions
+from fer_ray.data import predictions, run_folder
 from fer_ray.data.dataset import read_info
 from fer_ray.data.labels import probability_column
 from fer_ray.errors import JobFailed, UserError
@@ -210,7 +210,7 @@ def check_results(output: str, run: str) -> list[str]:
         sum(map(len, ids.values())) == IMAGES, f"{info.path}: the number of images is not {IMAGES}"
     )
     lines = [_line(storage.join(info.path, name), len(rows)) for name, rows in ids.items()]
-    history = storage.join(output, "runs", run, "history.parquet")
+    history = storage.join(output, "runs", run, run_folder.HISTORY)
     epochs = _rows(history, unique="epoch")["epoch"].to_pylist()
     _require(epochs == list(range(1, EPOCHS + 1)), f"{history}: epochs {epochs}")
     trials = storage.join(output, "sweeps", run, "trials.parquet")

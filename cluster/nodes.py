@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fer_ray.errors import JobFailed, UserError
+from fer_ray.runtime import resources
 
 MARKER = "FER_RAY_LOCAL_CLUSTER"
 """Environment variable of every process of a cluster, job drivers included. Its value is the
@@ -146,6 +147,7 @@ def environment(folder: Path, jobs: str) -> dict[str, str]:
         MARKER: str(folder),
         # Ray Train queries the dashboard; without the address it would guess the cluster
         "RAY_API_SERVER_ADDRESS": jobs,
+        resources.MAXIMUM: resources.FIXED,  # jobs refuse what the nodes cannot provide
         # `python` in a job's command is this Python
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }

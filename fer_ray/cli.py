@@ -7,13 +7,13 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fer_ray import storage
 from fer_ray.errors import JobFailed, UserError, unknown
-from fer_ray.runtime import resources as capacity
 
 FAILED_STATUS = 1
 USER_ERROR_STATUS = 2
@@ -147,20 +147,19 @@ def log(message: str) -> None:
 
 
 def conclude(path: str) -> None:
-    """Says where a job's result lies: the last line, after whatever is still to be said.
-
-    Workers' lines come to the driver by and by: what is left of them comes when Ray shuts down.
-    """
-    capacity.stop_following()
+    """Shuts Ray down, then prints the path of the job's result as the last line."""
     if _started:
         import ray
 
-        ray.shutdown(_exiting_interpreter=True)  # waits for them
+        time.sleep(_LAST_LINES_S)
+        ray.shutdown()
     log(path)
 
 
+_LAST_LINES_S = 0.5
+"""Seconds that lines printed by workers may take to reach the driver."""
 _started: list[bool] = []
-"""Not empty where this process is to end Ray: where it was not there before."""
+"""Not empty where this process started Ray or connected to it, and has to disconnect."""
 
 
 def lasting(flag: str, path: str) -> str:
@@ -181,26 +180,29 @@ def lasting(flag: str, path: str) -> str:
 
 
 def start_ray(**settings: Any) -> None:
-    """Connects to the cluster that submitted this job, or starts one on this machine.
+    """Connects to the cluster that ``RAY_ADDRESS`` names, or starts one on this machine.
 
-    An environment that names a cluster (``RAY_ADDRESS``, set by ``ray job submit``) is obeyed;
-    otherwise a cluster of this machine alone is started, so that a stale one which happens to
-    be found is never joined by accident. Does nothing where Ray is initialized already.
+    ``ray job submit`` sets that variable. Without it a new cluster is started even where another
+    one runs on the machine, so that no job joins a stale cluster by accident. Does nothing where
+    Ray is initialized already.
+
+    Args:
+        settings: further arguments of `ray.init`.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # reports are polled at this interval (2 s by default): short epochs would wait for it
+    # Ray Train polls the workers' reports at this interval (default 2 s): short epochs wait for it
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # lines of progress look alike
-    # else each printed line comes twice, and the reports with all their metrics besides
+    # otherwise each printed line appears twice, and so does each report with all its metrics
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
-    import ray  # takes a second: not before the arguments are known to be right
+    import ray  # takes a second: only after the arguments have been checked
 
     if ray.is_initialized():
         return
     if not os.environ.get("RAY_ADDRESS"):
-        # nobody preempts this machine: one process less
+        # this machine is not preempted: saves a process
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         settings = {"address": "local", "include_dashboard": False, **settings}
     ray.init(log_to_driver=True, logging_level=logging.ERROR, **settings)

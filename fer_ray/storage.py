@@ -1,8 +1,8 @@
-"""Files on any file system that pyarrow reads: local paths and URIs alike.
+"""Files on every file system that pyarrow reads, local or remote.
 
-Jobs name places as strings: a local path, absolute or relative to the working directory, or a
-URI such as ``s3://bucket/folder``. Workers run in another working directory, so a place is
-made absolute once, by the job, with `absolute`.
+A path is a string: a local path, absolute or relative to the working directory, or a URI such as
+``s3://bucket/folder``. Workers run in another working directory; the job therefore makes each path
+absolute once, with `absolute`.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _PLAIN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$")
 
 
 def is_uri(path: str) -> bool:
-    """Whether a place is a URI and not a local path."""
+    """Whether a path is a URI and not a local path."""
     return bool(_SCHEME.match(path))
 
 
 def absolute(path: str) -> str:
-    """A local path made absolute (``~`` expanded); a URI as it is, without a closing slash.
+    """Makes a local path absolute and expands ``~``; of a URI, removes the slash at its end.
 
     Raises:
-        UserError: for a place that cannot be one.
+        UserError: for a path that is not valid.
     """
     try:
         if "\0" in path.encode().decode():
@@ -45,25 +45,25 @@ def absolute(path: str) -> str:
         if not is_uri(path):
             return str(Path(path).expanduser().absolute())
     except (UnicodeEncodeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path!r} is no place: {error}") from error
+        raise UserError(f"{path!r} is not a valid path: {error}") from error
     if not _without_query(path)[0].partition("://")[2].strip("/") and not path.startswith("file:"):
         raise UserError(f"{path}: names no bucket")
     return join(path)
 
 
 def join(path: str, *parts: str) -> str:
-    """A place below another; a URI's query (``?endpoint_override=…``) stays at its end."""
+    """Joins path components; a URI's query (``?endpoint_override=…``) stays at its end."""
     base, query = _without_query(path)
     return "/".join([base.rstrip("/"), *parts]) + query
 
 
 def name_of(path: str) -> str:
-    """The last component of a place."""
+    """The last component of a path."""
     return _without_query(path)[0].rstrip("/").rsplit("/", 1)[-1]
 
 
 def parent_of(path: str) -> str:
-    """The place that holds another."""
+    """The folder that contains a path."""
     base, query = _without_query(path)
     above = base.rstrip("/").rsplit("/", 1)[0]
     return (above or "/") + query
@@ -85,7 +85,7 @@ def check_name(what: str, name: str) -> str:
 
 
 def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a place and the path within it.
+    """The file system of a path, and the path within it.
 
     Raises:
         UserError: for a URI whose scheme pyarrow does not know.
@@ -100,10 +100,10 @@ def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
 
 
 def check_bucket(flag: str, path: str) -> None:
-    """Refuses an output in a bucket that is not there, before any work; local places pass.
+    """Refuses an output in a bucket that does not exist, before any work; accepts local paths.
 
     Raises:
-        UserError: where there is no such bucket, or no access to it.
+        UserError: where the bucket does not exist, or access is denied.
     """
     if not is_uri(path):
         return
@@ -111,7 +111,7 @@ def check_bucket(flag: str, path: str) -> None:
     bucket = inner.split("/")[0]
     try:
         if fs.get_file_info(inner).type == pafs.FileType.NotFound and fs.type_name in _BUCKETS:
-            with contextlib.suppress(OSError):  # who may use a folder may not ask for the bucket
+            with contextlib.suppress(OSError):  # some may use a folder but not list its bucket
                 if fs.get_file_info(bucket).type == pafs.FileType.NotFound:
                     raise UserError(f"{flag}: {path}: there is no bucket {bucket!r}")
     except OSError as error:
@@ -121,7 +121,7 @@ def check_bucket(flag: str, path: str) -> None:
 
 
 _BUCKETS = ("s3", "gcs", "abfs")
-"""File systems whose first component has to be there before anything is written."""
+"""File systems whose bucket, the first component, has to exist before anything is written."""
 
 _REFUSALS = re.compile(
     "ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|EXPIRED_TOKEN|"
@@ -130,24 +130,27 @@ _REFUSALS = re.compile(
 
 
 def is_refusal(error: OSError) -> bool:
-    """Whether an object store said no: a mistake in the place or the credentials, not a failure."""
+    """Whether an object store refused access: the path or the credentials are wrong.
+
+    pyarrow gives the store's error code in its message only.
+    """
     return bool(_REFUSALS.search(str(error)))
 
 
 def exists(path: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder exists."""
     fs, inner = filesystem(path)
     return fs.get_file_info(inner).type != pafs.FileType.NotFound
 
 
 def is_directory(path: str) -> bool:
-    """Whether a folder is there."""
+    """Whether a folder exists."""
     fs, inner = filesystem(path)
     return fs.get_file_info(inner).type == pafs.FileType.Directory
 
 
 def list_names(path: str) -> list[str]:
-    """The sorted names directly below a folder; none where there is no such folder."""
+    """The sorted names directly below a folder; empty where the folder does not exist."""
     fs, inner = filesystem(path)
     infos = fs.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
     return sorted(info.base_name for info in infos)
@@ -167,7 +170,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def write_bytes(path: str, content: bytes) -> None:
-    """Writes a file whole: on a local file system under another name first, then moved."""
+    """Writes a file; on a local file system readers see the old or the new one, never half."""
     fs, inner = filesystem(path)
     fs.create_dir(parent_of(inner), recursive=True)
     target = f"{inner}.{uuid.uuid4().hex[:8]}.tmp" if _is_local(fs) else inner
@@ -183,13 +186,13 @@ def read_json(path: str) -> Any:
 
 
 def write_json(path: str, value: Any) -> None:
-    """Writes a value as indented JSON; not-a-number is refused, so that every reader copes."""
+    """Writes a value as indented JSON; NaN and infinity are refused, since JSON has none."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     write_bytes(path, f"{text}\n".encode())
 
 
 def remove(path: str) -> None:
-    """Removes a file or folder, if it is there."""
+    """Removes a file or folder, if it exists."""
     fs, inner = filesystem(path)
     kind = fs.get_file_info(inner).type
     if kind == pafs.FileType.Directory:
@@ -200,30 +203,30 @@ def remove(path: str) -> None:
 
 @contextlib.contextmanager
 def staged_directory(destination: str, *, staging: str | None = None) -> Iterator[str]:
-    """A folder to write into that becomes `destination` when the block ends well.
+    """Yields a folder to write into, which replaces `destination` when the block succeeds.
 
     On a local file system the folder lies beside the destination (or in `staging`, which has to
-    be on the same file system) and takes its place in one step: a reader sees the old one or the
-    new one. What a killed process left there is removed by the next. An object store cannot
-    rename: there the destination is emptied and written directly, `is_unfinished` until the
-    block ends, and it is the caller's part to write last the file that makes readers trust the
-    folder. When the block fails, what was written is removed.
+    be on the same file system) and replaces it in one step: a reader sees the old folder or the
+    new one. The next call removes what a killed process left there. An object store cannot rename:
+    there the destination is emptied and written directly, and `is_unfinished` until the block ends;
+    the caller writes the file that marks the folder as complete last. When the block fails, what
+    was written is removed.
 
     Args:
         destination: local path or URI of the folder.
         staging: local folder for the unfinished one; the destination's parent by default.
 
     Yields:
-        The place to write into; it exists and is empty.
+        The folder to write into; it exists and is empty.
     """
     destination = absolute(destination)
     if is_uri(destination):
         if not is_directory(destination):
             remove(destination)
-        # the mark is there from the first removal to the last: what a killed process leaves may
-        # be replaced
+        # the mark exists from the first removal to the last write: what a killed process leaves
+        # may be replaced
         mark = join(destination, _UNFINISHED)
-        write_bytes(mark, b"being written, or broken off while it was\n")
+        write_bytes(mark, b"being written, or left by an interrupted process\n")
         _empty(destination)
         try:
             yield destination
@@ -233,7 +236,7 @@ def staged_directory(destination: str, *, staging: str | None = None) -> Iterato
             raise
         remove(mark)
         return
-    target = Path(os.path.realpath(destination))  # a link stays, and leads to the new folder
+    target = Path(os.path.realpath(destination))  # a link is kept and points to the new folder
     replaces = target.exists()
     parent = Path(absolute(staging)) if staging else target.parent
     with claimed_directory(parent, f".{target.name}.unfinished-") as unfinished:
@@ -248,7 +251,7 @@ def staged_directory(destination: str, *, staging: str | None = None) -> Iterato
             if not target.exists():
                 raise
             raise UserError(
-                f"{target} was made by another meanwhile: it is not replaced"
+                f"{target} was created by another process meanwhile and is not replaced"
             ) from error
 
 
@@ -256,53 +259,54 @@ _UNFINISHED = "_unfinished"
 
 
 def _empty(folder: str) -> None:
-    """Removes all that a folder holds but the mark, first the files that readers trust it for."""
+    """Removes a folder's content except the mark; first files, which mark it as complete."""
     fs, path = filesystem(folder)
-    found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    for info in sorted(found, key=lambda one: one.type == pafs.FileType.Directory):
+    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    for info in sorted(infos, key=lambda entry: entry.type == pafs.FileType.Directory):
         # a key with a doubled slash is listed as the folder itself
         if info.path.strip("/") != path.strip("/") and info.base_name != _UNFINISHED:
             remove(join(folder, info.base_name))
 
 
 def is_unfinished(path: str) -> bool:
-    """Whether a folder in an object store was never written to its end."""
+    """Whether writing a folder in an object store was interrupted, or goes on."""
     return is_uri(path) and exists(join(path, _UNFINISHED))
 
 
 @contextlib.contextmanager
 def claimed_directory(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new local folder that is removed at the end, at the latest by the next claim like it.
+    """Yields a new local folder and removes it at the end.
 
-    A lock says that its process lives; the kernel takes it away from a killed one.
+    Where the process is killed, the next call with the same prefix removes the folder: a lock
+    shows that a process lives, and the kernel releases the lock of a killed one.
 
     Args:
-        parent: where to make it; made where it is not there.
-        prefix: how the folder's name begins: the names of this use, and of no other.
+        parent: the folder to create it in; created where it does not exist.
+        prefix: how the folder's name begins; used for nothing else in `parent`.
 
     Yields:
-        The folder; it is empty, and may be moved away.
+        The folder; it is empty, and may be moved.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.glob(f"{glob.escape(prefix)}*"):
-        with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left, ignore_errors=True)
+    for abandoned in parent.glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError), _locked(abandoned):
+            shutil.rmtree(abandoned, ignore_errors=True)
     token = uuid.uuid4().hex[:8]
-    made = parent / f".claim-{token}"  # until it is locked it must not be taken for a left one
-    made.mkdir()
+    unlocked = parent / f".claim-{token}"  # under its own name it would seem abandoned
+    unlocked.mkdir()
     folder = parent / f"{prefix}{token}"
-    with _locked(made):
+    with _locked(unlocked):
         try:
-            made.rename(folder)
+            unlocked.rename(folder)
             yield folder
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(unlocked, ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds a folder's lock; raises `BlockingIOError` where another process does."""
+    """Holds a folder's lock; raises `BlockingIOError` where another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -315,13 +319,15 @@ _AT_WORKING_DIRECTORY, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def _exchange(new: Path, target: Path) -> None:
-    """Lets two folders change places, in one step where the file system can (Linux 3.15)."""
+    """Exchanges two folders, in one step where the file system can (Linux 3.15)."""
     libc = ctypes.CDLL(None)
     names = (os.fsencode(new), os.fsencode(target))
     here = _AT_WORKING_DIRECTORY
     if libc.renameat2(here, names[0], here, names[1], _RENAME_EXCHANGE) == 0:
         return
-    old = new.with_name(f"{new.name}.old")  # the same prefix: removed by the next, if not here
+    old = new.with_name(
+        f"{new.name}.old"
+    )  # the same prefix: the next call removes it, if not this one
     target.rename(old)
     new.rename(target)
     shutil.rmtree(old, ignore_errors=True)

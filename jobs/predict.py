@@ -12,29 +12,32 @@ from fer_ray import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of this job; tests read commands in documents and manifests with it."""
+    """Builds the parser; tests also use it to check the commands in the documentation."""
     parser = cli.JobParser(prog="predict.py", description=__doc__.partition("\n\n")[2])
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run: its best")
-    add("--data", metavar="DIR", help="prepared dataset")
+    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run: its best one")
+    add("--data", metavar="DIR", help="prepared data set")
     add("--images", metavar="DIR-OR-ZIP", help="face crops in any layout, instead of --data")
-    add("--split", nargs="+", metavar="NAME", help="of --data (validation); a name for --images")
-    add("--output", default="results/predictions", metavar="DIR", help="folder of predictions")
-    add("--run", metavar="NAME", help="name to predict under; by default that of the training")
-    add("--num-actors", type=cli.integer(0), default=0, help="processes; 0: one a CPU or GPU")
+    split = "split of --data (default: validation), or the name to give to --images"
+    add("--split", nargs="+", metavar="NAME", help=split)
+    add("--output", default="results/predictions", metavar="DIR", help="folder of all predictions")
+    add("--run", metavar="NAME", help="run name in the output (default: that of the checkpoint)")
+    actors = "predicting processes; 0: one per CPU, or per GPU with --use-gpu"
+    add("--num-actors", type=cli.integer(0), default=0, help=actors)
     add("--use-gpu", action="store_true", help="give each process a GPU")
     return parser
 
 
 def main() -> None:
-    """Parses, checks, predicts, and prints where the predictions lie."""
+    """Parses the flags, checks the input, predicts, and prints the path of the predictions."""
     flags = build_parser().parse_args()
 
+    from fer_ray.inference import plan as planning
     from fer_ray.inference import run as inference
 
     cli.lasting("--output", flags.output)
     plans = [
-        inference.plan(
+        planning.plan(
             checkpoint_path=flags.checkpoint,
             data=flags.data,
             images=flags.images,

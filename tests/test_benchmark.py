@@ -311,9 +311,9 @@ def on_synthetic_faces(**scaling) -> TrainConfig:
 def test_resources_that_the_machine_lacks_are_refused(ray_cluster):
     logged: list[str] = []
     for flags, only, message in (
-        ({"cpus_per_worker": 4.0}, "train_over_plain", "4 CPUs wanted, the cluster has 2"),
+        ({"cpus_per_worker": 4.0}, "train_over_plain", "4 CPUs requested, the cluster has 2"),
         ({"cpus_per_worker": 1.5}, "workers_over_limit", "3 CPUs wanted"),
-        ({"use_gpu": True}, "input_us_per_image", "1 GPUs wanted, the cluster has 0"),
+        ({"use_gpu": True}, "input_us_per_image", "1 GPUs requested, the cluster has 0"),
     ):
         plan = run.plan(on_synthetic_faces(**{"num_workers": 2, **flags}), only=[only])
         with pytest.raises(UserError, match=message):

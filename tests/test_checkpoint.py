@@ -22,7 +22,7 @@ def saved(tmp_path_factory):
         described,
         small.feed(config, small.split(48), small.split(20, seed=1), described=described),
         group=ProcessGroup(),
-        labels={"run": "tried", "provenance": {}},
+        labels={"run": "tried", "environment": {}},
         resume=None,
     )
 
@@ -104,7 +104,7 @@ def test_restoring_gives_the_optimizer_back(saved):
         trainer.info,
         trainer.feed,
         group=ProcessGroup(),
-        labels={"run": "tried", "provenance": {}},
+        labels={"run": "tried", "environment": {}},
         resume=checkpoint.read(str(folder / "checkpoint_3")),
     )
     assert isinstance(other.optimizer, torch.optim.AdamW)
@@ -123,7 +123,7 @@ def test_the_hash_tells_what_predicts_and_not_how_it_was_trained(saved):
     before, text = checkpoint.read(str(path.parent)).sha256, path.read_text()
     value = json.loads(text)
     try:
-        path.write_text(json.dumps({**value, "provenance": {"other": 1}}))
+        path.write_text(json.dumps({**value, "environment": {"other": 1}}))
         assert checkpoint.read(str(path.parent)).sha256 == before
         value["normalizer"]["mean"] += 0.01
         path.write_text(json.dumps(value))

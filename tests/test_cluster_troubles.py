@@ -64,6 +64,6 @@ def test_more_gpus_than_there_are(cluster, tmp_path):  # noqa: F811
     cluster.succeed("python", "jobs/prepare.py", *source)
     train = ["python", "jobs/train.py", "--data", data, "--storage", str(tmp_path), "--use-gpu"]
     output = ray_job(cluster, *SUBMIT, "--", *train)
-    refused = quoted("--use-gpu: 2 GPUs wanted, the cluster has 0 and does not grow by itself")
+    refused = quoted("--use-gpu: 2 GPUs requested, the cluster has 0 and does not grow")
     assert f"\ntrain.py: {refused}" in output
-    quoted("--use-gpu: 2 GPUs wanted, the cluster has 0: waiting for it to grow")
+    quoted("--use-gpu: 2 GPUs requested, the cluster has 0: waiting for the cluster to grow")

@@ -44,7 +44,7 @@ def worker(rank: int, folder: str) -> None:
     exchange._TIMEOUT_S = 2
     found: dict[str, object] = {}
     group = ProcessGroup(rank=rank, size=SIZE)
-    found["agreed"] = group.agree(f"s3://Gesichter/größe {rank}"), group.agree("")
+    found["agreed"] = group.broadcast(f"s3://Gesichter/größe {rank}"), group.broadcast("")
     tempfile.tempdir = f"{folder}/sockets"
     near = exchange.connect()
     found["near"] = type(near).__name__, right(near), names(tempfile.gettempdir())

@@ -394,7 +394,7 @@ def test_a_training_continues_after_a_host_was_disconnected(cluster, checked_job
     training.reach(len(training.epochs) + 1)
     done = training.epochs
     wait_for(lambda: cluster.alive() == both, "a host was lost")
-    assert "going on after" not in training.log
+    assert "resuming after" not in training.log
     assert len(done) < EPOCHS - 1, "the training was too fast for this test"
     cluster.network.disconnect("worker")
     wait_for(lambda: cluster.alive() == [head], "the head does not declare the host dead")
@@ -402,7 +402,7 @@ def test_a_training_continues_after_a_host_was_disconnected(cluster, checked_job
     wait_for(lambda: cluster.alive() == both, "the host does not join again")
     assert training.end() == 0, training.log
     assert training.epochs == list(range(1, EPOCHS + 1))
-    after = int(training.log.partition("going on after epoch ")[2].partition("\n")[0])
+    after = int(training.log.partition("resuming after epoch ")[2].partition("\n")[0])
     assert len(done) <= after < EPOCHS
     assert json.loads((training.run / "run.json").read_text())["epochs"] == EPOCHS
     # the README quotes both reasons for which Ray ends itself on that host

@@ -18,6 +18,7 @@ from fer_ray.data import predictions
 from fer_ray.data.dataset import load_split, read_info
 from fer_ray.data.labels import probability_column
 from fer_ray.errors import JobFailed, UserError
+from fer_ray.inference import plan as planning
 from fer_ray.inference import run as inference
 from fer_ray.models import checkpoint
 from fer_ray.preparation.plan import plan_preparation
@@ -46,7 +47,7 @@ def run(data, tmp_path_factory):
         data,
         small.feed(config, *parts, described=data),
         group=ProcessGroup(),
-        labels={"run": "tried", "provenance": {}},
+        labels={"run": "tried", "environment": {}},
         resume=None,
     )
 
@@ -60,7 +61,7 @@ def run(data, tmp_path_factory):
 
 
 def predict(folder: Path, output: Path, *, actors: int = 1, **given) -> predictions.Predictions:
-    plan = inference.plan(
+    plan = planning.plan(
         checkpoint_path=str(folder), output=str(output), **{"split": "validation", **given}
     )
     return predictions.read(inference.predict(plan, num_actors=actors, log=lambda line: None))
@@ -133,7 +134,7 @@ def test_unreadable_images_are_rows_with_an_error(run, loose, tmp_path):
 
 
 def test_the_number_of_actors_does_not_change_a_bit(run, loose, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "IMAGES_PER_PART", 4)
+    monkeypatch.setattr(planning, "IMAGES_PER_PART", 4)
     tables = [
         predict(run, tmp_path / str(n), images=str(loose[0]), split="x", actors=n).table
         for n in (1, 2)
@@ -172,9 +173,7 @@ def test_damaged_parts_are_refused_before_any_work(run, copy, how, said, tmp_pat
     path, part = copy
     damage(part, how)
     with pytest.raises(UserError, match=said) as caught:
-        inference.plan(
-            checkpoint_path=str(run), data=path, split="validation", output=str(tmp_path)
-        )
+        planning.plan(checkpoint_path=str(run), data=path, split="validation", output=str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -182,8 +181,8 @@ def test_damaged_parts_are_refused_before_any_work(run, copy, how, said, tmp_pat
 def test_parts_that_workers_cannot_read_are_one_line(run, copy, how, tmp_path, capfd):
     place, part = copy
     output = tmp_path / "predictions"
-    plan = inference.plan(
-        checkpoint_place=str(run), data=place, split="validation", output=str(output)
+    plan = planning.plan(
+        checkpoint_path=str(run), data=place, split="validation", output=str(output)
     )
     damage(part, how)
     with pytest.raises(UserError, match=f"--data: {part} cannot be read") as caught:
@@ -195,7 +194,7 @@ def test_parts_that_workers_cannot_read_are_one_line(run, copy, how, tmp_path, c
 
 def test_a_checkpoint_that_workers_do_not_see_is_one_line(data, run, tmp_path, capfd):
     shutil.copytree(run, tmp_path / "run")
-    plan = inference.plan(
+    plan = planning.plan(
         checkpoint_path=str(tmp_path / "run"),
         data=data.path,
         split="validation",
@@ -217,7 +216,7 @@ class FailingSource:
 
 def test_what_the_disk_denies_a_worker_is_one_line(ray_cluster, run, loose, tmp_path, capfd):
     output = tmp_path / "predictions"
-    plan = inference.plan(
+    plan = planning.plan(
         checkpoint_path=str(run), images=str(loose[0]), split="images", output=str(output)
     )
     this = sys.modules[__name__]  # which workers cannot import
@@ -240,9 +239,7 @@ def test_labels_that_the_checkpoint_does_not_know_are_refused(data, run, tmp_pat
     info["labels"].append("wondering")
     (path / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="does not know: wondering"):
-        inference.plan(
-            checkpoint_path=str(run), data=str(path), split="train", output=str(tmp_path)
-        )
+        planning.plan(checkpoint_path=str(run), data=str(path), split="train", output=str(tmp_path))
 
 
 def test_a_second_run_doubles_nothing_and_leaves_nothing_unfinished(data, run, tmp_path):
@@ -291,9 +288,9 @@ def test_the_manifest_says_what_predicted_what(data, run, tmp_path):
 def test_wrong_input_is_refused_before_any_work(data, run, tmp_path, given, message):
     settings = {"data": data.path, "split": "validation", **given}
     with pytest.raises(UserError, match=message):
-        inference.plan(checkpoint_path=str(run), output=str(tmp_path), **settings)
+        planning.plan(checkpoint_path=str(run), output=str(tmp_path), **settings)
 
 
 def test_more_actors_than_cpus_are_refused(data, run, tmp_path):
-    with pytest.raises(UserError, match="--num-actors: 99 CPUs wanted, the cluster has 2"):
+    with pytest.raises(UserError, match="--num-actors: 99 CPUs requested, the cluster has 2"):
         predict(run, tmp_path, data=data.path, actors=99)

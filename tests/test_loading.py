@@ -52,7 +52,7 @@ def together(built: list[MemoryFeed], epoch: int) -> list[tuple[torch.Tensor, to
     size = built[0]._config.schedule.global_batch_size
     steps = []
     for parts in zip(*(feed.train(epoch) for feed in built), strict=True):
-        own = [feed._group.part(size) for feed in built]
+        own = [feed._group.shard(size) for feed in built]
         counts = [part.stop - part.start for part in own]
         images = [batch.images[:count] for batch, count in zip(parts, counts)]
         targets = [batch.targets[:count] for batch, count in zip(parts, counts)]
@@ -150,7 +150,7 @@ def test_fewer_images_than_workers_in_a_batch(engine):
     built = feeds(settings, 5)
     batches = [list(feed.train(0)) for feed in built]
     assert {len(found) for found in batches} == {16}
-    sizes = [feed._group.part(3).stop - feed._group.part(3).start for feed in built]
+    sizes = [feed._group.shard(3).stop - feed._group.shard(3).start for feed in built]
     assert sum(sizes) == 3 and 0 in sizes
     idle = batches[sizes.index(0)][0]
     assert idle.images.shape == (0, 12, 12) and idle.targets.shape == (0,)

@@ -25,7 +25,7 @@ def trainer(config: TrainConfig, *, train=48, validation=21, group=None, resume=
         described,
         small.feed(config, *parts, described=described, group=group),
         group=group,
-        labels={"run": "tried", "provenance": {}},
+        labels={"run": "tried", "environment": {}},
         resume=resume,
     )
 
@@ -121,7 +121,7 @@ def test_inference_normalizes_as_training_did(tmp_path, normalization):
 
 def test_parts_are_contiguous_and_cover_everything():
     for size in (1, 2, 3, 7):
-        parts = [np.arange(20)[ProcessGroup(rank=r, size=size).part(20)] for r in range(size)]
+        parts = [np.arange(20)[ProcessGroup(rank=r, size=size).shard(20)] for r in range(size)]
         assert np.concatenate(parts).tolist() == list(range(20))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -215,7 +215,7 @@ def test_fewer_validation_images_than_workers():
     config = small.config()
     alone = trainer(config, validation=3)
     groups = [ProcessGroup(rank=rank, size=5) for rank in range(5)]
-    parts = [len(range(3)[group.part(3)]) for group in groups]
+    parts = [len(range(3)[group.shard(3)]) for group in groups]
     assert sum(parts) == 3 and 0 in parts
     alone.feed._group = groups[parts.index(0)]
     alone._summarize = lambda loss, confusion: {"loss": loss, "seen": int(confusion.sum())}

@@ -23,6 +23,7 @@ from fer_ray.errors import JobFailed, UserError
 from fer_ray.evaluation import report
 from fer_ray.evaluation import run as evaluation
 from fer_ray.inference import run as inference
+from fer_ray.inference.plan import plan as plan_prediction
 from fer_ray.models import checkpoint
 from fer_ray.preparation.plan import plan_preparation
 from fer_ray.preparation.run import prepare
@@ -96,7 +97,7 @@ def test_a_run_resumes_from_the_store(run, data):
 
 @pytest.fixture(scope="module")
 def predicted(bucket, data, run) -> str:
-    plan = inference.plan(
+    plan = plan_prediction(
         checkpoint_path=run, data=data, split="validation", output=f"{bucket}/predictions"
     )
     assert inference.predict(plan, log=quiet) == inference.predict(plan, log=quiet)
@@ -130,7 +131,7 @@ def test_the_manifest_is_written_last_and_without_it_nothing_is_trusted(
         write(path, value)
 
     monkeypatch.setattr(storage, "write_json", watched)
-    plan = inference.plan(
+    plan = plan_prediction(
         checkpoint_path=run, data=data, split="test", output=f"{bucket}/predictions"
     )
     folder = inference.predict(plan, log=quiet)

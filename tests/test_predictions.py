@@ -95,7 +95,7 @@ def test_unfinished_folder_is_left_out_by_name(folder: Path, tmp_path: Path, cap
 @pytest.mark.parametrize("path", ["absent", "empty"])
 def test_find_without_predictions(tmp_path: Path, path: str):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"expected .*_manifest\.json"):
+    with pytest.raises(UserError, match=r"give a folder .*_manifest\.json"):
         predictions.find(str(tmp_path / path))
 
 
@@ -135,10 +135,10 @@ def drop_a_column(folder: Path) -> None:
         (lose_a_file, r"files missing: \['part-00001.parquet'\]"),
         (add_a_file, r"not listed: \['part-00002.parquet'\]"),
         (cut_a_file, "part-00001.parquet is not readable"),
-        (shorten_a_file, "19 rows and not 20"),
+        (shorten_a_file, "19 rows instead of 20"),
         (repeat_a_row, "1 images more than once, such as 'images/00010.jpg'"),
         (drop_a_column, "part-00001.parquet: columns are"),
-        (lambda folder: change_manifest(folder, rows=21), "20 rows and not 21"),
+        (lambda folder: change_manifest(folder, rows=21), "20 rows instead of 21"),
         (lambda folder: change_manifest(folder, format="else"), "the format is not"),
         (lambda folder: change_manifest(folder, labels=["happy"]), "columns are"),
         (lambda folder: (folder / predictions.MANIFEST).write_text("{"), "not JSON"),

@@ -11,7 +11,6 @@ import prediction_samples as samples
 import pyarrow as pa
 import pytest
 import sweep_samples
-import torch
 from conftest import ROOT
 
 from fer_ray.data import dataset, history, predictions
@@ -19,8 +18,6 @@ from fer_ray.evaluation import report, tables
 from fer_ray.evaluation.run import evaluate
 from fer_ray.metrics import training_metrics
 from fer_ray.sweeps import store, summary
-from fer_ray.training import telemetry
-from fer_ray.training.telemetry import Telemetry
 
 TEXT = (ROOT / "results" / "README.md").read_text()
 SQL = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
@@ -51,10 +48,6 @@ def results(tmp_path_factory) -> Path:
         seen = samples.random_table(9, 40, skill=2.0, run=name, split="train")
         samples.save(path, seen)
         samples.save_history(root / "results" / "runs", name)
-        folder = str(root / "results" / "runs" / name)
-        telemetry_log = Telemetry(run=name, rank=0, folder=folder, device=torch.device("cpu"))
-        with telemetry_log:
-            telemetry_log.epoch(9, {"epoch": 1, "train_loss": 1.5})
     result = evaluate([str(path)], resamples=200)
     report.publish(result, str(root / "results" / "evaluation"))
     sweep_samples.normalization(root / "results" / "sweeps" / "normalization")
@@ -80,13 +73,6 @@ def test_python_runs(results: Path, monkeypatch, capsys, block: str):
     monkeypatch.chdir(results)
     exec(compile(block, "results/README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
-
-
-def test_documented_keys_of_the_logs_are_the_keys():
-    section = re.search(r"\n### logs\n(.*?)(?=\n### |\Z)", TEXT, re.DOTALL)
-    assert section
-    keys = re.findall(r"^\| `([^`]+)` \|", section.group(1), re.MULTILINE)
-    assert tuple(keys) == telemetry.FIELDS
 
 
 def test_there_is_something_to_run():

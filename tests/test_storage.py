@@ -62,7 +62,7 @@ def test_a_link_stays_and_leads_to_what_is_new(tmp_path):
 def test_what_appears_meanwhile_is_not_replaced(tmp_path):
     target = tmp_path / "out"
     with (
-        pytest.raises(UserError, match="was made by another meanwhile"),
+        pytest.raises(UserError, match="was created by another process meanwhile"),
         storage.staged_directory(str(target)) as staging,
     ):
         Path(staging, "file").touch()

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,52 @@ assert "ray" not in sys.modules, "ray takes seconds: import it where it is used"
     command = [sys.executable, "-c", script, *light]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def literals(file: Path) -> set[str]:
+    """The strings that a file's code holds; docstrings are left out."""
+    tree = ast.parse(file.read_text())
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return {node.value for node in strings if isinstance(node.value, str) and id(node) not in docs}
+
+
+OWNED = {
+    "config.json": "data.run_folder",
+    "history.parquet": "data.run_folder",
+    "run.json": "data.run_folder",
+    "failure.json": "data.run_folder",
+    "row_groups.json": "data.run_folder",
+    "placement_group.json": "data.run_folder",
+    "checkpoint.json": "data.run_folder",
+    "_manifest.json": "data.predictions",
+    "part-\\d": "data.predictions",
+}
+"""Names of files of a run or of predictions, and the only module that spells each."""
+
+
+@pytest.mark.parametrize("name", OWNED)
+def test_each_file_of_a_run_and_of_predictions_is_named_in_one_module(name):
+    spelled = {
+        module for module, file in MODULES.items() if any(name in text for text in literals(file))
+    }
+    assert spelled == {OWNED[name]}
+
+
+def test_only_public_parts_of_ray_are_used_outside_of_ray_compat():
+    for name, file in MODULES.items():
+        if name == "runtime.ray_compat":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ray":
+                words = [*node.module.split("."), *(alias.name for alias in node.names)]
+                assert not any(word.startswith("_") for word in words), f"{name}: {words}"
+            if isinstance(node, ast.Attribute) and re.match("_(?!_)", node.attr):
+                root = ast.unparse(node.value).split(".")[0]
+                assert root != "ray", f"{name}: {ast.unparse(node)}"
+            if isinstance(node, ast.keyword) and node.arg:
+                assert not node.arg.startswith("_"), f"{name}: {node.arg}"
+        assert not any(re.match(r"ray\..*\._", text) for text in literals(file)), name
 
 
 def test_files_and_functions_stay_short():

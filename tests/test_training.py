@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,9 +19,12 @@ from processes import kill_with_descendants, killing
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data import history
 from fer_ray.data.dataset import read_info
+from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.models import checkpoint
 from fer_ray.training import run as training
+from fer_ray.training import worker
+from fer_ray.training.process_group import ProcessGroup
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,8 +73,8 @@ def test_other_settings_under_the_same_name_are_refused_and_shown(data, tmp_path
 
 def test_what_can_never_be_scheduled_is_refused(data, tmp_path):
     for scaling, message in (
-        ({"num_workers": 50}, "50 CPUs wanted, the cluster has 2"),
-        ({"use_gpu": True}, "1 GPUs wanted, the cluster has 0"),
+        ({"num_workers": 50}, "50 CPUs requested, the cluster has 2"),
+        ({"use_gpu": True}, "1 GPUs requested, the cluster has 0"),
     ):
         wanted = plan(config(data, scaling=scaling, schedule={"global_batch_size": 64}), tmp_path)
         with pytest.raises(UserError, match=message):
@@ -94,22 +98,9 @@ def test_damaged_files_are_refused_before_workers_start(data, tmp_path, monkeypa
     assert not started
 
 
-def test_runs_from_before_there_were_engines_are_not_resumed_with_another(data, tmp_path):
-    first = plan(config(data), tmp_path)
-    values = first.config.to_dict()
-    del values["transforms"]["engine"]
-    (tmp_path / "tried").mkdir()
-    saved = {"config": values, "data_sha256": first.info.data_sha256}
-    (tmp_path / "tried" / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(UserError, match=r"transforms\.engine: 'albumentations' -> 'auto'"):
-        plan(config(data), tmp_path)
-    same = plan(config(data, transforms={"engine": "albumentations"}), tmp_path)
-    assert same.resumes and not training.decide_loading(same)
-
-
 def test_auto_loads_into_memory_what_fits_there(data, tmp_path, monkeypatch):
     assert not training.decide_loading(plan(config(data), tmp_path))
-    monkeypatch.setattr(training, "_MEMORY_SHARE", 1e-9)
+    monkeypatch.setattr(training, "_MEMORY_FRACTION", 1e-9)
     tight = config(data, scaling={"num_workers": 2, "cpus_per_worker": 0.5})
     assert training.decide_loading(plan(tight, tmp_path))
 
@@ -127,6 +118,45 @@ def test_history_is_written_whole_with_its_schema(tmp_path):
     table = pq.read_table(path)
     assert table.schema.equals(history.SCHEMA) and table["epoch"].to_pylist() == [1, 2]
     assert [one and one.second for one in table["ended_at"].to_pylist()] == [None, 14]
+
+
+def test_the_speed_of_a_run_is_the_median_of_its_epochs(data, tmp_path, monkeypatch):
+    row = dict.fromkeys(history.SCHEMA.names, 0.5) | {"ended_at": None}
+    rows = [{**row, "epoch": n, "images_per_s": s} for n, s in ((1, 654.0), (2, 262.0))]
+    last = SimpleNamespace(path="checkpoint_2", epoch=2, history=rows, metrics=rows[-1])
+    last.sha256, last.bfloat16, last.environment = "0" * 64, False, {}
+    monkeypatch.setattr(checkpoint, "latest", lambda path: last)
+    monkeypatch.setattr(checkpoint, "find", lambda path: last)
+    tried = plan(config(data), tmp_path)
+    tried.files.write_config(tried.config.to_dict(), data_sha256="", loading="memory")
+    assert training._result(tried, wall_s=1.0)["images_per_s"] == 458.0
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UserError("--data: it is gone"), "worker 1 cannot load the images: --data: it is gone"),
+        (MemoryError("no more"), "out of memory: no more"),
+    ],
+)
+def test_a_worker_that_cannot_load_the_images_records_why(
+    data, tmp_path, monkeypatch, error, reason
+):
+    def fails(*arguments: object, **settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr(worker, "StreamFeed", fails)
+    folder = RunFolder(str(tmp_path))
+    with pytest.raises(type(error)):
+        worker._open_data(
+            {"pieces": {}, "spare_cpus": 0.0}, config(data), ProcessGroup(rank=1, size=2), folder
+        )
+    assert folder.failure == reason
+
+
+def test_a_worker_that_does_not_see_the_runs_folder_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"the host of worker 0 does not see .*/absent: "):
+        worker._prepare_folder(RunFolder(str(tmp_path / "absent")), note_group=False)
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
@@ -163,6 +193,8 @@ def test_a_run_leaves_what_the_contract_says(data, undisturbed):
     assert saved["best"]["validation_accuracy"] == max(scores)
     kept = {one.epoch for one in checkpoint.in_run(str(folder))}
     assert kept == {4, saved["best"]["epoch"]}
+    others = {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint_0")}
+    assert others == {"config.json", "history.parquet", "run.json"}, "nothing of Ray Train's own"
     assert json.loads((folder / "config.json").read_text())["config"]["schedule"]["epochs"] == 4
 
 
@@ -211,7 +243,7 @@ def test_a_broken_off_job_goes_on_by_the_same_command(data, undisturbed, tmp_pat
     assert not (tmp_path / "tried" / "run.json").exists(), "killed too late to show anything"
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "resuming" in done.stdout and "going on after epoch" in done.stdout
+    assert "resuming" in done.stdout and "resuming after epoch" in done.stdout
     assert done.stdout.strip().splitlines()[-1] == str(tmp_path / "tried")
     assert tensors(tmp_path / "tried") == tensors(undisturbed[0])
 
@@ -243,7 +275,7 @@ def test_two_workers_stream_on_two_cpus_and_resume(data, tmp_path, capfd):
     )
     with killing_a_worker_after_the_first_epoch(tmp_path / "tried"):
         result = training.fit(plan(settings, tmp_path), log=said.append)
-    assert "going on after epoch" in capfd.readouterr().out
+    assert "resuming after epoch" in capfd.readouterr().out
     assert any("loading from a stream" in line for line in said)
     assert json.loads((tmp_path / "tried" / "config.json").read_text())["loading"] == "stream"
     undisturbed = training.fit(plan(settings, tmp_path, "whole"), log=lambda line: None)

@@ -19,7 +19,7 @@ from fer_ray.models import checkpoint
 from fer_ray.runtime import environment, process
 from fer_ray.sweeps import store, trial
 from fer_ray.sweeps.store import SweepFolder, Trial, TrialFolder
-from fer_ray.training import ray_trainer, worker
+from fer_ray.training import ray_trainer
 from fer_ray.transforms.normalization import Normalizer
 
 
@@ -49,7 +49,7 @@ def test_a_trial_out_of_memory_is_recorded_with_its_reason(
         if num_workers == 1:
             raise error
         reason = process.out_of_memory(error)
-        storage.write_json(storage.join(folder.path, worker.FAILURE), {"reason": reason})
+        folder.files.write_failure(reason)
         raise JobFailed("its workers failed: the actor died")
 
     monkeypatch.setattr(trial, "_train_here", ends)
@@ -74,7 +74,7 @@ def test_what_a_killed_trials_workers_hold_is_given_back(ray_cluster, tmp_path):
     group = placement_group([{"CPU": 1}])
     assert group.wait(60)
     folder = TrialFolder(str(tmp_path), 7)
-    storage.write_json(storage.join(folder.path, worker.PLACEMENT_GROUP), {"id": group.id.hex()})
+    folder.files.write_placement_group(group.id.hex())
     for _ in range(2):  # it may be gone already
         trial.free_workers(folder)
     wait_for(lambda: placement_group_table(group)["state"] == "REMOVED", 30)

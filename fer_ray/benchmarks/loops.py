@@ -89,7 +89,7 @@ class WorkerContext:
 
     def trainer(self, feed: Feed) -> Trainer:
         """A trainer of the real loop, without lines of progress."""
-        labels: dict[str, Any] = {"run": "benchmark", "provenance": {}}
+        labels: dict[str, Any] = {"run": "benchmark", "environment": {}}
         trainer = Trainer(
             self.config, self.info, feed, group=self.group, labels=labels, resume=None
         )

@@ -19,6 +19,7 @@ from fer_ray.config.schema import TrainConfig
 from fer_ray.data import dataset
 from fer_ray.data.dataset import DatasetInfo, load_split, read_info
 from fer_ray.errors import JobFailed
+from fer_ray.inference import plan as planning
 from fer_ray.inference import run as inference
 from fer_ray.models import checkpoint
 from fer_ray.preparation.shards import ROWS_PER_SHARD
@@ -84,7 +85,7 @@ def _save(
     """Writes a checkpoint as the training loop does, before the first step."""
     group = ProcessGroup(device=device)
     feed = MemoryFeed(config, info, images, images, group=group)
-    labels: dict[str, Any] = {"run": "benchmark", "provenance": {}}
+    labels: dict[str, Any] = {"run": "benchmark", "environment": {}}
     Trainer(config, info, feed, group=group, labels=labels, resume=None).save(path)
 
 
@@ -135,7 +136,7 @@ def parts_for(speed: float, round_s: float) -> tuple[int, int]:
 
 def _predict(data: str, folder: str, use_gpu: bool) -> float:
     """Images/s of batch prediction, from the first part written to the last."""
-    plan = inference.plan(
+    plan = planning.plan(
         checkpoint_path=storage.join(folder, "checkpoint"),
         data=data,
         split="train",

@@ -284,8 +284,7 @@ def _fit(
         work,
         settings,
         replace(config.scaling, num_workers=num_workers, max_failures=0),
-        storage_path=settings["folder"],
-        run="run",
+        run="benchmark",
         failed="a worker of the benchmark failed",
     )
     return storage.read_json(storage.join(settings["folder"], workers.RESULT))

@@ -200,10 +200,10 @@ def measure_together(settings: dict[str, Any]) -> None:
     """
     context = WorkerContext.load(settings, threads=1)
     group, batch_size = context.group, context.config.schedule.global_batch_size
-    own = group.part(batch_size)
+    own = group.shard(batch_size)
     trainer = context.trainer(context.feed(2))
     plain = context.plain(trainer.forward, own.stop - own.start, 2)
-    step_s = group.slowest(step_seconds(plain, group.device))
+    step_s = group.maximum(step_seconds(plain, group.device))
     steps = steps_for(step_s, settings["round_s"], batch_size)
     trainer.feed, trainer.steps_per_epoch = context.feed(steps), steps
     plain = context.plain(trainer.forward, own.stop - own.start, steps)
@@ -212,12 +212,12 @@ def measure_together(settings: dict[str, Any]) -> None:
     def data_parallel() -> float:
         start = now(group.device)
         trainer._train_epoch(next(epochs))
-        return steps * batch_size / group.slowest(now(group.device) - start)
+        return steps * batch_size / group.maximum(now(group.device) - start)
 
     def independent() -> float:
-        group.total(np.zeros(1))  # a barrier: all begin at the same time
+        group.all_reduce(np.zeros(1))  # a barrier: all begin at the same time
         speed = rate(lambda: plain.train(steps), group.device)
-        return float(group.total(np.array([speed]))[0])
+        return float(group.all_reduce(np.array([speed]))[0])
 
     rounds = in_turn({"workers": data_parallel, "workers_plain": independent}, settings["rounds"])
     if group.rank == 0:

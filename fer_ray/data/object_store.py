@@ -15,7 +15,7 @@ from fer_ray.data.labels import UNKNOWN_LABEL
 from fer_ray.errors import UserError
 
 
-def share(
+def shared_images(
     info: DatasetInfo,
     fractions: Mapping[str, float],
     *,

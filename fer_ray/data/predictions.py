@@ -1,15 +1,16 @@
-"""The contract of predictions: their columns, and the manifest that makes a folder trusted.
+"""The contract of predictions: their columns, and the manifest that marks a folder as complete.
 
 ``<output>/<run>/<split>/`` holds ``part-*.parquet``, one row an image, and ``_manifest.json``,
-which is written last. Readers of many files skip names that start with ``_``, so the folder
-reads whole with pandas, pyarrow and DuckDB; this module reads it only where the manifest is
-there and agrees with the files beside it.
+which is written last. Readers of many files skip names that start with ``_``, so pandas, pyarrow
+and DuckDB read the whole folder. This module reads it only where the manifest exists and agrees
+with the files beside it. No other module names these files.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +21,23 @@ import pyarrow.parquet as pq
 
 from fer_ray import storage
 from fer_ray.data.labels import probability_column
-from fer_ray.errors import UserError
+from fer_ray.errors import UserError, first_line
 
 MANIFEST = "_manifest.json"
 """The file that is written last."""
+_PART = re.compile(r"part-\d+\.parquet")
 
 FORMAT = "fer_ray predictions 1"
 """The manifest's ``format``: another one is refused."""
 
-_EXPECTED = f"expected a folder <run>/<split> with {MANIFEST}, or one or two folders above it"
+_EXPECTED = f"give a folder <run>/<split> with {MANIFEST}, or one or two folders above it"
 _DEPTH = 2
+
+
+def part_name(number: int) -> str:
+    """Name of the file with the rows of one part, numbered from 0."""
+    return f"part-{number:05d}.parquet"
+
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +86,7 @@ class Predictions:
     table: pa.Table
     """The rows, with the columns of `schema`; ``image_id`` is unique."""
     manifest: dict[str, Any]
-    """What the manifest says: ``rows``, ``files``, ``config`` and the rest."""
+    """The manifest's content: ``rows``, ``files``, ``config`` and the rest."""
 
 
 def write_manifest(
@@ -90,32 +98,34 @@ def write_manifest(
     checkpoint: str,
     config: dict[str, Any],
 ) -> None:
-    """Verifies a folder's part files and then writes the manifest that makes it trusted.
+    """Verifies a folder's part files and then writes the manifest that marks it as complete.
 
     Args:
-        folder: place that holds the part files, possibly still a staging folder.
-        rows: how many images were to be predicted: the files have to hold as many.
+        folder: path or URI of the folder with the part files, which may be a staging folder.
+        rows: number of images to predict: the files have to hold as many rows.
         files: names of the part files within the folder.
         labels: the model's labels in the order of its outputs.
         checkpoint: the checkpoint's hash.
         config: the resolved configuration, as JSON values.
 
     Raises:
-        RuntimeError: when the files do not hold exactly that: another number of rows, other
-            columns, an ``image_id`` twice or missing, more than one run or split, a Parquet
-            file that is not listed. The manifest is then not written.
+        RuntimeError: where the files differ from that: another number of rows, other columns, a
+            duplicated or missing ``image_id``, more than one run or split, or a Parquet file that
+            is not listed. The manifest is then not written.
     """
     try:
         table = _read_files(folder, files, labels, strict=True)
         _check_rows(table, rows)
-        only = {name: _only(table, name) for name in ("run", "split", "model", "checkpoint")}
-        if only["checkpoint"] != checkpoint:
-            raise UserError(f"rows of checkpoint {only['checkpoint']!r}, not {checkpoint!r}")
+        constants = {
+            name: _constant(table, name) for name in ("run", "split", "model", "checkpoint")
+        }
+        if constants["checkpoint"] != checkpoint:
+            raise UserError(f"rows of checkpoint {constants['checkpoint']!r}, not {checkpoint!r}")
     except UserError as error:
         raise RuntimeError(f"predictions are not complete: {folder}: {error}") from error
     manifest = {
         "format": FORMAT,
-        **only,
+        **constants,
         "rows": rows,
         "files": sorted(files),
         "labels": list(labels),
@@ -125,58 +135,58 @@ def write_manifest(
 
 
 def find(path: str) -> list[str]:
-    """The folders of predictions at a place.
+    """Finds the folders of predictions at a path.
 
     Args:
         path: a split's folder, a run's folder, or the folder of all predictions.
 
     Returns:
-        The folders with a manifest, sorted. One that has part files but no manifest is left
-        out with a warning in the log that names it.
+        The folders with a manifest, sorted. A folder that has part files but no manifest is left
+        out, with a warning in the log that names it.
 
     Raises:
-        UserError: when there is none, or `place` itself has part files but no manifest.
+        UserError: where there is none, or `path` itself has part files but no manifest.
     """
     path = storage.absolute(path)
     if not storage.is_directory(path):
         raise UserError(f"{path}: no such folder; {_EXPECTED}")
     unfinished: list[str] = []
-    found = sorted(_search(path, _DEPTH, unfinished))
+    folders = sorted(_search(path, _DEPTH, unfinished))
     if path in unfinished:
-        raise UserError(f"{path}: part files without {MANIFEST}: unfinished, predict again")
+        raise UserError(f"{path}: unfinished, {MANIFEST} is missing: predict again")
     for folder in unfinished:
-        logger.warning("%s: left out: part files without %s, unfinished", folder, MANIFEST)
-    if not found:
+        logger.warning("%s: left out, since it is unfinished: %s is missing", folder, MANIFEST)
+    if not folders:
         raise UserError(f"{path}: no predictions here; {_EXPECTED}")
-    return found
+    return folders
 
 
 def _search(path: str, depth: int, unfinished: list[str]) -> list[str]:
     names = storage.list_names(path)
     if MANIFEST in names:
         return [path]
-    if any(_is_part(name) for name in names):
+    if any(_PART.fullmatch(name) for name in names):
         unfinished.append(path)
         return []
     if depth == 0:
         return []
     below = [storage.join(path, name) for name in names if name[0] not in "._"]
     folders = [folder for folder in below if storage.is_directory(folder)]
-    return [hit for folder in folders for hit in _search(folder, depth - 1, unfinished)]
+    return [path for folder in folders for path in _search(folder, depth - 1, unfinished)]
 
 
 def read(folder: str) -> Predictions:
     """Reads a folder of predictions and checks it against its manifest.
 
     Args:
-        folder: place with the manifest and the part files.
+        folder: path or URI of the folder with the manifest and the part files.
 
     Returns:
         The predictions; columns of equivalent types are cast to those of `schema`.
 
     Raises:
-        UserError: when the manifest is missing or not of this format, or when the files hold
-            anything else than it says.
+        UserError: where the manifest is missing or of another format, or the files differ from
+            what it records.
     """
     folder = storage.absolute(folder)
     manifest = _read_manifest(folder)
@@ -184,7 +194,9 @@ def read(folder: str) -> Predictions:
         table = _read_files(folder, manifest["files"], manifest["labels"], strict=False)
         _check_rows(table, manifest["rows"])
     except UserError as error:
-        raise UserError(f"{folder}: not as {MANIFEST} says: {error}") from error
+        raise UserError(
+            f"{folder}: the files differ from {MANIFEST}: {error}; predict again"
+        ) from error
     return Predictions(
         run=manifest["run"],
         split=manifest["split"],
@@ -209,43 +221,44 @@ def _read_manifest(folder: str) -> dict[str, Any]:
     needed = ("run", "split", "model", "checkpoint", "rows", "files", "labels", "config")
     missing = [key for key in needed if key not in manifest]
     if missing:
-        raise UserError(f"{path}: {', '.join(missing)} missing")
+        raise UserError(f"{path}: missing keys: {', '.join(missing)}")
     return manifest
 
 
 def _read_files(
     folder: str, files: Sequence[str], labels: Sequence[str], *, strict: bool
 ) -> pa.Table:
-    """All rows of the listed files, which have to be all Parquet files of the folder."""
+    """Reads all rows of the listed files, which have to be all Parquet files of the folder."""
     present = [name for name in storage.list_names(folder) if name.endswith(".parquet")]
     if sorted(files) != present:
         missing, extra = set(files) - set(present), set(present) - set(files)
         raise UserError(f"files missing: {sorted(missing)}, files not listed: {sorted(extra)}")
-    wanted = schema(labels)
+    columns = schema(labels)
     tables = [
-        _read_part(storage.join(folder, name), wanted, strict=strict) for name in sorted(files)
+        _read_part(storage.join(folder, name), columns, strict=strict) for name in sorted(files)
     ]
-    return pa.concat_tables(tables) if tables else wanted.empty_table()
+    return pa.concat_tables(tables) if tables else columns.empty_table()
 
 
-def _read_part(path: str, wanted: pa.Schema, *, strict: bool) -> pa.Table:
+def _read_part(path: str, columns: pa.Schema, *, strict: bool) -> pa.Table:
+    """Reads one file; `strict`: types have to be the same, not only equivalent."""
     fs, inner = storage.filesystem(path)
     name = storage.name_of(path)
     try:
-        # One stream and not `read_table(path)`, which would take `run=x` in a folder's name
-        # for a partition and add a column.
+        # not `read_table(path)`, which would take `run=x` in a folder's name for a partition and
+        # add a column
         with fs.open_input_file(inner) as stream:
             table = pq.ParquetFile(stream).read()
     except pa.ArrowException as error:
-        raise UserError(f"{name} is not readable as Parquet: {error}".splitlines()[0]) from error
-    if strict and not table.schema.equals(wanted):
-        raise UserError(f"{name}: columns are {_columns(table.schema)}, not {_columns(wanted)}")
-    if table.column_names != wanted.names:
-        raise UserError(f"{name}: columns are {table.column_names}, not {wanted.names}")
+        raise UserError(f"{name} is not readable as Parquet: {first_line(error)}") from error
+    if strict and not table.schema.equals(columns):
+        raise UserError(f"{name}: columns are {_columns(table.schema)}, not {_columns(columns)}")
+    if table.column_names != columns.names:
+        raise UserError(f"{name}: columns are {table.column_names}, not {columns.names}")
     try:
-        return table.cast(wanted)
+        return table.cast(columns)
     except pa.ArrowException as error:
-        raise UserError(f"{name}: {error}".splitlines()[0]) from error
+        raise UserError(f"{name}: {first_line(error)}") from error
 
 
 def _columns(columns: pa.Schema) -> str:
@@ -254,21 +267,19 @@ def _columns(columns: pa.Schema) -> str:
 
 def _check_rows(table: pa.Table, rows: int) -> None:
     if table.num_rows != rows:
-        raise UserError(f"{table.num_rows:,} rows and not {rows:,}")
+        raise UserError(f"{table.num_rows:,} rows instead of {rows:,}")
     ids = table["image_id"]
     if ids.null_count:
         raise UserError(f"{ids.null_count:,} rows without image_id")
     if pc.count_distinct(ids).as_py() != rows:
-        twice = [pair["values"] for pair in pc.value_counts(ids).to_pylist() if pair["counts"] > 1]
-        raise UserError(f"{len(twice):,} images more than once, such as {twice[0]!r}")
+        counts = pc.value_counts(ids).to_pylist()
+        duplicates = [pair["values"] for pair in counts if pair["counts"] > 1]
+        raise UserError(f"{len(duplicates):,} images more than once, such as {duplicates[0]!r}")
 
 
-def _only(table: pa.Table, column: str) -> str:
+def _constant(table: pa.Table, column: str) -> str:
+    """The value of a column that is the same in all rows."""
     values = pc.unique(table[column]).to_pylist()
     if len(values) != 1 or values[0] is None:
-        raise UserError(f"{column} has to be one value in all rows, not {values[:3]}")
+        raise UserError(f"{column} has to be the same in all rows, not {values[:3]}")
     return values[0]
-
-
-def _is_part(name: str) -> bool:
-    return name.startswith("part-") and name.endswith(".parquet")

@@ -11,6 +11,7 @@ import pandas as pd
 
 from fer_ray import storage
 from fer_ray.data import dataset, history
+from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import UserError
 from fer_ray.evaluation import figures, tables
 from fer_ray.evaluation.run import Evaluation
@@ -214,16 +215,14 @@ def read_trainings(path: str, runs: Sequence[str], notes: list[str]) -> dict[str
     """
     trainings = {}
     for run in runs:
-        folder = storage.join(storage.absolute(path), run)
-        file = storage.join(folder, "history.parquet")
-        if not storage.exists(file):
+        folder = RunFolder(storage.join(storage.absolute(path), run))
+        if not storage.exists(folder.history_path):
             notes.append(f"{run}: no training history was found, so it has no learning curve.")
             continue
-        record = storage.join(folder, "run.json")
-        recorded = storage.read_json(record) if storage.exists(record) else {}
+        result = folder.result or {}
         trainings[run] = Training(
-            history=history.read_history(file).to_pandas(),
-            hardware=_plain(recorded.get("hardware", "")),
+            history=history.read_history(folder.history_path).to_pandas(),
+            hardware=_plain(result.get("hardware", "")),
         )
     return trainings
 

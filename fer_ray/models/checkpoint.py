@@ -20,6 +20,7 @@ from torch import nn
 
 from fer_ray import storage
 from fer_ray.config.model import ModelConfig, model_config
+from fer_ray.data.run_folder import CHECKPOINT_INDEX, RunFolder
 from fer_ray.errors import UserError
 from fer_ray.models import registry
 from fer_ray.models.forward import Forward
@@ -29,8 +30,7 @@ FORMAT = 1
 SCORE = "validation_accuracy"
 """The metric whose highest value makes the best checkpoint."""
 
-INDEX = "checkpoint.json"
-"""The file without which a folder is no checkpoint."""
+INDEX = CHECKPOINT_INDEX
 MODEL = "model.safetensors"
 _TRAINING = "training.safetensors"
 
@@ -43,7 +43,7 @@ class Checkpoint:
     """The folder: local path or URI."""
     run: str
     """Name of the run that wrote it."""
-    provenance: dict[str, Any]
+    environment: dict[str, Any]
     """Hardware and versions under which it was trained."""
     model: ModelConfig
     """The network."""
@@ -219,16 +219,12 @@ def _first_undamaged(candidates: Sequence[Checkpoint], *names: str) -> Checkpoin
 
 
 def in_run(path: str) -> list[Checkpoint]:
-    """The whole checkpoints of a run's folder; what a crash left half written is passed over."""
-    found = []
-    for name in storage.list_names(path):
-        folder = storage.join(path, name)
-        if name.startswith("checkpoint_") and storage.exists(storage.join(folder, INDEX)):
-            try:
-                found.append(read(folder))
-            except UserError:
-                continue
-    return found
+    """The checkpoints of a run's folder; what a crash left half written is passed over."""
+    checkpoints = []
+    for folder in RunFolder(path).checkpoint_paths():
+        with contextlib.suppress(UserError):
+            checkpoints.append(read(folder))
+    return checkpoints
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Work that Ray Data's tasks and actors do: tables in, tables out, failures as values."""
+"""Tasks and actors of Ray Data that turn tables into tables; failures are values."""
 
 from __future__ import annotations
 
@@ -10,82 +10,83 @@ import pyarrow as pa
 
 from fer_ray import storage
 from fer_ray.errors import JobFailed, UserError, first_line
+from fer_ray.runtime import ray_compat
 
 Work = Callable[[pa.Table], pa.Table]
-"""What a worker makes of one task, a table of one row."""
+"""Turns one task, a table of one row, into a table of results."""
 
 
-_FAILURE = (pa.field("failure", pa.string()), pa.field("mistake", pa.bool_()))
-"""Columns beside a result's own: why there is none, and whether the user can mend it."""
+_FAILURE = (pa.field("failure", pa.string()), pa.field("is_user_error", pa.bool_()))
+"""Columns added to a result's own: why there is no result, and whether the user can correct it."""
 
 
 def map_tasks(
     tasks: Iterable[dict[str, Any]], work: Work, schema: pa.Schema, **settings: Any
 ) -> Iterator[pa.Table]:
-    """The tables that Ray Data's workers make of tasks, as they come, one task at a time each.
+    """Runs tasks on Ray Data's workers, one at a time in each, and yields results as they come.
 
     Args:
-        tasks: what there is to do.
-        work: what makes a table of each; kept from task to task where `settings` name actors.
-        schema: that of the tables.
+        tasks: one row of values each.
+        work: computes the result of a task; kept from task to task where `settings` ask for
+            actors.
+        schema: the schema of the results.
         settings: further arguments of `map_batches`.
 
     Raises:
-        UserError: when a worker raises one, or is refused by an object store.
-        JobFailed: when a worker cannot read or write for another reason.
+        UserError: where a worker raises one, or an object store refuses access.
+        JobFailed: where a worker cannot read or write for another reason.
     """
     import ray
 
     quiet_ray_data()
-    waiting = list(tasks)
-    careful: Any = _Careful(work, schema)
-    if "compute" in settings:  # of actors, which want a class
-        careful = _Careful
+    rows = list(tasks)
+    function: Any = _FailuresAsValues(work, schema)
+    if "compute" in settings:  # actors are created from a class
+        function = _FailuresAsValues
         settings["fn_constructor_args"] = (work, schema)
-    results = ray.data.from_items(waiting, override_num_blocks=len(waiting)).map_batches(
-        careful, batch_size=1, batch_format="pyarrow", **settings
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        function, batch_size=1, batch_format="pyarrow", **settings
     )
     for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
         assert isinstance(batch, pa.Table)
         if not batch.num_rows:
             continue
-        failure, mistake = (batch[field.name][0].as_py() for field in _FAILURE)
+        failure, is_user_error = (batch[field.name][0].as_py() for field in _FAILURE)
         if failure:
-            raise UserError(failure) if mistake else JobFailed(failure)
+            raise UserError(failure) if is_user_error else JobFailed(failure)
         yield batch.drop_columns([field.name for field in _FAILURE])
 
 
-class _Careful:
-    """Work whose failures are values: Ray buries exceptions in pages of its own."""
+class _FailuresAsValues:
+    """Returns failures as rows: Ray would report an exception in pages of its own."""
 
     def __init__(self, work: Work, schema: pa.Schema) -> None:
         self._work, self._schema = work, schema
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """What the work makes of a task, or one row that says why it fails."""
+        """Returns the result of a task, or one row with the reason why it failed."""
         try:
             table = self._work(batch)
         except UserError as error:
-            return self._failed(str(error), mistake=True)
+            return self._failure(str(error), is_user_error=True)
         except OSError as error:
             reason = f"a worker failed: {first_line(error)}"
-            return self._failed(reason, mistake=storage.is_refusal(error))
-        for field in _FAILURE:  # all tables alike, or Ray Data warns
+            return self._failure(reason, is_user_error=storage.is_refusal(error))
+        for field in _FAILURE:  # Ray Data warns where tables differ in their columns
             table = table.append_column(field, pa.nulls(len(table), field.type))
         return table
 
-    def _failed(self, failure: str, *, mistake: bool) -> pa.Table:
-        schema = pa.schema([*self._schema, *_FAILURE])
-        return pa.Table.from_pylist([{"failure": failure, "mistake": mistake}], schema)
+    def _failure(self, reason: str, *, is_user_error: bool) -> pa.Table:
+        row = {"failure": reason, "is_user_error": is_user_error}
+        return pa.Table.from_pylist([row], pa.schema([*self._schema, *_FAILURE]))
 
 
 def quiet_ray_data() -> None:
-    """Turns off Ray Data's bars and notes: jobs print their own progress."""
+    """Turns off Ray Data's progress bars and notes: jobs print their own progress."""
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # says as a warning that the bars are off
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    ray_compat.hide_note_about_progress_bars()

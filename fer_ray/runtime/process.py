@@ -8,30 +8,31 @@ import ctypes
 import torch
 
 from fer_ray.config.schema import ScalingConfig
+from fer_ray.errors import first_line
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """The reason why a training ended, where memory was short; None for other errors."""
-    line = (str(error) or repr(error)).splitlines()[0]
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return f"out of memory: {line}"
-    # what PyTorch raises on CPUs
-    told = isinstance(error, RuntimeError) and "alloc" in line and "memory" in line
-    return f"out of memory: {line}" if told else None
+    """Returns a reason where an error means that memory ran out, else None."""
+    is_typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    line = first_line(error)
+    # on CPUs PyTorch raises a plain RuntimeError: "…DefaultCPUAllocator: can't allocate memory…"
+    is_untyped = isinstance(error, RuntimeError) and "alloc" in line and "memory" in line
+    return f"out of memory: {line}" if is_typed or is_untyped else None
 
 
 def num_threads(scaling: ScalingConfig) -> int:
-    """Threads of each process on the CPU."""
+    """Number of CPU threads of each worker process."""
     return scaling.threads_per_worker or max(int(scaling.cpus_per_worker), 1)
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library reuse large blocks instead of giving each back to the kernel.
+    """Makes the C library reuse large blocks instead of returning each to the kernel.
 
-    Every step frees and asks for the same megabytes; fetching them anew, page by page, costs
-    more than filling them. mallopt(3): M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3.
+    Every training step allocates and frees the same megabytes; mapping them again, page by page,
+    costs more than filling them. The first argument of mallopt(3) is M_TRIM_THRESHOLD (-1) or
+    M_MMAP_THRESHOLD (-3); the second is in bytes.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
         library = ctypes.CDLL("libc.so.6")
         for parameter in (-1, -3):
             library.mallopt(parameter, 2**30)

@@ -295,11 +295,11 @@ def concurrent_trials(plan: SweepPlan, log: Callable[[str], None]) -> int:
     fitting = max(resources.fitting(each, nodes) // scaling.num_workers, 1)
     most = min(plan.limits.max_concurrent or plan.num_trials, plan.num_trials)
     if fitting < most:
-        grown = resources.fitting_when_grown(each)
+        grown = resources.fitting_at_maximum(each)
         if grown is None:
             log(
-                f"{fitting} trials fit the cluster now; its maximum size is not known here. "
-                "--max-concurrent N starts N trials, which wait for more nodes"
+                f"{fitting} trials fit the cluster now; how far it may grow is not known: set "
+                f"{resources.MAXIMUM}, or --max-concurrent N to let N trials wait for nodes"
             )
             return most if plan.limits.max_concurrent else fitting
         fitting = max(fitting, grown // scaling.num_workers)
@@ -329,4 +329,4 @@ def share_images(plan: SweepPlan) -> dict[str, Any]:
             f"--train-fraction: the images take {size / 2**20:,.0f} MiB, but the trials of a node "
             f"can share {available / 2**20:,.0f} MiB; {hint}"
         )
-    return object_store.share(plan.info, fractions, seed=plan.config.schedule.seed)
+    return object_store.shared_images(plan.info, fractions, seed=plan.config.schedule.seed)

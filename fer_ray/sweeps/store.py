@@ -3,7 +3,7 @@
 ``<storage>/<run>/`` holds ``sweep.json`` (the settings of the sweep), ``trials.parquet`` (one row
 per trial and epoch), ``summary.json`` and one folder per trial, ``trials/00007/``: ``trial.json``
 (its options), ``history.parquet`` (its epochs so far), its last checkpoint while it is unfinished,
-``end.json`` once it is over, ``error.txt`` after an unexpected exception, and ``logs/``.
+``end.json`` once it is over, and ``error.txt`` after an unexpected exception.
 
 The trials' folders are the source of truth and the tables are derived from them, so a process that
 is killed at any moment leaves each trial either over or ready to resume.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,14 +21,13 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from fer_ray import storage
 from fer_ray.config import overrides
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data import history as histories
-from fer_ray.data.history import write_history
+from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import UserError
 from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
@@ -42,10 +40,7 @@ FINISHED, STOPPED, FAILED, UNFINISHED = "finished", "stopped", "failed", "unfini
 """The status of a trial: trained to its end, not promoted by ASHA, failed, not over yet."""
 
 _FOLDER = "trials"
-_TRIAL, _HISTORY, _END, _ERROR = "trial.json", "history.parquet", "end.json", "error.txt"
-_CHECKPOINT = "checkpoint_"
-_REMOVED_AT_THE_END = (_CHECKPOINT, f".{_CHECKPOINT}", "workers")
-"""How the names of files begin that only an unfinished trial needs."""
+_TRIAL, _END, _ERROR = "trial.json", "end.json", "error.txt"
 
 METRICS = (*histories.METRICS, "images_per_s", "seconds")
 """The columns that every epoch fills, as in ``history.parquet``."""
@@ -123,8 +118,17 @@ class TrialFolder:
         """The name of the trial in log lines, metrics and checkpoints."""
         return f"{storage.name_of(self.sweep)}-{self.number:05d}"
 
+    @property
+    def files(self) -> RunFolder:
+        """Its checkpoints, history and failure, as of any run."""
+        return RunFolder(self.path)
+
     def _file(self, name: str) -> str:
         return storage.join(self.path, name)
+
+    def _history(self) -> list[dict[str, Any]]:
+        table = self.files.read_history()
+        return table.to_pylist() if table else []
 
     @property
     def exists(self) -> bool:
@@ -139,17 +143,11 @@ class TrialFolder:
             end = storage.read_json(self._file(_END))
         return Trial(
             **value,
-            history=self._read_history(),
+            history=self._history(),
             status=end["status"],
             reason=end["reason"],
             ran_on=end.get("ran_on", {}),
         )
-
-    def _read_history(self) -> list[dict[str, Any]]:
-        if not storage.exists(self._file(_HISTORY)):
-            return []
-        content = storage.read_bytes(self._file(_HISTORY))
-        return pq.read_table(io.BytesIO(content)).to_pylist()
 
     def save(self, history: list[dict[str, Any]], write: Callable[[Path], None]) -> None:
         """Keeps the checkpoint and the history after an epoch, and removes older checkpoints.
@@ -158,17 +156,9 @@ class TrialFolder:
             history: one row per epoch.
             write: writes the checkpoint into a local folder.
         """
-        name = f"{_CHECKPOINT}{len(history):06d}"
-        path = self._file(name)
-        if storage.is_uri(path):
-            _upload(path, write)
-        else:
-            with storage.staged_directory(path) as unfinished:
-                write(Path(unfinished))
-        write_history(self._file(_HISTORY), history)
-        for other in storage.list_names(self.path):
-            if other.startswith(_CHECKPOINT) and other != name:
-                storage.remove(self._file(other))
+        self.files.save_checkpoint(len(history), write)
+        self.files.write_history(history)
+        self.files.remove_checkpoints(but={len(history)})
 
     def resume(self, log: Callable[[str], None]) -> Checkpoint | None:
         """The checkpoint to resume from; None: train from the first epoch.
@@ -182,14 +172,14 @@ class TrialFolder:
         """
         latest = checkpoint.latest(self.path)
         epochs = latest.history if latest else []
-        lost = len(self._read_history()) - len(epochs)
+        lost = len(self._history()) - len(epochs)
         if lost > 0:
             log(
                 f"{self.run}: no undamaged checkpoint after epoch {len(epochs) + lost}: "
                 f"training again from epoch {len(epochs) + 1}"
             )
         if lost:
-            write_history(self._file(_HISTORY), epochs)
+            self.files.write_history(epochs)
         return latest
 
     def end(self, status: str, reason: str | None = None) -> None:
@@ -202,9 +192,7 @@ class TrialFolder:
             at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             value = {"status": status, "reason": reason, "at": at, "ran_on": self._ran_on()}
             storage.write_json(self._file(_END), value)
-        for name in storage.list_names(self.path):
-            if name.startswith(_REMOVED_AT_THE_END):
-                storage.remove(self._file(name))
+        self.files.remove_checkpoints()
 
     def _ran_on(self) -> dict[str, str]:
         """Hardware, precision and versions of the last epoch, from the index of its checkpoint.
@@ -215,7 +203,7 @@ class TrialFolder:
         if not checkpoints:
             return {}
         last = max(checkpoints, key=lambda candidate: candidate.epoch)
-        hardware, versions = last.provenance["hardware"], last.provenance["versions"]
+        hardware, versions = last.environment["hardware"], last.environment["versions"]
         device = hardware.get("gpu") or f"{hardware['processor']}, {hardware['cores']} cores"
         return {
             "hardware": f"{device}, {hardware['threads_per_worker']} thread(s) a worker",
@@ -227,17 +215,6 @@ class TrialFolder:
         """Keeps the traceback of an unexpected exception, if the folder can still be written."""
         with contextlib.suppress(OSError):
             storage.write_bytes(self._file(_ERROR), text.encode())
-
-
-def _upload(path: str, write: Callable[[Path], None]) -> None:
-    """Object stores cannot rename, so the index, which makes a folder a checkpoint, goes last."""
-    with tempfile.TemporaryDirectory() as temporary:
-        write(Path(temporary))
-        fs, inner = storage.filesystem(path)
-        fs.create_dir(inner, recursive=True)
-        files = sorted(Path(temporary).iterdir(), key=lambda file: file.name == checkpoint.INDEX)
-        for file in files:
-            pafs.copy_files(str(file), f"{inner}/{file.name}", destination_filesystem=fs)
 
 
 @dataclass(frozen=True)

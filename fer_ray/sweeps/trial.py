@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from fer_ray import storage
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo
 from fer_ray.errors import JobFailed, first_line
@@ -92,20 +91,19 @@ def _train_here(
         row = history[-1]
         tune.report({"epoch": row["epoch"], **store.measured(row)})
 
-    with Telemetry(run=folder.run, rank=0, folder=folder.path, device=device) as callback:
-        loop.train(
-            config,
-            info,
-            feed,
-            group=group,
-            run=folder.run,
-            report=report,
-            provenance=environment.describe(device),
-            resume=folder.resume(_log),
-            until=until,
-            log=None,
-            callback=callback,
-        )
+    loop.train(
+        config,
+        info,
+        feed,
+        group=group,
+        run=folder.run,
+        report=report,
+        environment=environment.describe(device),
+        resume=folder.resume(_log),
+        until=until,
+        log=None,
+        callback=Telemetry(run=folder.run, rank=0, device=device),
+    )
 
 
 def _train_on_workers(
@@ -119,24 +117,22 @@ def _train_on_workers(
     worker_settings |= {"folder": path, "until": until, "log": False, "note_group": True}
     free_workers(folder)  # of an earlier process of this trial that was killed
     folder.resume(_log)  # the workers look for the checkpoint themselves
-    failure = storage.join(path, worker.FAILURE)
-    storage.remove(failure)
+    folder.files.clear_failure()
     try:
         ray_trainer.run_trainer(
             worker.work,
             {**worker_settings, "images": settings["images"]},
             # Ray Tune stops a trial by removing its workers: they must not be replaced
             replace(config.scaling, max_failures=0),
-            storage_path=storage.parent_of(path),
-            run=storage.name_of(path),
+            run=folder.run,
             failed="its workers failed",
             callbacks=[TuneReportCallback()],
         )
     except JobFailed as error:
-        if not storage.exists(failure):
+        if not folder.files.failure:
             raise WorkersLost(str(error)) from error
-    if storage.exists(failure):
-        raise JobFailed(storage.read_json(failure)["reason"])
+    if reason := folder.files.failure:
+        raise JobFailed(reason)
 
 
 def free_workers(folder: TrialFolder) -> None:
@@ -147,10 +143,8 @@ def free_workers(folder: TrialFolder) -> None:
     from ray import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    path = storage.join(folder.path, worker.PLACEMENT_GROUP)
-    if storage.exists(path):
-        group_id = PlacementGroupID(bytes.fromhex(storage.read_json(path)["id"]))
-        remove_placement_group(PlacementGroup(group_id))
+    if group_id := folder.files.placement_group:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))))
 
 
 def _end_unless_paused(folder: TrialFolder, config: TrainConfig) -> None:

@@ -56,7 +56,7 @@ def train(
     group: ProcessGroup,
     run: str,
     report: Report,
-    provenance: dict[str, Any] | None = None,
+    environment: dict[str, Any] | None = None,
     resume: Checkpoint | None = None,
     until: int | None = None,
     log: Callable[[str], None] | None = None,
@@ -70,14 +70,14 @@ def train(
         feed: where the batches come from.
         group: the workers that train together.
         run: the run's name, kept in its checkpoints.
-        provenance: hardware and versions, kept in its checkpoints.
+        environment: hardware and versions, kept in its checkpoints.
         report: called by every worker after each epoch.
         resume: a checkpoint of the same run to resume from.
         until: the epoch after which to pause; None: not at all.
         log: receives a line now and then within a long epoch; None: nobody wants to know.
         callback: is told of every step and epoch.
     """
-    labels = {"run": run, "provenance": provenance or {}}
+    labels = {"run": run, "environment": environment or {}}
     trainer = Trainer(config, info, feed, group=group, labels=labels, resume=resume)
     trainer.log, trainer.callback = log, callback
     trainer.fit(report, until)
@@ -119,13 +119,13 @@ class Trainer:
         if not needs_statistics(name):
             return plain
         counts = self.feed.histogram(lambda images: histogram(plain.pixel_stage(images)))
-        mean, std = moments(torch.from_numpy(self.group.total(counts)))
+        mean, std = moments(torch.from_numpy(self.group.all_reduce(counts)))
         return Normalizer(normalization=name, mean=mean, std=std)
 
     def _use_bfloat16(self, resume: Checkpoint | None) -> bool:
         """A resumed run keeps its precision; workers on different hardware use what all have."""
         own = resume.bfloat16 if resume else _bfloat16(self.config, self.group.device)
-        return int(self.group.total(np.array([int(own)]))[0]) == self.group.size
+        return int(self.group.all_reduce(np.array([int(own)]))[0]) == self.group.size
 
     def _build_model(self, resume: Checkpoint | None) -> None:
         torch.manual_seed(self.config.schedule.seed)
@@ -162,7 +162,7 @@ class Trainer:
             if not math.isfinite(validated["loss"]):  # all-reduced: the same on every worker
                 raise NotFinite(epoch=epoch + 1, step=(epoch + 1) * self.steps_per_epoch)
             # the slowest worker's time, so that all decide alike when the time limit is reached
-            seconds = self.group.slowest(time.perf_counter() - start)
+            seconds = self.group.maximum(time.perf_counter() - start)
             seen = self.steps_per_epoch * self.config.schedule.global_batch_size
             self.history.append(
                 {
@@ -170,7 +170,7 @@ class Trainer:
                     **{f"train_{name}": value for name, value in trained.items()},
                     **{f"validation_{name}": value for name, value in validated.items()},
                     "learning_rate": self._learning_rate(len(self.history), 0),
-                    "images_per_s": seen / self.group.slowest(train_s),
+                    "images_per_s": seen / self.group.maximum(train_s),
                     "seconds": seconds,
                     "ended_at": self._now(),
                 }
@@ -181,7 +181,7 @@ class Trainer:
 
     def _now(self) -> str:
         """The latest of the workers' clocks: the history is the same on every worker."""
-        latest = self.group.slowest(time.time())
+        latest = self.group.maximum(time.time())
         return datetime.datetime.fromtimestamp(latest, datetime.UTC).isoformat()
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
@@ -251,8 +251,8 @@ class Trainer:
     def _summarize(self, loss_sum: float, confusion: np.ndarray) -> dict[str, float]:
         """Loss and metrics over all workers, from this worker's sums."""
         classes = len(self.info.labels)
-        matrix = self.group.total(confusion).reshape(classes, classes)
-        loss = float(self.group.total(np.array([loss_sum]))[0]) / int(matrix.sum())
+        matrix = self.group.all_reduce(confusion).reshape(classes, classes)
+        loss = float(self.group.all_reduce(np.array([loss_sum]))[0]) / int(matrix.sum())
         values = {name: metric.value(matrix) for name, metric in training_metrics().items()}
         return {"loss": loss, **values}
 

@@ -69,7 +69,7 @@ class MemoryFeed:
 
     @property
     def _own(self) -> slice:
-        return self._group.part(self._config.schedule.global_batch_size)
+        return self._group.shard(self._config.schedule.global_batch_size)
 
     def _gather(
         self, order: np.ndarray, epoch: int, step: int
@@ -109,7 +109,7 @@ class MemoryFeed:
                 yield current
 
     def validation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        part = self._group.part(len(self._validation.labels))
+        part = self._group.shard(len(self._validation.labels))
         pixels = as_tensor(self._validation.pixels[part])
         labels = torch.from_numpy(np.array(self._validation.labels[part]))
         for images, targets in zip(
@@ -119,7 +119,7 @@ class MemoryFeed:
                 yield images.to(self._group.device), targets.to(self._group.device)
 
     def histogram(self, count: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
-        part = self._pixels[self._group.part(len(self._labels))]
+        part = self._pixels[self._group.shard(len(self._labels))]
         total = torch.zeros(256, dtype=torch.int64)
         for images in part.split(EVALUATION_BATCH_SIZE):
             total += count(images).cpu()

@@ -11,38 +11,38 @@ import torch.distributed as dist
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessGroup:
-    """Where this worker stands among the others; alone by default."""
+    """This worker's position among all workers; by default it is the only one."""
 
     rank: int = 0
-    """This worker, from 0."""
+    """This worker's number, from 0."""
     size: int = 1
-    """How many there are; above 1, `torch.distributed` is initialized."""
+    """Number of workers; above 1, `torch.distributed` is initialized."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where this worker computes."""
 
-    def part(self, count: int) -> slice:
-        """This worker's contiguous part of `count` things; sizes differ by at most one."""
+    def shard(self, count: int) -> slice:
+        """This worker's contiguous shard of `count` items; sizes differ by at most one."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def total(self, values: np.ndarray) -> np.ndarray:
-        """Adds up float64 or int64 values over all workers; the same result on each."""
+    def all_reduce(self, values: np.ndarray) -> np.ndarray:
+        """Sums float64 or int64 values over all workers; every worker gets the same result."""
         if self.size == 1:
             return values
         tensor = torch.from_numpy(np.array(values)).to(self.device)
         dist.all_reduce(tensor)
         return tensor.cpu().numpy()
 
-    def slowest(self, seconds: float) -> float:
-        """The largest of all workers' times."""
-        everyone = np.zeros(self.size)
-        everyone[self.rank] = seconds
-        return float(self.total(everyone).max())
+    def maximum(self, value: float) -> float:
+        """The largest of the workers' values, which have to be 0 or more, such as seconds."""
+        values = np.zeros(self.size)
+        values[self.rank] = value
+        return float(self.all_reduce(values).max())
 
-    def agree(self, text: str) -> str:
-        """The first worker's text, on each of them."""
+    def broadcast(self, text: str) -> str:
+        """Returns the text of worker 0 on every worker; also a barrier."""
         own = np.frombuffer(text.encode() if self.rank == 0 else b"", dtype=np.uint8)
-        told = np.zeros(int(self.total(np.array([own.size]))[0]), dtype=np.int64)
-        if not told.size:
+        characters = np.zeros(int(self.all_reduce(np.array([own.size]))[0]), dtype=np.int64)
+        if not characters.size:
             return ""
-        told[: own.size] = own
-        return self.total(told).astype(np.uint8).tobytes().decode()
+        characters[: own.size] = own
+        return self.all_reduce(characters).astype(np.uint8).tobytes().decode()

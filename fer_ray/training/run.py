@@ -1,13 +1,13 @@
 """A data-parallel training run on Ray: `plan` it without Ray, then `fit` it.
 
-A run is a folder, ``<storage>/<run>/``: `Ray Train` keeps its checkpoints there (the best and
-the last), beside ``config.json``, ``history.parquet`` and, when it has ended, ``run.json``.
-The same name with the same settings goes on from the last checkpoint.
+A run is a folder, ``<storage>/<run>/`` (`data.run_folder`): its workers keep the best checkpoint
+and the last one there. The same name with the same settings resumes from the last checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,20 +17,17 @@ from fer_ray import storage
 from fer_ray.config.schema import ScalingConfig, TrainConfig, differences
 from fer_ray.data import object_store, row_groups
 from fer_ray.data.dataset import DatasetInfo, read_info
-from fer_ray.data.history import write_history
 from fer_ray.data.row_groups import RowGroupSlice
+from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.models import registry
 from fer_ray.runtime import environment, resources
 from fer_ray.training import batch_norm, ray_trainer, worker
-from fer_ray.training.worker import HISTORY, SPLITS
+from fer_ray.training.worker import SPLITS
 from fer_ray.transforms import albumentations_engine
 
-CONFIG = "config.json"
-RESULT = "run.json"
-_ROW_GROUPS = "row_groups.json"
-_MEMORY_SHARE = 0.3
-"""The most of a node's object store that `--loading auto` fills with images."""
+_MEMORY_FRACTION = 0.3
+"""The largest fraction of a node's object store that `--loading auto` fills with images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +35,7 @@ class Plan:
     """A training run whose input has been checked."""
 
     config: TrainConfig
-    """All settings; the data's place is absolute."""
+    """All settings; paths are absolute."""
     info: DatasetInfo
     """The prepared data set."""
     storage: str
@@ -46,17 +43,22 @@ class Plan:
     run: str
     """The run's name."""
     resumes: bool
-    """Whether the run's folder is there already, with the same settings."""
+    """Whether the run's folder exists already, with the same settings."""
 
     @property
     def folder(self) -> str:
-        """The run's folder."""
+        """The run's folder: absolute local path or URI."""
         return storage.join(self.storage, self.run)
 
     @property
+    def files(self) -> RunFolder:
+        """The files of the run's folder."""
+        return RunFolder(self.folder)
+
+    @property
     def is_finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return storage.exists(storage.join(self.folder, RESULT))
+        """Whether nothing is left to do."""
+        return self.files.result is not None
 
 
 def plan(config: TrainConfig, *, storage_path: str, run: str) -> Plan:
@@ -75,13 +77,13 @@ def plan(config: TrainConfig, *, storage_path: str, run: str) -> Plan:
 
 
 def check(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo]:
-    """Whether a data set suits the settings.
+    """Checks that a data set suits the settings.
 
     Returns:
-        The settings with absolute places, and the data set.
+        The settings with absolute paths, and the data set.
 
     Raises:
-        UserError: where it is missing or does not suit them.
+        UserError: where the data set is missing or does not suit them.
     """
     albumentations_engine.check(config.transforms)
     config = _with_absolute_paths(config)
@@ -103,61 +105,59 @@ def check(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo]:
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Workers run in another directory."""
+    """Makes paths absolute: workers run in another working directory."""
     model = config.model.with_absolute_files()
     return dataclasses.replace(config, data=storage.absolute(config.data), model=model)
 
 
 def _check_same(config: TrainConfig, info: DatasetInfo, folder: str) -> bool:
-    """Whether there is such a run already; refuses one with other settings or data."""
-    if not storage.exists(storage.join(folder, CONFIG)):
+    """Returns whether the run exists already; refuses one with other settings or data."""
+    saved = RunFolder(folder).config
+    if saved is None:
         return False
-    saved = storage.read_json(storage.join(folder, CONFIG))
-    before = TrainConfig.from_dict(saved["config"]).to_dict()
-    found = differences(before, config.to_dict())
+    changes = differences(TrainConfig.from_dict(saved["config"]).to_dict(), config.to_dict())
     if saved["data_sha256"] != info.data_sha256:
-        found.append(f"data: {saved['config']['data']} -> {config.data} (other images)")
-    if found:
+        changes.append(f"data: {saved['config']['data']} -> {config.data} (other images)")
+    if changes:
         raise UserError(
-            f"--run: {folder} exists with other settings ({'; '.join(found)}): give another "
+            f"--run: {folder} exists with other settings ({'; '.join(changes)}): give another "
             "name, or the same settings to resume it"
         )
     return True
 
 
 def fit(plan: Plan, *, log: Callable[[str], None] = print) -> dict[str, Any]:
-    """Trains on the Ray cluster that is connected, or resumes, or finds the run finished.
+    """Trains on the connected Ray cluster, or resumes; a finished run is not trained again.
 
     Args:
         plan: from `plan`.
         log: receives lines of progress.
 
     Returns:
-        The content of ``run.json``; its ``train_s`` are the seconds of all epochs, its ``wall_s``
-        those of the last sitting, start-up included.
+        The content of ``run.json``. ``train_s`` sums the seconds of all epochs; ``wall_s`` are
+        those of the last session, start-up included.
 
     Raises:
-        JobFailed: where the loss is no longer finite, or workers were lost too often.
+        UserError: where the cluster cannot provide the workers, or files are damaged.
+        JobFailed: where the loss is no longer finite, or workers failed too often.
     """
-    if plan.is_finished:
-        log(f"run {plan.run} is finished already")
-        return storage.read_json(storage.join(plan.folder, RESULT))
+    files = plan.files
+    if (result := files.result) is not None:
+        log(f"run {plan.run} has finished already")
+        return result
     _check_resources(plan.config, log)
     streams = decide_loading(plan)
-    feed = _what_to_feed(plan, streams)
-    storage.write_json(
-        storage.join(plan.folder, CONFIG),
-        {
-            "config": plan.config.to_dict(),
-            "data_sha256": plan.info.data_sha256,
-            "loading": "stream" if streams else "memory",
-        },
+    feed = _feed_settings(plan, streams)
+    files.write_config(
+        plan.config.to_dict(),
+        data_sha256=plan.info.data_sha256,
+        loading="stream" if streams else "memory",
     )
     start = time.perf_counter()
     log(_announcement(plan, streams))
     _run_workers(plan, feed)
     result = _result(plan, wall_s=time.perf_counter() - start)
-    storage.write_json(storage.join(plan.folder, RESULT), result)
+    files.write_result(result)
     return result
 
 
@@ -178,7 +178,7 @@ def _announcement(plan: Plan, streams: bool) -> str:
 
 
 def _check_resources(config: TrainConfig, log: Callable[[str], None]) -> None:
-    """Refuses what this cluster can never schedule, instead of waiting for ever."""
+    """Refuses what this cluster can never provide, instead of waiting for ever."""
     scaling = config.scaling
     demand = resources.Demand(
         each={"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {}),
@@ -190,17 +190,16 @@ def _check_resources(config: TrainConfig, log: Callable[[str], None]) -> None:
 
 
 def decide_loading(plan: Plan) -> bool:
-    """Whether to stream; a resumed run does as it did before.
+    """Returns whether to stream the images; a resumed run loads as it did before.
 
     Raises:
-        UserError: where streaming was asked for, or is needed, and cannot be.
+        UserError: where streaming is requested or needed, and images have no label.
     """
     import ray
 
     chosen = plan.config.schedule.loading
-    if plan.resumes:
-        before = storage.read_json(storage.join(plan.folder, CONFIG))
-        chosen = before.get("loading", "memory")
+    if (saved := plan.files.config) is not None:
+        chosen = saved["loading"]
     if chosen == "auto":
         size = sum(plan.info.split(name).rows for name in SPLITS) * plan.info.image_size**2
         stores = [
@@ -208,7 +207,7 @@ def decide_loading(plan: Plan) -> bool:
             for node in ray.nodes()
             if node["Alive"]
         ]
-        chosen = "memory" if size <= _MEMORY_SHARE * min(stores) else "stream"
+        chosen = "memory" if size <= _MEMORY_FRACTION * min(stores) else "stream"
     if chosen == "stream":
         for name in SPLITS:
             if unknown := plan.info.split(name).unlabelled:
@@ -221,71 +220,72 @@ def decide_loading(plan: Plan) -> bool:
 
 
 def _spare_cpus(scaling: ScalingConfig) -> float:
-    """CPUs that no worker reserves, for each worker."""
+    """CPUs per worker that no worker reserves."""
     import ray
 
     free = ray.cluster_resources().get("CPU", 0.0) - scaling.num_workers * scaling.cpus_per_worker
     return max(free, 0.0) / scaling.num_workers
 
 
-def _what_to_feed(plan: Plan, streams: bool) -> dict[str, Any]:
+def _feed_settings(plan: Plan, streams: bool) -> dict[str, Any]:
     """The part of the workers' settings that says where the images are.
 
     Raises:
-        UserError: for files that are damaged or not those of the run that is resumed.
+        UserError: for files that are damaged, or not those of the run that is resumed.
     """
     if streams:
-        found = {name: row_groups.row_group_slices(plan.info, name) for name in SPLITS}
-        _check_pieces(plan, found)
-        return {"pieces": found, "spare_cpus": _spare_cpus(plan.config.scaling)}
+        slices = {name: row_groups.row_group_slices(plan.info, name) for name in SPLITS}
+        _check_row_groups(plan, slices)
+        return {"slices": slices, "spare_cpus": _spare_cpus(plan.config.scaling)}
     fractions = dict.fromkeys(SPLITS, 1.0)
-    return {"images": object_store.share(plan.info, fractions, meanwhile=ray_trainer.warm_up)}
+    images = object_store.shared_images(plan.info, fractions, meanwhile=ray_trainer.warm_up)
+    return {"images": images}
 
 
-def _check_pieces(plan: Plan, found: dict[str, list[RowGroupSlice]]) -> None:
-    """Refuses to resume a stream whose row groups were cut anew: its order would be another."""
-    path = storage.join(plan.folder, _ROW_GROUPS)
-    rows = {name: [piece.end for piece in parts] for name, parts in found.items()}
-    if plan.resumes and storage.exists(path) and storage.read_json(path) != rows:
+def _check_row_groups(plan: Plan, slices: dict[str, list[RowGroupSlice]]) -> None:
+    """Refuses to resume a stream from other row groups: the order of images would differ."""
+    files = plan.files
+    rows = {name: [one.end for one in split] for name, split in slices.items()}
+    if plan.resumes and files.row_groups not in (None, rows):
         raise UserError(
-            f"--data: {plan.info.path} was prepared anew with other row groups since run "
+            f"--data: {plan.info.path} was prepared again with other row groups after run "
             f"{plan.run!r} began to stream it: give another --run"
         )
-    storage.write_json(path, rows)
+    files.write_row_groups(rows)
 
 
 def _run_workers(plan: Plan, feed: dict[str, Any]) -> None:
     settings = {"config": plan.config.to_dict(), "run": plan.run, "folder": plan.folder, **feed}
-    failure = storage.join(plan.folder, worker.FAILURE)
-    storage.remove(failure)
+    files = plan.files
+    files.clear_failure()
     try:
         ray_trainer.run_trainer(
             worker.work,
             settings,
             plan.config.scaling,
-            storage_path=plan.storage,
             run=plan.run,
             failed=f"run {plan.run} failed (the same command resumes it)",
         )
     except JobFailed as error:
-        if storage.exists(failure):
-            raise JobFailed(f"{error} ({storage.read_json(failure)['reason']})") from error
+        if reason := files.failure:
+            raise JobFailed(f"{error} ({reason})") from error
         raise
-    if storage.exists(failure):
-        raise JobFailed(storage.read_json(failure)["reason"])
+    if reason := files.failure:
+        raise JobFailed(reason)
 
 
 def _result(plan: Plan, *, wall_s: float) -> dict[str, Any]:
-    """What ``run.json`` says, from the checkpoints."""
+    """The content of ``run.json``, from the checkpoints."""
     from fer_ray.models import checkpoint
 
-    kept = checkpoint.in_run(plan.folder)
-    if not kept:
+    last = checkpoint.latest(plan.folder)
+    if last is None:
         raise JobFailed(f"{plan.folder}: the run ended without a checkpoint")
     best = checkpoint.find(plan.folder)
-    last = max(kept, key=lambda one: one.epoch)
-    write_history(storage.join(plan.folder, HISTORY), last.history)
-    speeds = sorted(row["images_per_s"] for row in last.history)
+    files = plan.files
+    files.write_history(last.history)
+    config = files.config
+    assert config is not None
     return {
         "run": plan.run,
         "model": plan.config.model.to_dict(),
@@ -296,12 +296,12 @@ def _result(plan: Plan, *, wall_s: float) -> dict[str, Any]:
         "epochs": last.epoch,
         "train_s": sum(row["seconds"] for row in last.history),
         "wall_s": wall_s,
-        "images_per_s": speeds[len(speeds) // 2],
-        "loading": storage.read_json(storage.join(plan.folder, CONFIG))["loading"],
+        "images_per_s": statistics.median(row["images_per_s"] for row in last.history),
+        "loading": config["loading"],
         "computed_in": "bfloat16" if last.bfloat16 else "float32",
         "seed": plan.config.schedule.seed,
         "num_workers": plan.config.scaling.num_workers,
         "data_sha256": plan.info.data_sha256,
         "git_commit": environment.git_commit(),
-        **last.provenance,
+        **last.environment,
     }

@@ -79,7 +79,7 @@ class StreamFeed:
 
     def train(self, epoch: int) -> Iterator[Batch]:
         schedule, group = self._config.schedule, self._group
-        part = group.part(schedule.global_batch_size)
+        part = group.shard(schedule.global_batch_size)
         random = np.random.default_rng((schedule.seed, epoch))
         order = random.permutation(len(self._pieces["train"]))
         steps = self.steps_per_epoch
@@ -122,7 +122,7 @@ class StreamFeed:
 
     def _whole(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This worker's shard of a split, in order and unchanged."""
-        part = self._group.part(self._info.split(split).rows)
+        part = self._group.shard(self._info.split(split).rows)
         mine = take_rows(self._pieces[split], part.start, part.stop)
         for rows in self._read(mine, batch_size=EVALUATION_BATCH_SIZE) if mine else ():
             images, targets, _ = _unpack(rows, self._info.image_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 from fer_ray import storage
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo, read_info
-from fer_ray.data.history import write_history
+from fer_ray.data.run_folder import RunFolder
+from fer_ray.errors import UserError, first_line
 from fer_ray.metrics import training_metrics
 from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
@@ -27,23 +27,18 @@ from fer_ray.training.process_group import ProcessGroup
 from fer_ray.training.stream_feed import StreamFeed
 from fer_ray.training.telemetry import Telemetry
 
-HISTORY = "history.parquet"
-FAILURE = "failure.json"
-"""Where a worker leaves why it failed: the first one where all did alike, which no retry would
-change; the one that ran out of memory."""
-PLACEMENT_GROUP = "placement_group.json"
 SPLITS = ("train", "validation")
 
 
 def work(settings: dict[str, Any]) -> None:
-    """Trains as one of the workers, in the process that Ray Train made for it.
+    """Trains as one of the workers, in the process that Ray Train started for it.
 
     Args:
         settings: ``config`` (`TrainConfig.to_dict`), ``run``, ``folder`` of the run, and either
-            ``images``, a reference to pixels and labels of each split, or ``pieces`` of each
+            ``images``, references to pixels and labels of each split, or ``slices`` of each
             split and ``spare_cpus``, to stream them. ``until``: the epoch after which to pause.
-            ``say``: False for no lines of progress. ``note_group``: whether to leave the id of
-            the workers' placement group in `PLACEMENT_GROUP`.
+            ``log``: False for no lines of progress. ``note_group``: whether to record the
+            workers' placement group in the run's folder.
     """
     import ray.train
     import ray.train.torch
@@ -53,119 +48,130 @@ def work(settings: dict[str, Any]) -> None:
     config = TrainConfig.from_dict(settings["config"])
     torch.set_num_threads(num_threads(config.scaling))
     context = ray.train.get_context()
-    rank = context.get_world_rank()
-    log = _log if rank == 0 and settings.get("log", True) else None
-    if rank == 0 and settings.get("note_group"):
-        _note_group(settings["folder"])
     group = ProcessGroup(
-        rank=rank, size=context.get_world_size(), device=ray.train.torch.get_device()
+        rank=context.get_world_rank(),
+        size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
     )
-    info = read_info(config.data)
-    feed = _feed(settings, config, info, group)
-    if rank == 0:  # that of an attempt before; the others wait for the checkpoint's name
-        storage.remove(storage.join(settings["folder"], FAILURE))
-    resume = _last_checkpoint(settings["folder"], group)
+    log = _log if group.rank == 0 and settings.get("log", True) else None
+    folder = RunFolder(settings["folder"])
+    if group.rank == 0:
+        _prepare_folder(folder, note_group=settings.get("note_group", False))
+    resume = _latest_checkpoint(folder, group)  # all workers wait here for the first
     if resume and log:
-        log(f"going on after epoch {resume.epoch}")
-    if resume and rank == 0:  # a crash may have come between the checkpoint and its row
-        write_history(storage.join(settings["folder"], HISTORY), resume.history)
-    callback = Telemetry(
-        run=settings["run"], rank=rank, folder=settings["folder"], device=group.device
-    )
-    with _noting_failure(settings["folder"], rank), callback:
+        log(f"resuming after epoch {resume.epoch}")
+    if resume and group.rank == 0:  # a crash may have come between a checkpoint and its row
+        folder.write_history(resume.history)
+    info, feed = _open_data(settings, config, group, folder)
+    with _recording_failure(folder, group.rank):
         loop.train(
             config,
             info,
             feed,
             group=group,
             run=settings["run"],
-            report=_reporter(rank, settings["folder"], config.schedule.epochs, log),
-            provenance=environment.describe(group.device),
+            report=_reporter(group.rank, folder, config.schedule.epochs, log),
+            environment=environment.describe(group.device),
             resume=resume,
             until=settings.get("until"),
             log=log,
-            callback=callback,
+            callback=Telemetry(run=settings["run"], rank=group.rank, device=group.device),
         )
 
 
-@contextlib.contextmanager
-def _noting_failure(folder: str, rank: int) -> Iterator[None]:
-    """Leaves in `FAILURE` why the training failed, where that is known."""
-    try:
-        yield
-    except loop.NotFinite as error:
-        # raised by all workers alike: a retry would end the same way, so there is none
-        if rank == 0:
-            _note_failure(folder, str(error))
-    except Exception as error:
-        if reason := out_of_memory(error):  # of one worker: its end is what tells the others
-            _note_failure(folder, reason)
-        raise
+def _prepare_folder(folder: RunFolder, *, note_group: bool) -> None:
+    """Removes the failure of an earlier attempt, and records the workers' placement group.
 
+    The group keeps its CPUs until it is removed: whoever kills the run needs to find it.
 
-def _note_failure(folder: str, reason: str) -> None:
-    storage.write_json(storage.join(folder, FAILURE), {"reason": reason})
-
-
-def _last_checkpoint(folder: str, group: ProcessGroup) -> Checkpoint | None:
-    """The latest whole one of the run, on every worker the one that the first finds.
-
-    Ray Train's own list lacks what its controller had not heard of when a host was lost, or is
-    lost itself. And a worker of before may still be writing while this is asked.
+    Raises:
+        UserError: where this worker's host does not see the run's folder.
     """
-    found = checkpoint.latest(folder) if group.rank == 0 else None
-    path = group.agree(found.path if found else "")
+    from ray.util import get_current_placement_group
+
+    if not storage.is_directory(folder.path):
+        raise UserError(
+            f"--storage: the host of worker 0 does not see {folder.path}: use a folder that all "
+            "hosts share, or a URI such as s3://bucket/runs"
+        )
+    folder.clear_failure()
+    if note_group and (placement_group := get_current_placement_group()):
+        folder.write_placement_group(placement_group.id.hex())
+
+
+def _latest_checkpoint(folder: RunFolder, group: ProcessGroup) -> Checkpoint | None:
+    """The run's latest undamaged checkpoint, on every worker the one that worker 0 finds."""
+    latest = checkpoint.latest(folder.path) if group.rank == 0 else None
+    path = group.broadcast(latest.path if latest else "")
     return checkpoint.read(path) if path else None
 
 
-def _note_group(folder: str) -> None:
-    """For whoever ends the run from outside: the group keeps its CPUs until it is removed."""
-    from ray.util import get_current_placement_group
-
-    if group := get_current_placement_group():
-        storage.write_json(storage.join(folder, PLACEMENT_GROUP), {"id": group.id.hex()})
-
-
-def _feed(
-    settings: dict[str, Any], config: TrainConfig, info: DatasetInfo, group: ProcessGroup
-) -> Feed:
+def _open_data(
+    settings: dict[str, Any], config: TrainConfig, group: ProcessGroup, folder: RunFolder
+) -> tuple[DatasetInfo, Feed]:
+    """Reads the data set's description and builds the feed; records why it fails, if it does."""
     import ray
 
-    if "pieces" in settings:
-        spare = settings["spare_cpus"]
-        return StreamFeed(config, info, settings["pieces"], group=group, spare_cpus=spare)
-    train, validation = (Images.known(*ray.get(settings["images"][name])) for name in SPLITS)
-    return MemoryFeed(config, info, train, validation, group=group)
+    try:
+        info = read_info(config.data)
+        if "slices" in settings:
+            pieces, spare_cpus = settings["slices"], settings["spare_cpus"]
+            return info, StreamFeed(config, info, pieces, group=group, spare_cpus=spare_cpus)
+        train, validation = (Images.known(*ray.get(settings["images"][name])) for name in SPLITS)
+        return info, MemoryFeed(config, info, train, validation, group=group)
+    except Exception as error:
+        reason = f"worker {group.rank} cannot load the images: {first_line(error)}"
+        folder.write_failure(out_of_memory(error) or reason)
+        raise
+
+
+@contextlib.contextmanager
+def _recording_failure(folder: RunFolder, rank: int) -> Iterator[None]:
+    """Records why the training failed, where a worker knows it better than its peers."""
+    try:
+        yield
+    except loop.NotFinite as error:
+        # all workers raise it alike, and a retry would end in the same way: so there is none
+        if rank == 0:
+            folder.write_failure(str(error))
+    except Exception as error:
+        if reason := out_of_memory(error):  # the peers only see a lost worker
+            folder.write_failure(reason)
+        raise
 
 
 def _reporter(
-    rank: int, folder: str, epochs: int, log: Callable[[str], None] | None
+    rank: int, folder: RunFolder, epochs: int, log: Callable[[str], None] | None
 ) -> Callable[..., None]:
-    """What a worker does after each epoch: the first one hands its checkpoint to Ray Train."""
+    """What a worker does after each epoch; worker 0 saves the checkpoint and the history."""
     import ray.train
 
     def report(history: list[dict[str, Any]], save: Callable[[Path], None]) -> None:
-        row = history[-1]
-        with tempfile.TemporaryDirectory() as temporary:
-            kept = None
-            if rank == 0:
-                save(Path(temporary))
-                kept = ray.train.Checkpoint.from_directory(temporary)
-            ray.train.report(row, checkpoint=kept)
         if rank == 0:
-            write_history(storage.join(folder, HISTORY), history)
-        if log is None:
-            return
-        train, validation = (_measured(row, split) for split in SPLITS)
-        log(
-            f"epoch {row['epoch']}/{epochs}: train {train}; validation {validation}; "
-            f"{row['images_per_s']:,.0f} images/s, {row['seconds']:.1f} s"
-        )
+            folder.save_checkpoint(len(history), save)
+            folder.write_history(history)
+            folder.remove_checkpoints(but={len(history), _best_epoch(history)})
+        ray.train.report(history[-1])
+        if log:
+            log(_epoch_line(history[-1], epochs))
 
     return report
 
 
-def _measured(row: dict[str, Any], split: str) -> str:
+def _best_epoch(history: list[dict[str, Any]]) -> int:
+    """The epoch with the highest score; of equal ones the last, as `checkpoint.find` chooses."""
+    return max((row[checkpoint.SCORE], row["epoch"]) for row in history)[1]
+
+
+def _epoch_line(row: dict[str, Any], epochs: int) -> str:
+    train, validation = (_values(row, split) for split in SPLITS)
+    return (
+        f"epoch {row['epoch']}/{epochs}: train {train}; validation {validation}; "
+        f"{row['images_per_s']:,.0f} images/s, {row['seconds']:.1f} s"
+    )
+
+
+def _values(row: dict[str, Any], split: str) -> str:
     """Loss and metrics of a split, such as ``loss 1.0312, accuracy 61.20%, macro-F1 58.75%``."""
     values = [
         f"{metric.title} {metric.text(row[f'{split}_{name}'], decimals=2)}{metric.unit}"

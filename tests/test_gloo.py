@@ -14,12 +14,12 @@ from fer_ray.training import gloo
 def test_gloo_listens_where_the_node_is_reached(monkeypatch, address, chosen):
     monkeypatch.setenv(gloo.VARIABLE, "")  # so that it is put back
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
-    gloo.choose()
+    gloo.choose_interface()
     assert os.environ[gloo.VARIABLE] == chosen
 
 
 def test_what_the_user_set_stays(monkeypatch):
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     monkeypatch.setenv(gloo.VARIABLE, "eth7")
-    gloo.choose()
+    gloo.choose_interface()
     assert os.environ[gloo.VARIABLE] == "eth7"
