@@ -149,7 +149,7 @@ def test_a_worker_that_cannot_load_the_images_records_why(
     folder = RunFolder(str(tmp_path))
     with pytest.raises(type(error)):
         worker._open_data(
-            {"pieces": {}, "spare_cpus": 0.0}, config(data), ProcessGroup(rank=1, size=2), folder
+            {"slices": {}, "spare_cpus": 0.0}, config(data), ProcessGroup(rank=1, size=2), folder
         )
     assert folder.failure == reason
 
