@@ -79,7 +79,7 @@ def test_a_half_copied_best_checkpoint_is_passed_over(saved, tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     assert checkpoint.find(str(tmp_path)).path.endswith("checkpoint_a")
     shutil.rmtree(tmp_path / "checkpoint_a")
-    with pytest.raises(UserError, match="no checkpoint here"):
+    with pytest.raises(UserError, match="no checkpoint"):
         checkpoint.find(str(tmp_path))
 
 
@@ -145,7 +145,7 @@ def test_what_is_not_whole_is_refused_and_passed_over(saved, tmp_path):
     with pytest.raises(UserError, match=r"training\.safetensors is missing"):
         checkpoint.read(str(copy))
     assert checkpoint.in_run(str(tmp_path)) == []
-    with pytest.raises(UserError, match="no checkpoint here"):
+    with pytest.raises(UserError, match="no checkpoint"):
         checkpoint.find(str(tmp_path))
     for content in (b"{", b"\xff\xfe", b"[]"):
         (copy / "checkpoint.json").write_bytes(content)

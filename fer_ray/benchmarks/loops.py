@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,11 +89,7 @@ class WorkerContext:
     def trainer(self, feed: Feed) -> Trainer:
         """A trainer of the real loop, without lines of progress."""
         labels: dict[str, Any] = {"run": "benchmark", "environment": {}}
-        trainer = Trainer(
-            self.config, self.info, feed, group=self.group, labels=labels, resume=None
-        )
-        trainer._last_logged = math.inf  # a round is not an epoch of a run: no progress is logged
-        return trainer
+        return Trainer(self.config, self.info, feed, group=self.group, labels=labels, resume=None)
 
     def plain(self, forward: Forward, batch_size: int, steps: int) -> PlainLoop:
         """The plain loop in the precision and memory layout of the real one."""

@@ -156,7 +156,7 @@ def _training_loops(
 
     def real(trainer: Trainer) -> Callable[[], int]:
         def epoch() -> int:
-            trainer._train_epoch(next(epochs))
+            trainer.train_epoch(next(epochs))
             return trainer.steps_per_epoch * batch_size
 
         return epoch
@@ -186,7 +186,7 @@ def _gpu_busy_fraction(context: WorkerContext, trainer: Trainer) -> float:
     trainer.steps_per_epoch = _PROFILED_STEPS
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         start = now(context.group.device)
-        trainer._train_epoch(2 * EPOCHS)
+        trainer.train_epoch(2 * EPOCHS)
         elapsed_s = now(context.group.device) - start
     busy_us = sum(event.self_device_time_total for event in profiled.key_averages())
     return busy_us / 1e6 / elapsed_s
@@ -211,7 +211,7 @@ def measure_together(settings: dict[str, Any]) -> None:
 
     def data_parallel() -> float:
         start = now(group.device)
-        trainer._train_epoch(next(epochs))
+        trainer.train_epoch(next(epochs))
         return steps * batch_size / group.maximum(now(group.device) - start)
 
     def independent() -> float:

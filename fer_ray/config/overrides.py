@@ -31,18 +31,20 @@ def settings() -> dict[str, Setting]:
 @functools.lru_cache(maxsize=8)
 def _settings(registered: tuple[tuple[str, ...], ...]) -> dict[str, Setting]:
     """`registered` is what the result depends on: names may be registered at any time."""
-    found = {setting.name: setting for setting in SECTIONS["model"].settings()}
+    settings_by_name = {setting.name: setting for setting in SECTIONS["model"].settings()}
     for model in MODELS:
         for setting in MODELS[model].settings():
-            if setting.name not in found:
-                found[setting.name] = dataclasses.replace(setting, owners=(model,))
-            elif owners := found[setting.name].owners:
-                known = found[setting.name]
-                found[setting.name] = dataclasses.replace(known, owners=(*owners, model))
+            if setting.name not in settings_by_name:
+                settings_by_name[setting.name] = dataclasses.replace(setting, owners=(model,))
+            elif owners := settings_by_name[setting.name].owners:
+                shared = settings_by_name[setting.name]
+                settings_by_name[setting.name] = dataclasses.replace(
+                    shared, owners=(*owners, model)
+                )
     for section in RESULT_SECTIONS[1:]:
-        found |= {setting.name: setting for setting in SECTIONS[section].settings()}
-    assert len({setting.column for setting in found.values()}) == len(found)
-    return found
+        settings_by_name |= {setting.name: setting for setting in SECTIONS[section].settings()}
+    assert len({setting.column for setting in settings_by_name.values()}) == len(settings_by_name)
+    return settings_by_name
 
 
 def column_of(name: str) -> str:

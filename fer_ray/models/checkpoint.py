@@ -1,7 +1,8 @@
-"""A checkpoint: a folder that holds all that inference and a resumed run need, without pickle.
+"""A checkpoint: a folder with all that inference and a resumed run need, without pickle.
 
-``model.safetensors`` has the weights that are evaluated, ``training.safetensors`` those that
-train and the optimizer's tensors, ``checkpoint.json`` the rest and the hashes of the two.
+``model.safetensors`` holds the averaged weights, which are evaluated; ``training.safetensors`` the
+weights that train and the optimizer's tensors; ``checkpoint.json`` the rest, and the hashes of the
+two.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _TRAINING = "training.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What ``checkpoint.json`` says."""
+    """The content of ``checkpoint.json``."""
 
     path: str
     """The folder: local path or URI."""
@@ -52,15 +53,15 @@ class Checkpoint:
     image_size: int
     """Pixels a side of the images it was trained on."""
     normalizer: Normalizer
-    """Exactly that of training."""
+    """The normalization of training, with its statistics."""
     flip_at_test: bool
     """Whether its probabilities average each image and its mirror image."""
     bfloat16: bool
     """Whether it was trained and validated under bfloat16 autocast."""
     epoch: int
-    """Epochs that are done."""
+    """Number of finished epochs."""
     history: list[dict[str, Any]]
-    """One dict an epoch: the rows of ``history.parquet``."""
+    """One dict for each epoch: the rows of ``history.parquet``."""
     config: dict[str, Any]
     """The whole configuration of the run."""
     files: dict[str, str]
@@ -73,19 +74,19 @@ class Checkpoint:
 
     @property
     def score(self) -> float:
-        """What the best checkpoint has most of."""
+        """The value whose maximum makes a checkpoint the best one."""
         return float(self.metrics[SCORE])
 
     @property
     def sha256(self) -> str:
-        """Identifies what the checkpoint predicts: its weights and all that goes around them."""
-        around = [self.model.to_dict(), self.labels, self.image_size, asdict(self.normalizer)]
-        text = json.dumps([self.files[MODEL], *around, self.flip_at_test, self.bfloat16])
+        """Identifies what the checkpoint predicts: a hash of its weights, model and transforms."""
+        rest = [self.model.to_dict(), self.labels, self.image_size, asdict(self.normalizer)]
+        text = json.dumps([self.files[MODEL], *rest, self.flip_at_test, self.bfloat16])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def forward(self) -> Forward:
-        """How its network takes images."""
+        """How a batch of images goes through its network."""
         return Forward(
             normalizer=self.normalizer,
             input_size=self.model.input_size or self.image_size,
@@ -97,9 +98,8 @@ class Checkpoint:
         """The network with the evaluated weights, in evaluation mode.
 
         Raises:
-            UserError: where the weights' file is not the one that was written.
+            UserError: where the file of the weights does not have the recorded hash.
         """
-        # the weights come from the checkpoint: nothing is to be downloaded for them
         config = self.model.with_fresh_weights()
         network = registry.build(config, num_classes=len(self.labels), image_size=self.image_size)
         network.load_state_dict(self.load_tensors(MODEL))
@@ -113,7 +113,7 @@ class Checkpoint:
         return safetensors.torch.load(content)
 
     def restore(self, model: nn.Module, average: nn.Module, optimizer: Any) -> None:
-        """Puts a training run's tensors back where they were after `epoch`."""
+        """Restores the tensors of a training run as they were after `epoch`."""
         tensors = self.load_tensors(_TRAINING)
         own = {key: value for key, value in tensors.items() if key.startswith("model.")}
         model.load_state_dict({key.removeprefix("model."): own[key] for key in own})
@@ -132,11 +132,11 @@ def save(
     """Writes a checkpoint into an existing local folder.
 
     Args:
-        folder: where to.
+        folder: the checkpoint's folder.
         values: the fields of `Checkpoint` but for `place` and `files`.
         model: the network that trains.
         average: the network that is evaluated.
-        optimizer: its state has to be tensors alone.
+        optimizer: its state may only hold tensors.
     """
     training = {f"model.{key}": value for key, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
@@ -145,7 +145,7 @@ def save(
             training[f"optimizer.{index}.{name}"] = value
     files = {}
     for name, tensors in ((MODEL, average.state_dict()), (_TRAINING, training)):
-        # a copy a tensor: safetensors takes neither views nor channels_last strides
+        # copies, since safetensors takes neither views nor channels_last strides
         content = safetensors.torch.save(
             {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         )
@@ -159,15 +159,15 @@ def read(path: str) -> Checkpoint:
     """Reads a checkpoint folder.
 
     Raises:
-        UserError: where it is none, or not whole.
+        UserError: where it is not a checkpoint, or a file is missing.
     """
     try:
         value = storage.read_json(storage.join(path, INDEX))
         if value.pop("format") != FORMAT:
-            raise UserError(f"{path}: a checkpoint of another version of this project")
+            raise UserError(f"{path}: this checkpoint was written by another version of fer_ray")
         for name in value["files"]:
             if not storage.exists(storage.join(path, name)):
-                raise UserError(f"{path}: not a whole checkpoint: {name} is missing")
+                raise UserError(f"{path}: the checkpoint is incomplete: {name} is missing")
         value["model"] = model_config(**value["model"])
         value["normalizer"] = Normalizer(**value["normalizer"])
         value["labels"] = tuple(value["labels"])
@@ -181,36 +181,34 @@ def read(path: str) -> Checkpoint:
 
 
 def find(path: str) -> Checkpoint:
-    """The checkpoint at a place: the folder itself, or the best one of a run's folder.
+    """The checkpoint of a path: the folder itself, or the best one of a run's folder.
 
-    Of equally good ones it is the latest, as Ray Train keeps it. One whose weights are damaged
-    (a crash may leave half a copy, written again under another name by the resumed run) is
-    passed over.
+    Of equally good ones it is the latest. One whose weights are damaged is passed over.
 
     Raises:
-        UserError: where there is none.
+        UserError: where there is no undamaged checkpoint.
     """
     path = storage.absolute(path)
     if not storage.is_directory(path):
-        raise UserError(f"{path}: no checkpoint here: no such folder")
+        raise UserError(f"{path}: no checkpoint: the folder does not exist")
     if storage.exists(storage.join(path, INDEX)):
         return read(path)
-    found = in_run(path)
-    ranked = sorted(found, key=lambda one: (one.score, one.epoch, one.path), reverse=True)
+    checkpoints = in_run(path)
+    ranked = sorted(checkpoints, key=lambda kept: (kept.score, kept.epoch, kept.path), reverse=True)
     if best := _first_undamaged(ranked, MODEL):
         return best
-    raise UserError(f"{path}: no checkpoint here: give a checkpoint's or a run's folder")
+    raise UserError(f"{path}: no checkpoint: give the folder of a checkpoint or of a run")
 
 
 def latest(path: str) -> Checkpoint | None:
-    """Where a run's folder has it go on: its latest undamaged checkpoint, or None at the start."""
-    ranked = sorted(in_run(path), key=lambda one: (one.epoch, one.path), reverse=True)
+    """The latest undamaged checkpoint of a run, from which it resumes; None where there is none."""
+    ranked = sorted(in_run(path), key=lambda kept: (kept.epoch, kept.path), reverse=True)
     return _first_undamaged(ranked, MODEL, _TRAINING)
 
 
 def _first_undamaged(candidates: Sequence[Checkpoint], *names: str) -> Checkpoint | None:
     for candidate in candidates:
-        # Ray Train may remove one while it is read
+        # another process may remove it meanwhile
         with contextlib.suppress(UserError, FileNotFoundError):
             for name in names:
                 candidate.load_tensors(name)
@@ -219,7 +217,7 @@ def _first_undamaged(candidates: Sequence[Checkpoint], *names: str) -> Checkpoin
 
 
 def in_run(path: str) -> list[Checkpoint]:
-    """The checkpoints of a run's folder; what a crash left half written is passed over."""
+    """The checkpoints of a run's folder; incomplete ones are passed over."""
     checkpoints = []
     for folder in RunFolder(path).checkpoint_paths():
         with contextlib.suppress(UserError):

@@ -1,4 +1,4 @@
-"""From grey bytes to probabilities: the one path that training, validation and inference share."""
+"""From grey bytes to probabilities: the path that training, validation and inference share."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Forward:
     """How a batch of images goes through a network."""
 
     normalizer: Normalizer
-    """From bytes to numbers."""
+    """Turns bytes into the network's input."""
     input_size: int
-    """Pixels a side of what the network sees; 0: as the images are."""
+    """Height and width of the network's input in pixels; 0: those of the images."""
     bfloat16: bool
     """Whether matrix products and convolutions run in bfloat16 (autocast)."""
     flip_at_test: bool
@@ -30,7 +30,7 @@ class Forward:
     ) -> torch.Tensor:
         """Logits (N, classes) float32 of images (N, H, W) uint8 on the model's device.
 
-        With `mix`, there may be more images than are mixed and go through the network.
+        With `mix`, only the first images go through the network; the others are mixed in.
         """
         batch = resize(self.normalizer(images), self.input_size)
         if mix is not None:
@@ -58,9 +58,9 @@ class Forward:
 
 
 def resize(batch: torch.Tensor, size: int) -> torch.Tensor:
-    """Scales a batch (N, C, H, W) to `size` pixels a side, bilinear, antialiased when shrinking.
+    """Scales a batch (N, C, H, W) to `size` x `size` pixels: bilinear, antialiased when shrinking.
 
-    A batch of that size already, and `size` 0, come back as they are.
+    Returns the batch itself where it has that size already, or `size` is 0.
     """
     if size in (0, batch.shape[-1]) and batch.shape[-1] == batch.shape[-2]:
         return batch

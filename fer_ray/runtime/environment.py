@@ -30,15 +30,15 @@ def git_commit() -> str | None:
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    hardware: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads_per_worker": torch.get_num_threads(),
         "device": device.type,
     }
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+        hardware["gpu"] = torch.cuda.get_device_name(device)
+    return hardware
 
 
 def _processor() -> str:
@@ -52,10 +52,10 @@ def _processor() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

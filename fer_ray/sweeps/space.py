@@ -1,4 +1,4 @@
-"""What a sweep varies: the presets, and files that say it in TOML or JSON.
+"""What a sweep varies: presets, and spaces that are read from TOML or JSON files.
 
 A grid trains every arm with every seed, and its first arm is the baseline; a search draws
 configurations from lists and ranges.
@@ -33,7 +33,7 @@ _FIXED = {
     "schedule.loading": "cannot be varied: the trials of a sweep share the images in memory",
     "schedule.shuffle_buffer": "cannot be varied: the trials of a sweep do not stream",
 }
-"""Settings that no space varies, and why."""
+"""Settings that no space may vary, and why."""
 _MOST_ARMS = 10_000
 _FIELDS_OF_A_RANGE = ("low", "high", "log", "step")
 
@@ -43,7 +43,7 @@ class Arm:
     """One configuration of a grid."""
 
     name: str
-    """What differs, such as ``normalization=minmax``."""
+    """The settings that differ, such as ``normalization=minmax``."""
     options: dict[str, Any]
     """Values by dotted name."""
 
@@ -55,7 +55,7 @@ class Range:
     low: float
     high: float
     log: bool = False
-    """Whether to draw evenly on a logarithmic scale."""
+    """Whether to draw uniformly on a logarithmic scale."""
     step: float | None = None
     """Distance between the values; None: any, or 1 for whole numbers."""
 
@@ -68,54 +68,54 @@ class Space:
     """What a sweep varies."""
 
     name: str
-    """Of the preset or the file."""
+    """Name of the preset or the file."""
     method: str
     """`grid` or `search`."""
     arms: tuple[Arm, ...] = ()
-    """Of a grid; the first is the baseline."""
+    """The arms of a grid; the first is the baseline."""
     ranges: dict[str, Range | Choices] = field(default_factory=dict)
-    """Of a search, by dotted name."""
+    """The ranges and choices of a search, by dotted name."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types: ``arms``, or ``space``."""
+        """The space as JSON types: ``method``, and ``arms`` or ``space``."""
         if self.method == GRID:
             return {"method": GRID, "arms": [asdict(arm) for arm in self.arms]}
         ranges = {
-            name: asdict(given) if isinstance(given, Range) else list(given)
-            for name, given in self.ranges.items()
+            name: asdict(options) if isinstance(options, Range) else list(options)
+            for name, options in self.ranges.items()
         }
         return {"method": SEARCH, "space": ranges}
 
     def configs(self, base: TrainConfig) -> list[TrainConfig]:
-        """Every arm's settings; of a search, the base with each choice and end of a range.
+        """The settings of every arm; for a search, the base with each choice and bound.
 
         Raises:
-            UserError: for what a trial's configuration would refuse.
+            UserError: for settings that a trial could not have.
         """
-        found = [overrides.changed(base, arm.options) for arm in self.arms]
-        for name, given in self.ranges.items():
-            ends = (given.low, given.high) if isinstance(given, Range) else given
-            found += [overrides.changed(base, {name: value}) for value in ends]
-        return found
+        configs = [overrides.changed(base, arm.options) for arm in self.arms]
+        for name, options in self.ranges.items():
+            ends = (options.low, options.high) if isinstance(options, Range) else options
+            configs += [overrides.changed(base, {name: value}) for value in ends]
+        return configs
 
     def largest_model(self) -> dict[str, Any]:
-        """Of a search, the largest numbers of the settings of the network, by dotted name."""
-        found: dict[str, Any] = {}
-        for name, given in self.ranges.items():
+        """For a search, the largest number of each setting of the network, by dotted name."""
+        largest: dict[str, Any] = {}
+        for name, options in self.ranges.items():
             if name.startswith("model.") and overrides.settings()[name].is_number:
-                found[name] = given.high if isinstance(given, Range) else max(given)
-        return found
+                largest[name] = options.high if isinstance(options, Range) else max(options)
+        return largest
 
 
 def load(what: str, base: TrainConfig) -> Space:
-    """The preset or file of that name.
+    """Loads a preset or a file.
 
     Args:
         what: one of `SWEEPS`, or the path of a ``.toml`` or ``.json`` file.
         base: the settings that are varied.
 
     Raises:
-        UserError: for an unknown preset, a missing file, or what it says.
+        UserError: for an unknown preset, a missing file, or content that is not allowed.
     """
     if what == "normalization":
         space = _normalization(base)
@@ -127,7 +127,7 @@ def load(what: str, base: TrainConfig) -> Space:
         space = _from_file(Path(what))
     else:
         raise unknown("--sweep", what, [*SWEEPS, "a .toml or .json file"])
-    space.configs(base)  # before anything is read
+    space.configs(base)  # refuses what no trial could have, before any data is read
     return space
 
 
@@ -204,8 +204,8 @@ def _from_file(path: Path) -> Space:
         raise unknown(f"--sweep: {path}: method", method, METHODS)
     where = f"--sweep: {path}"
     ranges = {
-        name: _parsed(where, name, given)
-        for name, given in _flat(where, value.get("space")).items()
+        name: _parsed(where, name, options)
+        for name, options in _flat(where, value.get("space")).items()
     }
     if not ranges:
         raise UserError(f"{where}: 'space' is empty: name at least one setting")
@@ -218,56 +218,63 @@ def _from_file(path: Path) -> Space:
 
 
 def _flat(where: str, value: Any) -> dict[str, Any]:
-    """Nested tables by dotted name: ``transforms.flip = …`` and ``[space.transforms]`` alike."""
+    """Flattens nested tables to dotted names: ``transforms.flip = …``, ``[space.transforms]``."""
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: 'space' and 'baseline' are tables of settings")
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, Mapping) and not set(item) & {"low", "high"}:
-            found |= {f"{key}.{name}": inner for name, inner in _flat(where, item).items()}
+            settings |= {f"{key}.{name}": inner for name, inner in _flat(where, item).items()}
         else:
-            found[key] = item
-    return found
+            settings[key] = item
+    return settings
 
 
-def _parsed(where: str, name: str, given: Any) -> Range | Choices:
+def _parsed(where: str, name: str, value: Any) -> Range | Choices:
     overrides.check_name(where, name)
     if name in _FIXED:
         raise UserError(f"{where}: {name} {_FIXED[name]}")
     setting = overrides.settings()[name]
     if setting.is_file:
         raise UserError(f"{where}: {name} is the same for all trials: use {setting.flag}")
-    if isinstance(given, Mapping):
-        return _range(where, name, given)
-    if not isinstance(given, Sequence) or isinstance(given, str):
+    if isinstance(value, Mapping):
+        return _range(where, name, value)
+    if not isinstance(value, Sequence) or isinstance(value, str):
         raise UserError(
-            f"{where}: {name}: {given!r} is neither a list of values nor a range such as "
+            f"{where}: {name}: {value!r} is neither a list of values nor a range such as "
             "{ low = 0.01, high = 0.3, log = true }; what is not varied is a flag"
         )
-    values = tuple(overrides.check_value(where, name, value) for value in given)
-    if not values or len({json.dumps(value) for value in values}) < len(values):
+    values = tuple(overrides.check_value(where, name, choice) for choice in value)
+    if not values or len({json.dumps(choice) for choice in values}) < len(values):
         raise UserError(f"{where}: {name}: at least one value is expected, none of them twice")
     return values
 
 
-def _range(where: str, name: str, given: Mapping[str, Any]) -> Range:
-    for key in given:
+def _range(where: str, name: str, bounds: Mapping[str, Any]) -> Range:
+    for key in bounds:
         if key not in _FIELDS_OF_A_RANGE:
             raise unknown(f"{where}: {name}", key, _FIELDS_OF_A_RANGE)
-    if "low" not in given or "high" not in given:
+    if "low" not in bounds or "high" not in bounds:
         raise UserError(f"{where}: {name}: a range has both low and high")
     if not overrides.settings()[name].is_number:
         raise UserError(f"{where}: {name} is not a number: give a list of values")
     for key in ("low", "high"):
-        overrides.check_value(where, name, given[key])
-    low, high, log, step = given["low"], given["high"], given.get("log", False), given.get("step")
+        overrides.check_value(where, name, bounds[key])
+    low, high, log, step = (
+        bounds["low"],
+        bounds["high"],
+        bounds.get("log", False),
+        bounds.get("step"),
+    )
     if not isinstance(log, bool):
         raise UserError(f"{where}: {name}: log is true or false, not {log!r}")
     if low >= high or (log and low <= 0):
         raise UserError(f"{where}: {name}: low has to be below high, and above 0 with log")
-    number = isinstance(step, int | float) and not isinstance(step, bool)
-    whole = overrides.settings()[name].type is int
-    if step is not None and (log or not number or step <= 0 or (whole and step != int(step))):
+    is_number = isinstance(step, int | float) and not isinstance(step, bool)
+    is_integer = overrides.settings()[name].type is int
+    if step is not None and (
+        log or not is_number or step <= 0 or (is_integer and step != int(step))
+    ):
         raise UserError(f"{where}: {name}: step is a number above 0, and not beside log")
     return Range(low=low, high=high, log=log, step=step)
 
@@ -275,12 +282,12 @@ def _range(where: str, name: str, given: Mapping[str, Any]) -> Range:
 def _product(
     where: str, ranges: Mapping[str, Range | Choices], baseline: Mapping[str, Any]
 ) -> tuple[Arm, ...]:
-    """Every combination, the baseline first."""
+    """All combinations, the baseline first."""
     lists: dict[str, Choices] = {}
-    for name, given in ranges.items():
-        if isinstance(given, Range):
+    for name, options in ranges.items():
+        if isinstance(options, Range):
             raise UserError(f"{where}: {name}: a grid takes lists; method = 'search' takes ranges")
-        lists[name] = given
+        lists[name] = options
     count = math.prod(map(len, lists.values()))
     if count > _MOST_ARMS:
         raise UserError(f"{where}: {count} combinations; at most {_MOST_ARMS}, or a search")
@@ -290,7 +297,9 @@ def _product(
     first = {name: baseline.get(name, values[0]) for name, values in lists.items()}
     arms = []
     for values in itertools.product(*lists.values()):
-        chosen = dict(zip(lists, values))
-        label = ", ".join(f"{overrides.column_of(name)}={value}" for name, value in chosen.items())
-        arms.append(Arm(name=label, options=chosen))
+        settings = dict(zip(lists, values))
+        label = ", ".join(
+            f"{overrides.column_of(name)}={value}" for name, value in settings.items()
+        )
+        arms.append(Arm(name=label, options=settings))
     return tuple(sorted(arms, key=lambda arm: arm.options != first))

@@ -1,9 +1,9 @@
-"""Small vectors among workers, quickly: batch norm over the global batch asks in every layer.
+"""Exchanges small vectors between workers quickly, as batch norm over the global batch needs.
 
-gloo hands each message to a thread of its own and back, which costs it 0.2 to 1.6 ms a
-collective between two processes of one machine (AMD EPYC, 2 cores, torch 2.15); a Unix socket
-takes a twentieth of that. So workers of one machine talk over such sockets, in a folder that
-no other user may enter, and all others over gloo.
+gloo passes each message to a thread and back, which costs 0.2 to 1.6 ms for each collective
+between two processes of one machine (AMD EPYC, 2 cores, torch 2.15); a Unix socket takes a
+twentieth of that. Workers of one machine therefore use Unix sockets, in a folder that no other
+user may enter, and others use gloo.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import torch
 import torch.distributed as dist
 
 Gather = Callable[[np.ndarray], np.ndarray]
-"""Takes a worker's (n,) float64 vector and returns those of all workers, (workers, n), by rank."""
+"""Takes a worker's (n,) float64 vector and returns those of all workers by rank: (workers, n)."""
 
 _TIMEOUT_S = 1800
-"""How long to wait for another worker, as gloo does by default."""
+"""How long to wait for another worker; gloo's default."""
 _MEET_S = 60
-"""How long the workers may take to find each other: all of them listen already."""
+"""How long workers may take to connect, once all of them listen."""
 _RANK = struct.Struct("=i")
 
 
 def connect() -> Gather:
-    """Finds the quickest way between the workers of `torch.distributed`'s default group.
+    """Connects the workers of `torch.distributed`'s default process group in the fastest way.
 
     Every worker has to call it. The returned function has to be called by all of them in the
     same order with vectors of one length, and raises `ConnectionError` or `TimeoutError` where
-    a worker is gone or silent.
+    a worker is gone or does not answer.
     """
     machines: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(machines, _machine())
@@ -50,7 +50,7 @@ def connect() -> Gather:
 
 
 def _machine() -> str:
-    """What processes that see the same files and network of one kernel have in common."""
+    """Identifies what this process may share with others: kernel, file system and network."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         spaces = [Path(f"/proc/self/ns/{kind}").readlink() for kind in ("mnt", "net")]
@@ -61,21 +61,21 @@ def _machine() -> str:
 
 @contextlib.contextmanager
 def _folder() -> Iterator[str]:
-    """A folder of the first worker's that all know and only this user may enter."""
-    made = [""]
+    """A folder of the first worker that only this user may enter; empty if there is none."""
+    names = [""]
     if dist.get_rank() == 0:
         with contextlib.suppress(OSError):
-            made = [tempfile.mkdtemp(prefix="fer-ray-")]
-    dist.broadcast_object_list(made)
+            names = [tempfile.mkdtemp(prefix="fer-ray-")]
+    dist.broadcast_object_list(names)
     try:
-        yield made[0]
+        yield names[0]
     finally:
-        if dist.get_rank() == 0 and made[0]:
-            shutil.rmtree(made[0], ignore_errors=True)
+        if dist.get_rank() == 0 and names[0]:
+            shutil.rmtree(names[0], ignore_errors=True)
 
 
 def _meet(folder: str) -> tuple[list[socket.socket | None] | None, str]:
-    """Connects this worker with each other one: the sockets by rank, and what went wrong."""
+    """Connects this worker with each other one; returns the sockets by rank, and any problem."""
     rank, size = dist.get_rank(), dist.get_world_size()
     peers: list[socket.socket | None] = [None] * size
     with contextlib.ExitStack() as closing:
@@ -109,9 +109,9 @@ class Sockets:
     """`Gather` over one Unix socket for each other worker."""
 
     def __init__(self, peers: Sequence[socket.socket | None]) -> None:
-        """Takes the connected sockets by rank, None where this worker stands."""
+        """Takes the connected sockets by rank; None for this worker itself."""
         self._peers = peers
-        # the kernel's own limits: Python's would ask twice for each message
+        # the kernel's time-outs: with Python's, each message takes two system calls
         limit = struct.pack("ll", _TIMEOUT_S, 0)
         for peer in peers:
             if peer is not None:
@@ -120,7 +120,7 @@ class Sockets:
                     peer.setsockopt(socket.SOL_SOCKET, option, limit)
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """As `Gather`; a message has to fit what the kernel keeps for a socket, some 200 KB."""
+        """As `Gather`; a message has to fit into the kernel's socket buffer, about 200 KB."""
         everyone = np.empty((len(self._peers), values.size))
         own = np.ascontiguousarray(values, dtype=np.float64)
         for peer in self._peers:
@@ -132,20 +132,20 @@ class Sockets:
 
 
 def _receive(peer: socket.socket, rank: int, count: int) -> np.ndarray:
-    found = bytearray()
-    while len(found) < 8 * count:  # once, but for very long ones
+    received = bytearray()
+    while len(received) < 8 * count:  # one pass, except for very long messages
         try:
-            more = peer.recv(8 * count - len(found), socket.MSG_WAITALL)
+            chunk = peer.recv(8 * count - len(received), socket.MSG_WAITALL)
         except BlockingIOError as error:
             raise TimeoutError(f"worker {rank} has not answered for {_TIMEOUT_S} s") from error
-        if not more:
+        if not chunk:
             raise ConnectionError(f"worker {rank} is gone")
-        found += more
-    return np.frombuffer(found)
+        received += chunk
+    return np.frombuffer(received)
 
 
 def _gather_by_gloo(values: np.ndarray) -> np.ndarray:
-    # half as long as `all_reduce` for so few numbers
+    # takes half as long as `all_reduce` for so few numbers
     everyone = torch.empty((dist.get_world_size(), values.size), dtype=torch.float64)
     own = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
     dist.all_gather(list(everyone), own)

@@ -156,7 +156,7 @@ class Trainer:
             if until is not None and len(self.history) >= until:
                 return
             epoch, start = len(self.history), time.perf_counter()
-            trained = self._train_epoch(epoch)
+            trained = self.train_epoch(epoch)
             train_s = time.perf_counter() - start
             validated = self.evaluate()
             if not math.isfinite(validated["loss"]):  # all-reduced: the same on every worker
@@ -184,7 +184,7 @@ class Trainer:
         latest = self.group.maximum(time.time())
         return datetime.datetime.fromtimestamp(latest, datetime.UTC).isoformat()
 
-    def _train_epoch(self, epoch: int) -> dict[str, float]:
+    def train_epoch(self, epoch: int) -> dict[str, float]:
         seed = np.random.SeedSequence((self.config.schedule.seed, epoch, self.group.rank))
         torch.manual_seed(int(seed.generate_state(1)[0]))  # dropout
         self.model.train()

@@ -51,7 +51,7 @@ class StreamFeed:
         self,
         config: TrainConfig,
         info: DatasetInfo,
-        found: dict[str, list[RowGroupSlice]],
+        slices: dict[str, list[RowGroupSlice]],
         *,
         group: ProcessGroup,
         spare_cpus: float,
@@ -61,7 +61,7 @@ class StreamFeed:
         Args:
             config: decides the order, the augmentation and the size of the buffer.
             info: the prepared data set; all images of both splits are labelled.
-            found: `row_group_slices` of ``train`` and ``validation``.
+            slices: `row_group_slices` of ``train`` and ``validation``.
             group: the workers.
             spare_cpus: CPUs of the cluster that no worker reserves, for each worker. If there is
                 less than one, reading reserves none: a task that needs a CPU which the workers
@@ -72,7 +72,7 @@ class StreamFeed:
         self._input_size = config.model.input_size or info.image_size
         self._tasks = max(1, int(spare_cpus))
         self._cpus_a_task = 1 if spare_cpus >= 1 else 0
-        self._pieces = found
+        self._slices = slices
         self.steps_per_epoch = info.split("train").rows // config.schedule.global_batch_size
         classes = info.split("train").classes
         self.class_counts = np.array([classes.get(label, 0) for label in info.labels])
@@ -81,15 +81,15 @@ class StreamFeed:
         schedule, group = self._config.schedule, self._group
         part = group.shard(schedule.global_batch_size)
         random = np.random.default_rng((schedule.seed, epoch))
-        order = random.permutation(len(self._pieces["train"]))
+        order = random.permutation(len(self._slices["train"]))
         steps = self.steps_per_epoch
-        mine = take_rows(
-            [self._pieces["train"][i] for i in order], steps * part.start, steps * part.stop
+        own = take_rows(
+            [self._slices["train"][i] for i in order], steps * part.start, steps * part.stop
         )
         size = part.stop - part.start
         assert size > 0, "a configuration has at least one image a worker and step"
         batches = self._read(
-            mine,
+            own,
             epoch=epoch,
             batch_size=size,
             shuffle=int(random.integers(2**31)) + group.rank,
@@ -123,14 +123,14 @@ class StreamFeed:
     def _whole(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This worker's shard of a split, in order and unchanged."""
         part = self._group.shard(self._info.split(split).rows)
-        mine = take_rows(self._pieces[split], part.start, part.stop)
-        for rows in self._read(mine, batch_size=EVALUATION_BATCH_SIZE) if mine else ():
+        own = take_rows(self._slices[split], part.start, part.stop)
+        for rows in self._read(own, batch_size=EVALUATION_BATCH_SIZE) if own else ():
             images, targets, _ = _unpack(rows, self._info.image_size)
             yield images.to(self._group.device), targets
 
     def _read(
         self,
-        mine: list[RowGroupSlice],
+        own: list[RowGroupSlice],
         *,
         batch_size: int,
         epoch: int | None = None,
@@ -140,7 +140,7 @@ class StreamFeed:
         import ray
 
         quiet_ray_data()
-        rows = [asdict(piece) for piece in mine]
+        rows = [asdict(slice_) for slice_ in own]
         read = _Reader(self._info, self._config, epoch)
         stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             read,
@@ -151,7 +151,7 @@ class StreamFeed:
         )
         options = stream.context.execution_options
         options.preserve_order = True  # otherwise the same seed would not give the same run
-        block = max(piece.end - piece.begin for piece in mine) * self._info.image_size**2
+        block = max(slice_.end - slice_.begin for slice_ in own) * self._info.image_size**2
         options.resource_limits = options.resource_limits.copy(
             object_store_memory=max(_BYTES_AHEAD, _LEAST_BLOCKS_AHEAD * block)
         )
@@ -187,13 +187,13 @@ class _Reader:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (row,) = batch.to_pylist()
-        piece, size = RowGroupSlice(**row), self._info.image_size
-        fs, path = storage.filesystem(piece.file)
+        slice_, size = RowGroupSlice(**row), self._info.image_size
+        fs, path = storage.filesystem(slice_.file)
         with pq.ParquetFile(path, filesystem=fs) as file:
-            table = file.read_row_group(piece.row_group, columns=["image", "label"])
-        table = table.slice(piece.begin, piece.end - piece.begin)
+            table = file.read_row_group(slice_.row_group, columns=["image", "label"])
+        table = table.slice(slice_.begin, slice_.end - slice_.begin)
         images = stack(table["image"], size)
-        samples = np.arange(piece.begin, piece.end) + piece.first
+        samples = np.arange(slice_.begin, slice_.end) + slice_.first
         if self._epoch is not None and self._config.transforms.engine == "albumentations":
             augmenter = _augmenter(self._config, self._info.pixel_mean, size)
             images = augmenter(images, samples, self._epoch)
