@@ -49,7 +49,8 @@ class Registry(Generic[Entry]):
         """
         self._flag, self._package, self._order = flag, package, order
         self._entries: dict[str, Entry] = {}
-        self._has_own = self._is_loaded = False
+        self._from_plugins: set[str] = set()
+        self._is_loaded = False
 
     def register(self, name: str) -> Callable[[Entry], Entry]:
         """Returns a decorator that registers a class, a function or a description.
@@ -62,10 +63,11 @@ class Registry(Generic[Entry]):
         """
 
         def add(entry: Entry) -> Entry:
-            self._load_own()
             if self._entries.get(name, entry) is not entry:
                 raise ValueError(f"{self._flag}: {name!r} is registered twice")
             self._entries[name] = entry
+            if _is_loading_plugins:
+                self._from_plugins.add(name)
             return entry
 
         return add
@@ -102,7 +104,8 @@ class Registry(Generic[Entry]):
     def items(self) -> list[tuple[str, Entry]]:
         """Names and entries, in order."""
         self._load()
-        entries = list(self._entries.items())
+        # a plugin may be imported before the project's own entries are
+        entries = sorted(self._entries.items(), key=lambda item: item[0] in self._from_plugins)
         if self._order is not None:
             order = self._order
             entries.sort(key=lambda item: order(*item))
@@ -116,17 +119,16 @@ class Registry(Generic[Entry]):
         if self._is_loaded:
             return
         self._is_loaded = True  # before the imports, whose modules may look names up
-        self._load_own()
-        load_plugins()
-
-    def _load_own(self) -> None:
-        """Imports what registers the project's own entries, once."""
-        if self._package and not self._has_own:
-            self._has_own = True
+        if self._package:
             package = importlib.import_module(self._package)
             modules = pkgutil.iter_modules(getattr(package, "__path__", []))
             for name in sorted(module.name for module in modules):
                 importlib.import_module(f"{self._package}.{name}")
+        load_plugins()
+
+
+_is_loading_plugins: list[bool] = []
+"""Not empty while plugins are imported."""
 
 
 def load_plugins() -> None:
@@ -136,6 +138,7 @@ def load_plugins() -> None:
         UserError: where one cannot be imported.
     """
     for name in filter(None, os.environ.get(PLUGINS, "").split(",")):
+        _is_loading_plugins.append(True)
         try:
             importlib.import_module(name.strip())
         except Exception as error:  # whatever a module's code raises
@@ -143,3 +146,5 @@ def load_plugins() -> None:
                 f"{PLUGINS}: {name.strip()!r} cannot be imported ({first_line(error)}): give the "
                 "names of modules on Python's path, separated by commas"
             ) from error
+        finally:
+            _is_loading_plugins.pop()

@@ -62,7 +62,7 @@ def test_it_is_in_the_history_and_the_progress_of_a_training(kappa, tmp_path):
     assert table.column_names == [*history.SCHEMA.names, "train_kappa", "validation_kappa"]
     values = table["validation_kappa"].to_pylist()
     assert values == [row["validation_kappa"] for row in trained.history]
-    line = worker._measured(trained.history[-1], "validation")
+    line = worker._values(trained.history[-1], "validation")
     assert line.endswith(f"%, Cohen's kappa {values[-1]:.4f}")
 
 
@@ -80,14 +80,13 @@ def test_it_is_in_the_trials_of_a_sweep(kappa, tmp_path):
     config = small.config()
     trained = trainer(config)
     fit(trained)
-    sweep = str(tmp_path / "sweep")
+    sweep = store.SweepFolder(str(tmp_path / "sweep"))
     for number in (0, 1):
-        store.create(sweep, store.Trial(number=number, arm=None, options={}))
-    folder = store.folder_of(sweep, 1)
-    history.write_history(f"{folder}/history.parquet", trained.history)
-    store.write_trials(sweep, config)
+        sweep.create(store.Trial(number=number, arm=None, options={}))
+    sweep.trial(1).files.write_history(trained.history)
+    sweep.write_table(config)
     table = pq.read_table(tmp_path / "sweep" / store.TRIALS)
-    assert table.column_names == [*store.SCHEMA.names, "train_kappa", "validation_kappa"]
+    assert table.column_names == [*store.schema().names, "train_kappa", "validation_kappa"]
     assert table["train_kappa"].to_pylist() == [row["train_kappa"] for row in trained.history]
 
 

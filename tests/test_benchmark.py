@@ -312,7 +312,7 @@ def test_resources_that_the_machine_lacks_are_refused(ray_cluster):
     logged: list[str] = []
     for flags, only, message in (
         ({"cpus_per_worker": 4.0}, "train_over_plain", "4 CPUs requested, the cluster has 2"),
-        ({"cpus_per_worker": 1.5}, "workers_over_limit", "3 CPUs wanted"),
+        ({"cpus_per_worker": 1.5}, "workers_over_limit", "3 CPUs requested"),
         ({"use_gpu": True}, "input_us_per_image", "1 GPUs requested, the cluster has 0"),
     ):
         plan = run.plan(on_synthetic_faces(**{"num_workers": 2, **flags}), only=[only])

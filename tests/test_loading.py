@@ -190,7 +190,7 @@ def test_the_library_works_ahead_with_the_same_result(monkeypatch):
 
 def test_what_fails_while_working_ahead_is_raised(monkeypatch):
     (feed,) = feeds(config(engine="albumentations", augmentation="standard"))
-    library = feed._augmentation.library
+    library = feed._augmentation.on_cpu
     calls = []
 
     def failing(*arguments):
@@ -199,7 +199,7 @@ def test_what_fails_while_working_ahead_is_raised(monkeypatch):
             raise ValueError("broken image")
         return library(*arguments)
 
-    monkeypatch.setattr(feed._augmentation, "library", failing)
+    monkeypatch.setattr(feed._augmentation, "on_cpu", failing)
     batches = feed.train(0)
     assert isinstance(next(batches), Batch) and isinstance(next(batches), Batch)
     with pytest.raises(ValueError, match="broken image"):

@@ -174,7 +174,7 @@ def swept(data, tmp_path_factory):
 
 def test_every_trial_and_epoch_is_a_row_and_a_failure_is_recorded(swept, data):
     folder, summary, lines, _ = swept
-    assert pq.read_schema(folder / "trials.parquet").equals(store.SCHEMA)
+    assert pq.read_schema(folder / "trials.parquet").equals(store.schema())
     found = rows(folder)
     assert len(found[found["epoch"] > 0].groupby("trial")) >= 2
     good = found[found["learning_rate"] == 0.05]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -266,10 +266,8 @@ class SweepFolder:
             base: the settings that all trials have in common.
         """
         trials = self.trials()
-        names = (name for trial in trials for row in trial.history for name in row)
-        table = pa.Table.from_pylist(rows(trials, base), schema=schema(names))
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(table(trials, base), sink)
         storage.write_bytes(storage.join(self.path, TRIALS), sink.getvalue().to_pybytes())
         return trials
 
@@ -308,9 +306,15 @@ class SweepFolder:
         return path
 
 
+def table(trials: Sequence[Trial], base: TrainConfig) -> pa.Table:
+    """The content of ``trials.parquet``."""
+    names = (name for trial in trials for row in trial.history for name in row)
+    return pa.Table.from_pylist(rows(trials, base), schema=schema(names))
+
+
 def rows(trials: Iterable[Trial], base: TrainConfig) -> list[dict[str, Any]]:
     """The rows of ``trials.parquet``; a trial that failed in its first epoch has one too."""
-    table = []
+    table_rows = []
     for trial in trials:
         shared = {
             "trial": trial.number,
@@ -321,10 +325,10 @@ def rows(trials: Iterable[Trial], base: TrainConfig) -> list[dict[str, Any]]:
             **trial.ran_on,
         }
         if trial.history:
-            table += [{**shared, **_epoch(row)} for row in trial.history]
+            table_rows += [{**shared, **_epoch(row)} for row in trial.history]
         elif trial.is_over:
-            table.append({**shared, "epoch": 0})
-    return table
+            table_rows.append({**shared, "epoch": 0})
+    return table_rows
 
 
 def measured(row: Mapping[str, Any]) -> dict[str, Any]:
