@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -291,7 +292,7 @@ def test_the_table_tells_what_is_paused_and_what_was_promoted(tmp_path):
     [
         (RayActorError(error_msg="The actor died.\nMore."), "its process died: The actor died."),
         (RayTaskError("train", "trace", WorkersLost("its workers failed")), "its workers failed"),
-        (None, "no reason is known"),
+        (None, "it ended for an unknown reason"),
     ],
 )
 def test_the_reason_of_a_trial_that_ray_gave_up(tmp_path, error, reason):
@@ -299,9 +300,11 @@ def test_the_reason_of_a_trial_that_ray_gave_up(tmp_path, error, reason):
     files.create(Trial(number=0, arm=None, options={"schedule.seed": 0}))
     lines: list[str] = []
     shown = progress.Progress(files, small.config(), Halving((1,), 1, []), log=lines.append)
-    shown.on_trial_error(
-        0, [], SimpleNamespace(**vars(tuned(0, 1)), get_pickled_error=lambda: error)
-    )
+    file = tmp_path / "error.pkl"
+    if error:
+        file.write_bytes(pickle.dumps(error))
+    failed = SimpleNamespace(**vars(tuned(0, 1)), pickled_error_file=str(file))
+    shown.on_trial_error(0, [], failed)
     assert (files.trial(0).read().status, files.trial(0).read().reason) == (store.FAILED, reason)
     assert lines[0] == f"trial 0 failed ({reason})"
 

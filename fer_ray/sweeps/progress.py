@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 import shutil
 import sys
 import time
@@ -86,7 +88,7 @@ class Progress(Callback):
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Records the failure of a trial whose process or workers died too often."""
         number = trial.config["number"]
-        self._files.trial(number).end(store.FAILED, _reason_of(trial.get_pickled_error()))
+        self._files.trial(number).end(store.FAILED, _reason_of(_last_error(trial)))
         self._ended(number)
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
@@ -188,12 +190,22 @@ class Progress(Callback):
         return f"{left:,} epochs to run, {about} {duration(seconds)}, until {end}"
 
 
+def _last_error(trial: Any) -> Exception | None:
+    """The last error of a trial of Ray Tune.
+
+    Its `get_pickled_error` reads the copy in the storage folder, which is written later.
+    """
+    with contextlib.suppress(OSError, TypeError, pickle.UnpicklingError, AttributeError):
+        return pickle.loads(Path(trial.pickled_error_file).read_bytes())
+    return None
+
+
 def _reason_of(error: Exception | None) -> str:
     """Why Ray Tune gave up a trial, in one line."""
     if isinstance(error, RayActorError):
         return f"its process died: {first_line(error)}"
     cause = getattr(error, "cause", None) or error  # Ray wraps what was raised in a process
-    return first_line(cause) if cause else "no reason is known"
+    return first_line(cause) if cause else "it ended for an unknown reason"
 
 
 def _name(trial: Trial) -> str:

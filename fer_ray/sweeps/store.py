@@ -307,7 +307,12 @@ class SweepFolder:
 
 
 def table(trials: Sequence[Trial], base: TrainConfig) -> pa.Table:
-    """The content of ``trials.parquet``."""
+    """The content of ``trials.parquet``.
+
+    Args:
+        trials: every trial of the sweep.
+        base: the settings that all trials have in common.
+    """
     names = (name for trial in trials for row in trial.history for name in row)
     return pa.Table.from_pylist(rows(trials, base), schema=schema(names))
 
