@@ -93,7 +93,7 @@ def save(folder: TrialFolder, *scores: float) -> None:
     network = torch.nn.Linear(2, 2)
     values = {
         "run": folder.run,
-        "provenance": environment.describe(torch.device("cpu")),
+        "environment": environment.describe(torch.device("cpu")),
         "model": model_config(name="custom_cnn"),
         "labels": ("happy", "sad"),
         "image_size": 12,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,12 @@ class TrialFolder:
             storage.write_bytes(self._file(_ERROR), text.encode())
 
 
+def table(trials: Sequence[Trial], base: TrainConfig) -> pa.Table:
+    """The content of ``trials.parquet``, with the metrics that the trials' histories have."""
+    names = (name for trial in trials for row in trial.history for name in row)
+    return pa.Table.from_pylist(rows(trials, base), schema=schema(names))
+
+
 @dataclass(frozen=True)
 class SweepFolder:
     """The files of one sweep."""
@@ -266,10 +272,8 @@ class SweepFolder:
             base: the settings that all trials have in common.
         """
         trials = self.trials()
-        names = (name for trial in trials for row in trial.history for name in row)
-        table = pa.Table.from_pylist(rows(trials, base), schema=schema(names))
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(table(trials, base), sink)
         storage.write_bytes(storage.join(self.path, TRIALS), sink.getvalue().to_pybytes())
         return trials
 
