@@ -102,8 +102,9 @@ def runs(reference: Path) -> str:
     """
     metrics = pq.read_table(reference / "evaluation" / "metrics.parquet").to_pylist()
     scores = {row["run"]: row for row in metrics if row["split"] == "validation"}
-    records = _read(reference, f"runs/*/{run_folder.RESULT}")
-    records = [run for run in records if run["run"] in scores]
+    records = [
+        run for run in _read(reference, f"runs/*/{run_folder.RESULT}") if run["run"] in scores
+    ]
     records.sort(key=lambda run: -scores[run["run"]]["accuracy"])
     heads = [
         *("model", "input", "parameters", "multiply-adds", "validation accuracy (95 %)"),
