@@ -217,12 +217,6 @@ class TrialFolder:
             storage.write_bytes(self._file(_ERROR), text.encode())
 
 
-def table(trials: Sequence[Trial], base: TrainConfig) -> pa.Table:
-    """The content of ``trials.parquet``, with the metrics that the trials' histories have."""
-    names = (name for trial in trials for row in trial.history for name in row)
-    return pa.Table.from_pylist(rows(trials, base), schema=schema(names))
-
-
 @dataclass(frozen=True)
 class SweepFolder:
     """The files of one sweep."""
