@@ -202,6 +202,25 @@ def remove(path: str) -> None:
 
 
 @contextlib.contextmanager
+def _marked_as_unfinished(destination: str) -> Iterator[None]:
+    """Empties a folder of an object store, and marks it as unfinished until the block ends."""
+    if not is_directory(destination):
+        remove(destination)
+    # the mark exists from the first removal to the last write: what a killed process leaves
+    # may be replaced
+    mark = join(destination, _UNFINISHED)
+    write_bytes(mark, b"being written, or left by an interrupted process\n")
+    _empty(destination)
+    try:
+        yield
+    except BaseException:
+        _empty(destination)
+        remove(destination)
+        raise
+    remove(mark)
+
+
+@contextlib.contextmanager
 def staged_directory(destination: str, *, staging: str | None = None) -> Iterator[str]:
     """Yields a folder to write into, which replaces `destination` when the block succeeds.
 
@@ -221,20 +240,8 @@ def staged_directory(destination: str, *, staging: str | None = None) -> Iterato
     """
     destination = absolute(destination)
     if is_uri(destination):
-        if not is_directory(destination):
-            remove(destination)
-        # the mark exists from the first removal to the last write: what a killed process leaves
-        # may be replaced
-        mark = join(destination, _UNFINISHED)
-        write_bytes(mark, b"being written, or left by an interrupted process\n")
-        _empty(destination)
-        try:
+        with _marked_as_unfinished(destination):
             yield destination
-        except BaseException:
-            _empty(destination)
-            remove(destination)
-            raise
-        remove(mark)
         return
     target = Path(os.path.realpath(destination))  # a link is kept and points to the new folder
     replaces = target.exists()

@@ -171,7 +171,7 @@ def test_files_and_functions_stay_short():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 length = node.end_lineno - node.lineno + 1
-                assert length <= 60, f"{file.name}: {node.name} has {length} lines"
+                assert length <= 50, f"{file.name}: {node.name} has {length} lines"
 
 
 def test_jobs_are_thin_and_open_with_their_command():

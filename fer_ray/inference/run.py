@@ -76,18 +76,23 @@ def predict(
             files=[task["part"] for task in plan.tasks],
             labels=plan.checkpoint.labels,
             checkpoint=plan.checkpoint.sha256,
-            config={
-                "checkpoint": plan.checkpoint.path,
-                "epoch": plan.checkpoint.epoch,
-                "batch_size": BATCH_SIZE,
-                "flip_at_test": plan.checkpoint.flip_at_test,
-                "training": plan.checkpoint.config,
-                **plan.input,
-            },
+            config=_manifest_config(plan),
         )
     seconds = time.perf_counter() - start
     log(f"wrote {plan.rows:,} rows, {errors:,} of them with an error, in {seconds:.1f} s")
     return plan.folder
+
+
+def _manifest_config(plan: Plan) -> dict[str, Any]:
+    """What the manifest records about the checkpoint, the input and the computation."""
+    return {
+        "checkpoint": plan.checkpoint.path,
+        "epoch": plan.checkpoint.epoch,
+        "batch_size": BATCH_SIZE,
+        "flip_at_test": plan.checkpoint.flip_at_test,
+        "training": plan.checkpoint.config,
+        **plan.input,
+    }
 
 
 def _staging(output: str) -> str:

@@ -61,8 +61,8 @@ def plan_preparation(
         image_size: height and width of all images, in pixels.
         num_images: number of images to generate; None for the source's default.
         seed: seed of generated images, and of the choice of images to hold out.
-        validation_fraction: fraction of train to hold out where the source has no validation
-            split, between 0 and 1; None for a tenth if it has no splits at all, else for none.
+        validation_fraction: fraction of train to hold out, between 0 and 1, where the source has
+            no validation split; None: a tenth if it has no splits at all, else none.
         deduplicate: whether images that also occur in another split are dropped from train.
         overwrite: whether a prepared dataset at `output` may be replaced.
 
@@ -70,16 +70,9 @@ def plan_preparation(
         UserError: when a setting or the source is not valid.
     """
     _check_numbers(image_size, validation_fraction)
-    output = storage.absolute(output)
-    _check_output(output, overwrite)
-    name = find_type(source)
-    source_type = SOURCES[name]
-    if num_images is not None and not source_type.is_generated:
-        raise UserError(f"--num-images: the images of {source} are not generated: omit the flag")
-    if source_type.is_path:
-        _check_apart(storage.absolute(source), output)
+    output = _check_output(storage.absolute(output), overwrite)
     options = SourceOptions(image_size=image_size, num_images=num_images, seed=seed)
-    images = source_type.open(source, options)
+    name, images = _open(source, options, output)
     inventory = Inventory()
     try:
         inventory.add_files(images.entries())
@@ -99,6 +92,17 @@ def plan_preparation(
         seed=seed,
         deduplicate=deduplicate,
     )
+
+
+def _open(source: str, options: SourceOptions, output: str) -> tuple[str, ImageSource]:
+    """The name of a source's type, and its images."""
+    name = find_type(source)
+    source_type = SOURCES[name]
+    if options.num_images is not None and not source_type.is_generated:
+        raise UserError(f"--num-images: the images of {source} are not generated: omit the flag")
+    if source_type.is_path:
+        _check_apart(storage.absolute(source), output)
+    return name, source_type.open(source, options)
 
 
 def _check_numbers(image_size: int, validation_fraction: float | None) -> None:
@@ -161,7 +165,8 @@ def _held_out(inventory: Inventory, images: ImageSource, fraction: float | None)
     return fraction or 0.0
 
 
-def _check_output(output: str, overwrite: bool) -> None:
+def _check_output(output: str, overwrite: bool) -> str:
+    """Returns the path or URI if a dataset may be written there."""
     storage.check_bucket("--output", output)
     if storage.exists(output) and not storage.is_directory(output):
         raise UserError(f"--output: {output} is a file")
@@ -181,6 +186,7 @@ def _check_output(output: str, overwrite: bool) -> None:
         above = next(path for path in Path(os.path.realpath(output)).parents if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UserError(f"--output: {above} is not a writable folder")
+    return output
 
 
 def _check_apart(source: str, output: str) -> None:

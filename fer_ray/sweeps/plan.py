@@ -138,19 +138,10 @@ def plan_sweep(
         UserError: for anything that could not be trained, or where a sweep of that name exists
             with other settings.
     """
-    data = config.data
-    space = spaces.load(sweep, config)
+    data, space = config.data, spaces.load(sweep, config)
     run = storage.check_name("--run", run or space.name)
-    if config.schedule.loading == "stream":
-        raise UserError("--loading stream: the trials of a sweep share the images in memory")
-    if limits.gpus_per_trial:
-        config = replace(config, scaling=replace(config.scaling, use_gpu=True))
-        if config.scaling.num_workers > 1:
-            raise UserError(
-                "--gpus-per-trial: with --num-workers each worker has a GPU; use --use-gpu instead"
-            )
     storage.check_bucket("--storage", storage.absolute(storage_path))
-    config, info = training.check(config)
+    config, info = training.check(_on_shared_images(config, limits))
     seeds, count = _seeds_and_trials(space, config, num_trials, num_seeds)
     plan = SweepPlan(
         config=config,
@@ -169,6 +160,19 @@ def plan_sweep(
     _check_trials(plan)
     _check_same_settings(plan)
     return plan
+
+
+def _on_shared_images(config: TrainConfig, limits: Limits) -> TrainConfig:
+    """The settings for trials that share images in memory, and perhaps a GPU."""
+    if config.schedule.loading == "stream":
+        raise UserError("--loading stream: the trials of a sweep share the images in memory")
+    if not limits.gpus_per_trial:
+        return config
+    if config.scaling.num_workers > 1:
+        raise UserError(
+            "--gpus-per-trial: with --num-workers each worker has a GPU; use --use-gpu instead"
+        )
+    return replace(config, scaling=replace(config.scaling, use_gpu=True))
 
 
 def _seeds_and_trials(

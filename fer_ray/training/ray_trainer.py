@@ -24,8 +24,7 @@ def run_trainer(
     """Runs a function on the workers of a `TorchTrainer`, to its end.
 
     Ray Train's own state is thrown away: the workers write their checkpoints themselves and find
-    the latest one after a restart (`data.run_folder`). A state file that a killed process left
-    half written therefore cannot keep a run from being resumed.
+    the latest one after a restart, so a damaged state file cannot keep a run from being resumed.
 
     Args:
         work: what each worker runs.
@@ -54,22 +53,28 @@ def run_trainer(
                 resources_per_worker={name: n for name, n in resources.items() if n},
             ),
             torch_config=TorchConfig("nccl") if scaling.use_gpu else GlooConfig("gloo"),
-            # mypy takes it for the class of Ray Train V1
-            run_config=ray_train.RunConfig(  # type: ignore[call-arg]
-                name=run,
-                storage_path=state,
-                callbacks=list(callbacks),
-                logging_config=ray_train.LoggingConfig(log_level="ERROR"),
-                failure_config=ray_train.FailureConfig(max_failures=scaling.max_failures),
-            ),
+            run_config=_run_config(run, state, scaling.max_failures, callbacks),
         )
         try:
             trainer.fit()
         except ray_train.TrainingFailedError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise JobFailed(f"{failed}: {lines[-1]}") from error
+            lines = filter(None, map(str.strip, str(error).splitlines()))
+            raise JobFailed(f"{failed}: {[*lines][-1]}") from error
         except SystemExit as error:  # what Ray Train makes of an interrupt
             raise KeyboardInterrupt from error
+
+
+def _run_config(run: str, state: str, max_failures: int, callbacks: Sequence[Any]) -> Any:
+    import ray.train as ray_train
+
+    # mypy takes it for the class of Ray Train V1
+    return ray_train.RunConfig(  # type: ignore[call-arg]
+        name=run,
+        storage_path=state,
+        callbacks=list(callbacks),
+        logging_config=ray_train.LoggingConfig(log_level="ERROR"),
+        failure_config=ray_train.FailureConfig(max_failures=max_failures),
+    )
 
 
 def warm_up() -> None:
