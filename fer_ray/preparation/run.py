@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from fer_ray import __version__, storage
 from fer_ray.data import dataset, decoding, parquet
-from fer_ray.data.sources.files import NOT_FOUND, ReadError
+from fer_ray.data.sources.files import NOT_FOUND, NotFoundError, ReadError
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.preparation import shards, splitting, statistics
 from fer_ray.preparation.inventory import KEPT, RESULTS, Inventory
@@ -122,10 +122,9 @@ def _check_accessible(plan: Plan) -> None:
     for path, at in missing:
         try:
             plan.images.grey(path, at)
-        except ReadError as error:
-            if str(error) == NOT_FOUND:  # it exists nowhere, so it stays in the quarantine
-                continue
-        except decoding.DecodeError:
+        except NotFoundError:  # it exists nowhere, so it stays in the quarantine
+            continue
+        except (ReadError, decoding.DecodeError):
             pass
         raise UserError(
             f"--source: not every worker can access {path!r}: on several machines, the files have "

@@ -30,6 +30,14 @@ class ReadError(Exception):
     """A file of a source that cannot be read; the message is the reason in plain words."""
 
 
+class NotFoundError(ReadError):
+    """A file that this process does not see; one on another machine may."""
+
+    def __init__(self) -> None:
+        """The message is `NOT_FOUND`."""
+        super().__init__(NOT_FOUND)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """One file of a source, or one row of a table of images."""
@@ -72,7 +80,7 @@ class FileSource(Protocol):
             at: the entry's location.
 
         Raises:
-            ReadError: when the file cannot be read; with `NOT_FOUND` when it does not exist.
+            ReadError: when the file cannot be read; `NotFoundError` when it does not exist.
             UserError: when the whole source cannot be reached.
         """
 
@@ -130,9 +138,9 @@ def check_size(size: int) -> None:
 
 
 def read_error(error: Exception) -> ReadError:
-    """Builds the `ReadError` for an exception; its reason is `NOT_FOUND` for a missing file."""
+    """Builds the `ReadError` for an exception; a `NotFoundError` for a missing file."""
     is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-    return ReadError(NOT_FOUND if is_missing else f"cannot be read: {first_line(error)}")
+    return NotFoundError() if is_missing else ReadError(f"cannot be read: {first_line(error)}")
 
 
 def hash_file(path: str) -> str:
