@@ -151,5 +151,5 @@ def test_what_is_not_whole_is_refused_and_passed_over(saved, tmp_path):
         (copy / "checkpoint.json").write_bytes(content)
         with pytest.raises(UserError, match="damaged"):
             checkpoint.read(str(copy))
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="the folder does not exist"):
         checkpoint.find(str(copy / "checkpoint.json"))

@@ -94,7 +94,9 @@ class SourceType:
     """Whether the images are generated, so that ``--num-images`` applies."""
 
 
-SOURCES: Registry[SourceType] = Registry("--source", "fer_ray.data.sources")
+SOURCES: Registry[SourceType] = Registry(
+    "--source", "fer_ray.data.sources", order=lambda name, _: name
+)
 """All types of sources."""
 
 

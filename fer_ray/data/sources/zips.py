@@ -158,7 +158,7 @@ class ZipSource:
 
 SOURCES.register("zip")(
     SourceType(
-        description="a .zip of such a folder",
+        description="a .zip with such folders",
         recognizes=lambda source: (
             storage.name_of(source).lower().endswith(".zip") and storage.exists(source)
         ),
