@@ -137,7 +137,7 @@ def test_the_manifest_is_written_last_and_without_it_nothing_is_trusted(
     folder = inference.predict(plan, log=quiet)
     assert seen == [["_unfinished", "part-00000.parquet"]]
     storage.remove(f"{folder}/_manifest.json")
-    with pytest.raises(UserError, match="unfinished, _manifest.json is missing"):
+    with pytest.raises(UserError, match=r"unfinished, _manifest\.json is missing"):
         predictions.find(folder)
     assert predictions.find(predicted) == [f"{predicted}/tried/validation"]
     inference.predict(plan, log=quiet)
