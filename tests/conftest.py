@@ -54,7 +54,7 @@ def store():
 
 @pytest.fixture(scope="session")
 def drawn_faces(ray_cluster, tmp_path_factory) -> str:
-    """The place of a prepared data set of 400 drawn faces, 320 of them in train."""
+    """The place of a prepared data set of 400 synthetic faces, 320 of them in train."""
     from fer_ray.preparation.plan import plan_preparation
     from fer_ray.preparation.run import prepare
 

@@ -29,7 +29,7 @@ from fer_ray.training.process_group import ProcessGroup
 
 @pytest.fixture(scope="module")
 def data(ray_cluster, tmp_path_factory):
-    """A prepared data set of 90 drawn faces."""
+    """A prepared data set of 90 synthetic faces."""
     path = str(tmp_path_factory.mktemp("data") / "faces")
     plan = plan_preparation(source="synthetic", output=path, num_images=90)
     prepare(plan, log=lambda line: None)

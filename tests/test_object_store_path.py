@@ -49,7 +49,7 @@ def bucket(store) -> str:
 
 @pytest.fixture(scope="module")
 def data(bucket, ray_cluster) -> str:
-    """A prepared data set of 200 drawn faces, in the store."""
+    """A prepared data set of 200 synthetic faces, in the store."""
     plan = plan_preparation(source="synthetic", output=f"{bucket}/faces", num_images=200)
     prepare(plan, log=quiet)
     return f"{bucket}/faces"

@@ -47,12 +47,12 @@ def job(ray_cluster, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_three_labels_are_prepared_trained_predicted_and_evaluated(job, tmp_path):
     write_bands(tmp_path / "faces", 60)
-    told = job("prepare", "--source", "faces", "--output", "data", "--image-size", "24")
-    assert "Ärger" in told and "no face" in told
+    output = job("prepare", "--source", "faces", "--output", "data", "--image-size", "24")
+    assert "Ärger" in output and "no face" in output
     small = ["--width", "4", "--epochs", "4", "--global-batch-size", "16", "--num-workers", "1"]
     job("train", "--data", "data", "--model", "custom_cnn", *small)
     job("predict", "--checkpoint", "results/runs/custom_cnn", "--data", "data")
-    told = job("evaluate", "--predictions", "results/predictions", "--data", "data")
+    output = job("evaluate", "--predictions", "results/predictions", "--data", "data")
 
     found = pd.read_parquet(tmp_path / "results/predictions/custom_cnn/validation")
     assert [name for name in found if name.startswith("prob_")] == [f"prob_{x}" for x in LABELS]

@@ -22,7 +22,7 @@ from fer_ray.training.stream_feed import StreamFeed
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, ray_cluster):
-    """A prepared data set of 700 drawn faces with row groups of 64."""
+    """A prepared data set of 700 synthetic faces with row groups of 64."""
     folder = tmp_path_factory.mktemp("data") / "faces"
     plan = plan_preparation(source="synthetic", output=str(folder), num_images=1000)
     prepare(plan, log=lambda line: None)

@@ -74,8 +74,8 @@ def train(
         report: called by every worker after each epoch.
         resume: a checkpoint of the same run to resume from.
         until: the epoch after which to pause; None: not at all.
-        log: receives a line now and then within a long epoch; None: nobody wants to know.
-        callback: is told of every step and epoch.
+        log: optional; receives a progress message now and then within a long epoch.
+        callback: optional; is notified of every step and epoch.
     """
     labels = {"run": run, "environment": environment or {}}
     trainer = Trainer(config, info, feed, group=group, labels=labels, resume=resume)
@@ -185,6 +185,7 @@ class Trainer:
         return datetime.datetime.fromtimestamp(latest, datetime.UTC).isoformat()
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
+        """Trains one epoch, counted from 0; returns its loss and metrics over all workers."""
         seed = np.random.SeedSequence((self.config.schedule.seed, epoch, self.group.rank))
         torch.manual_seed(int(seed.generate_state(1)[0]))  # dropout
         self.model.train()
