@@ -82,3 +82,12 @@ def wait_for(condition: Callable[[], object], seconds: float = 180) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.02)
+
+
+def printed_by_jobs(stderr: str) -> list[str]:
+    """The lines of a standard error, without those of Ray's own server.
+
+    Ray Data kills its actors when a job fails. One that has ended by itself in that moment makes
+    the server log "Failed to kill actor", which Ray prints wherever `ray.init` was called.
+    """
+    return [line for line in stderr.splitlines() if "(pid=gcs_server)" not in line]
