@@ -85,7 +85,10 @@ def test_every_flag_reaches_its_field():
         if isinstance(value, bool):
             given = [setting.flag if value else setting.flag.replace("--", "--no-", 1)]
         extra = ["--epochs", "60000"] if setting.field == "warmup_epochs" else []
-        extra += ["--global-batch-size", "60000"] if setting.field == "num_workers" else []
+        if setting.field == "num_workers":
+            extra += ["--global-batch-size", "60000", "--batch-norm-group", "1"]
+        if setting.field == "batch_norm_group":
+            extra += ["--global-batch-size", str(value), "--num-workers", "1"]
         extra += ["--model", setting.owners[0]] if setting.owners else []
         section = getattr(config_of(*given, *extra), setting.section).to_dict()
         assert section[setting.field] == value != setting.default, setting.flag
@@ -133,7 +136,7 @@ def test_unknown_keys_are_refused():
 
 def test_differences_leave_out_where_the_work_runs():
     one = TrainConfig(data="/data").to_dict()
-    other = config_of("--num-workers", "7", "--width", "8").to_dict()
+    other = config_of("--num-workers", "4", "--width", "8").to_dict()
     assert differences(one, other) == ["model.width: 32 -> 8"]
 
 

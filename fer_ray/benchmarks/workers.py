@@ -33,7 +33,7 @@ from fer_ray.data.dataset import load_split, read_info
 from fer_ray.models import registry
 from fer_ray.models.forward import resize
 from fer_ray.runtime import environment
-from fer_ray.training.feed import Batch, Images
+from fer_ray.training.feed import Batch, Images, own_part
 from fer_ray.training.loop import Trainer
 from fer_ray.training.memory_feed import MemoryFeed
 
@@ -200,7 +200,7 @@ def measure_together(settings: dict[str, Any]) -> None:
     """
     context = WorkerContext.load(settings, threads=1)
     group, batch_size = context.group, context.config.schedule.global_batch_size
-    own = group.shard(batch_size)
+    own = own_part(context.config, group)
     trainer = context.trainer(context.feed(2))
     plain = context.plain(trainer.forward, own.stop - own.start, 2)
     step_s = group.maximum(step_seconds(plain, group.device))

@@ -25,6 +25,8 @@ class ModelConfig(Section, abc.ABC):
     section: ClassVar[str] = "model"
     faster_in_bfloat16: ClassVar[bool] = True
     """Whether CPUs that have bfloat16 instructions train it faster with them."""
+    has_batch_norm: ClassVar[bool] = True
+    """Whether it may have batch-norm layers: if so, workers compute whole groups of images."""
 
     name: str = choice(DEFAULT_MODEL, MODELS, flag="model")
     """The network."""

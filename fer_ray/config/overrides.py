@@ -139,7 +139,11 @@ def changed(
 
 def _deciding(section: str) -> set[str]:
     """Fields from which others of the section follow."""
-    return {"transforms": {"augmentation"}, "optimizer": {"optimizer"}}.get(section, set())
+    return {
+        "transforms": {"augmentation"},
+        "optimizer": {"optimizer"},
+        "schedule": {"global_batch_size"},
+    }.get(section, set())
 
 
 def own_magnitudes(config: TrainConfig) -> dict[str, float]:

@@ -10,9 +10,10 @@ schedules are not listed here: they come from `fer_ray.config.registries`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from fer_ray.config.fields import Search, Section, choice, number
 from fer_ray.config.model import ModelConfig, model_config
@@ -20,14 +21,16 @@ from fer_ray.config.registries import LR_SCHEDULES
 from fer_ray.config.transforms import TransformConfig
 from fer_ray.errors import UserError, unknown
 
-if TYPE_CHECKING:
-    pass
-
 LOADINGS = ("auto", "memory", "stream")
 OPTIMIZERS = ("sgd", "adamw")
 CLASS_WEIGHTS = ("none", "balanced", "capped")
 PRECISIONS = ("auto", "float32", "bfloat16")
 DEFAULT_LEARNING_RATE = {"sgd": 0.1, "adamw": 0.001}
+
+_MOST_IN_GROUP = 32
+"""16 to 64 images in a group suit small data sets (Summers and Dinneen 2020, arXiv:1906.03548)."""
+_LEAST_IN_GROUP = 8
+"""Statistics of fewer images are too noisy for a default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,20 @@ class OptimizerConfig(Section):
         return {"learning_rate": DEFAULT_LEARNING_RATE.get(self.optimizer)}
 
 
+def divisors(number: int) -> list[int]:
+    """The divisors of a positive number, in order."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def default_group(batch: int) -> int:
+    """The default of `ScheduleConfig.batch_norm_group` for a global batch."""
+    up_to = max(n for n in divisors(batch) if n <= _MOST_IN_GROUP)
+    if up_to >= min(batch, _LEAST_IN_GROUP):
+        return up_to
+    return min(n for n in divisors(batch) if n > _MOST_IN_GROUP)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Section):
     """How long training takes, at which learning rate, in which batches, and when it stops."""
@@ -80,6 +97,10 @@ class ScheduleConfig(Section):
     """Epochs over which the learning rate rises linearly from 0 to its peak."""
     global_batch_size: int = number(128, 1, 1_000_000)
     """Images per step over all workers together."""
+    batch_norm_group: int | None = number(None, 1, 1_000_000)
+    """Images in a group of batch norm: consecutive ones of the global batch, which it divides
+    (ghost batch norm); by default the largest divisor of the global batch up to 32, or if that is
+    below 8, the smallest above 32."""
     patience: int = number(0, 0, 100_000)
     """Stop after this many epochs without a better validation accuracy; 0: never."""
     time_limit_s: float = number(0.0, 0, 1e9)
@@ -98,11 +119,25 @@ class ScheduleConfig(Section):
     shuffle_buffer: int = number(4096, 1, 100_000_000)
     """stream: minimum size of each worker's shuffle buffer, in images."""
 
+    def derived(self) -> dict[str, Any]:
+        """The default group of batch norm."""
+        batch = self.global_batch_size
+        is_allowed = isinstance(batch, int) and batch > 0  # what is not is refused afterwards
+        return {"batch_norm_group": default_group(batch) if is_allowed else 1}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmup_epochs > self.epochs:
             raise UserError(
                 f"--warmup-epochs: {self.warmup_epochs:g} is more than --epochs {self.epochs}"
+            )
+        batch, group = self.global_batch_size, self.batch_norm_group
+        assert group is not None
+        if batch % group:
+            nearest = min(divisors(batch), key=lambda divisor: abs(divisor - group))
+            raise UserError(
+                f"--batch-norm-group: {group} does not divide --global-batch-size {batch}; "
+                f"{nearest} does"
             )
 
 
@@ -138,12 +173,32 @@ class TrainConfig:
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
 
     def __post_init__(self) -> None:
-        batch, workers = self.schedule.global_batch_size, self.scaling.num_workers
+        schedule, workers = self.schedule, self.scaling.num_workers
+        batch, group = schedule.global_batch_size, schedule.batch_norm_group
+        assert group is not None
         if batch < workers:
             raise UserError(
                 f"--global-batch-size: {batch} images cannot be shared by {workers} workers; "
                 "give at least one image per worker"
             )
+        if not self.model.has_batch_norm and group != schedule.derived()["batch_norm_group"]:
+            raise UserError(f"--batch-norm-group: --model {self.model.name} has no batch norm")
+        if batch // self.images_per_unit < workers:
+            smaller = max(divisor for divisor in divisors(batch) if divisor * workers <= batch)
+            raise UserError(
+                f"--num-workers: {workers} workers, but a batch of {batch} images has only "
+                f"{batch // group} group(s) of {group} for batch norm: give --batch-norm-group "
+                f"{smaller}, or --global-batch-size {group * workers} --batch-norm-group {group}"
+            )
+
+    @property
+    def images_per_unit(self) -> int:
+        """Consecutive images of a global batch that one worker computes together.
+
+        The group of batch norm; 1 for networks without it.
+        """
+        assert self.schedule.batch_norm_group is not None
+        return self.schedule.batch_norm_group if self.model.has_batch_norm else 1
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of JSON types: ``data``, and a dict for each section."""

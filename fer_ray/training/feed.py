@@ -13,6 +13,7 @@ import torch
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo
 from fer_ray.data.labels import UNKNOWN_LABEL
+from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms.albumentations_engine import AlbumentationsAugmenter, fill_of
 from fer_ray.transforms.device_engine import DeviceAugmenter
 from fer_ray.transforms.mixing import Mix
@@ -48,6 +49,16 @@ class Batch:
     """(M,) int64."""
     mix: Mix | None
     """How the first N are mixed; None: not at all, and N is M."""
+
+
+def own_part(config: TrainConfig, group: ProcessGroup) -> slice:
+    """This worker's part of each global batch: whole groups of batch norm.
+
+    Parts of different workers differ by at most one group.
+    """
+    unit = config.images_per_unit
+    units = group.shard(config.schedule.global_batch_size // unit)
+    return slice(units.start * unit, units.stop * unit)
 
 
 class Feed(Protocol):

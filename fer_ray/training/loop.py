@@ -26,7 +26,7 @@ from fer_ray.models import checkpoint, registry
 from fer_ray.models.checkpoint import Checkpoint
 from fer_ray.models.forward import Forward
 from fer_ray.training import batch_norm, optimization
-from fer_ray.training.feed import Batch, Feed
+from fer_ray.training.feed import Batch, Feed, own_part
 from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms.normalization import Normalizer, histogram, moments, needs_statistics
 
@@ -138,15 +138,15 @@ class Trainer:
         if resume:
             resume.restore(model, self.average.model, self.optimizer)
         self.model: nn.Module = model
-        self.parallel: nn.Module = model
+        unit = self.config.images_per_unit
+        self.parallel = batch_norm.in_groups(model, size=unit, device=self.group.device)
         if self.group.size > 1:
-            self.model = batch_norm.synchronize(model, self.group.device)
             with warnings.catch_warnings():
                 # torch 2.15 renames this argument, and earlier releases do not have the new name
                 warnings.simplefilter("ignore", FutureWarning)
-                # buffers need no broadcast: batch norm computes the same ones on every worker
+                # buffers are averaged after each epoch
                 self.parallel = nn.parallel.DistributedDataParallel(
-                    self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+                    self.parallel, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
 
     def fit(self, report: Report, until: int | None = None) -> None:
@@ -207,7 +207,15 @@ class Trainer:
                 self.callback.on_step(epoch + 1, at, len(logits), loss)
             if (step + 1) % check_every == 0 or step + 1 == self.steps_per_epoch:
                 self._check_finite(epoch, int(bad_step))
+        self._share_statistics()
         return self._summarize(loss_sum.item(), confusion.cpu().numpy())
+
+    def _share_statistics(self) -> None:
+        """Gives every worker the running statistics of batch norm over all workers' images."""
+        own = own_part(self.config, self.group)
+        fraction = (own.stop - own.start) / self.config.schedule.global_batch_size
+        networks = (self.model, self.average.model)
+        batch_norm.average_statistics(networks, fraction=fraction, group=self.group)
 
     def _step(
         self, batch: Batch, epoch: int, step: int

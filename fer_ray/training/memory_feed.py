@@ -20,6 +20,7 @@ from fer_ray.training.feed import (
     Batch,
     Images,
     as_tensor,
+    own_part,
 )
 from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms.mixing import MixPlan, draw_mix
@@ -41,6 +42,7 @@ class MemoryFeed:
         group: ProcessGroup,
     ) -> None:
         self._config, self._group = config, group
+        self._own = own_part(config, group)
         self._input_size = config.model.input_size or info.image_size
         self._augmentation = Augmentation(config, info, group.device)
         self._labels = torch.from_numpy(np.array(train.labels))
@@ -66,10 +68,6 @@ class MemoryFeed:
             targets = targets.to(self._group.device, non_blocking=True)
             mix = plan.of(self._own, self._group.device) if plan else None
             yield Batch(images=images, targets=targets, mix=mix)
-
-    @property
-    def _own(self) -> slice:
-        return self._group.shard(self._config.schedule.global_batch_size)
 
     def _gather(
         self, order: np.ndarray, epoch: int, step: int

@@ -99,8 +99,7 @@ def check(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo]:
             f"--global-batch-size: {batch} is more than the {rows} images of the train split"
         )
     model = registry.check(config.model, num_classes=len(info.labels), image_size=info.image_size)
-    if config.scaling.num_workers > 1 and not config.scaling.use_gpu:
-        batch_norm.check(model)
+    batch_norm.check(model, use_gpu=config.scaling.use_gpu)
     return config, info
 
 

@@ -29,6 +29,7 @@ from fer_ray.training.feed import (
     Batch,
     albumentations_augmenter,
     as_tensor,
+    own_part,
 )
 from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms.albumentations_engine import AlbumentationsAugmenter
@@ -79,7 +80,7 @@ class StreamFeed:
 
     def train(self, epoch: int) -> Iterator[Batch]:
         schedule, group = self._config.schedule, self._group
-        part = group.shard(schedule.global_batch_size)
+        part = own_part(self._config, group)
         random = np.random.default_rng((schedule.seed, epoch))
         order = random.permutation(len(self._slices["train"]))
         steps = self.steps_per_epoch

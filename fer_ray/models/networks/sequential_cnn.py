@@ -17,6 +17,8 @@ from fer_ray.errors import UserError
 class SequentialCNNConfig(ModelConfig):
     """Three convolutions with pooling and two dense layers: shows what the others gain."""
 
+    has_batch_norm = False
+
     dropout: float = number(0.5, 0, 0.95)
     """Probability of dropout before the classifier."""
 
