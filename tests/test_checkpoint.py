@@ -47,8 +47,9 @@ def test_a_loaded_model_predicts_what_the_trained_one_did_bit_for_bit(saved):
     expected = trainer.forward.probabilities(trainer.average.model, images)
     read = checkpoint.read(str(folder / "checkpoint_3"))
     model = read.load_model(torch.device("cpu"))
-    assert read.forward == trainer.forward
-    assert torch.equal(read.forward.probabilities(model, images), expected)
+    forward = read.forward(torch.device("cpu"))
+    assert forward == trainer.forward
+    assert torch.equal(forward.probabilities(model, images), expected)
 
 
 def test_the_normalization_travels_exactly(saved):

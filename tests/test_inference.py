@@ -71,7 +71,7 @@ def predict(folder: Path, output: Path, *, actors: int = 1, **given) -> predicti
 def direct(run: Path, images: np.ndarray) -> np.ndarray:
     found = checkpoint.find(str(run))
     model = found.load_model(torch.device("cpu"))
-    return found.forward.probabilities(model, torch.from_numpy(images)).numpy()
+    return found.forward(torch.device("cpu")).probabilities(model, torch.from_numpy(images)).numpy()
 
 
 def probabilities(found: predictions.Predictions) -> np.ndarray:

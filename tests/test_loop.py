@@ -82,7 +82,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, model, optimizer, preci
     schedule = {"epochs": 4, "precision": precision}
     config = small.config(model=model, schedule=schedule, optimizer={"optimizer": optimizer})
     whole = trainer(config)
-    assert whole.forward.bfloat16 is (precision == "bfloat16")
+    assert whole.forward.precision == precision
     assert type(whole.optimizer).__name__.lower() == optimizer
     expected = fit(whole)
     fit(trainer(config), tmp_path, stop_after=2)
@@ -107,7 +107,7 @@ def test_inference_normalizes_as_training_did(tmp_path, normalization):
     settings = small.config(schedule={"epochs": 1}, transforms={"normalization": normalization})
     built = trainer(settings)
     fit(built, tmp_path)
-    kept = checkpoint.read(str(tmp_path / "checkpoint_1")).forward.normalizer
+    kept = checkpoint.read(str(tmp_path / "checkpoint_1")).normalizer
     images = torch.from_numpy(small.split(48).images)
     assert torch.equal(kept(images), built.forward.normalizer(images))
     plain = Normalizer(normalization=normalization, mean=0.5, std=0.25)
@@ -226,9 +226,9 @@ def test_a_resumed_run_keeps_its_precision(tmp_path):
     config = small.config(schedule={"epochs": 2, "precision": "auto"})
     fit(trainer(config), tmp_path, stop_after=1)
     saved = checkpoint.read(str(tmp_path / "checkpoint_1"))
-    for bfloat16 in (True, False):
-        resumed = trainer(config, resume=dataclasses.replace(saved, bfloat16=bfloat16))
-        assert resumed.forward.bfloat16 is bfloat16
+    for precision in ("bfloat16", "float32"):
+        resumed = trainer(config, resume=dataclasses.replace(saved, precision=precision))
+        assert resumed.forward.precision == precision
 
 
 def test_early_stopping_counts_from_the_best_epoch(monkeypatch):

@@ -138,18 +138,3 @@ def test_too_small_an_input_is_refused():
         registry.build(
             model_config(name="sequential_cnn", input_size=4), num_classes=7, image_size=48
         )
-
-
-@pytest.mark.parametrize(("amx", "avx512"), [(True, False), (False, True), (False, False)])
-def test_bfloat16_is_for_cpus_with_instructions_for_it(monkeypatch, amx, avx512):
-    capabilities = {"amx_tile": amx, "avx512_bf16": avx512}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    cpu = torch.device("cpu")
-    for name in ("custom_cnn", "sequential_cnn"):
-        assert registry.prefers_bfloat16(model_config(name=name), cpu) == (amx or avx512)
-    assert not registry.prefers_bfloat16(model_config(name="efficientnet_b2"), cpu)
-
-
-def test_a_torch_that_does_not_tell_its_capabilities_computes_in_float32(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert not registry.prefers_bfloat16(model_config(), torch.device("cpu"))

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fer_ray.config.model import model_config
 from fer_ray.config.schema import OptimizerConfig, ScheduleConfig
+from fer_ray.models import registry
 from fer_ray.training import optimization
 
 STEPS = 20
@@ -108,31 +110,54 @@ def test_weight_decay_leaves_biases_and_norms_alone(optimizer):
 
 def test_the_average_follows_by_hand_and_takes_batch_statistics_along():
     model = torch.nn.BatchNorm2d(1)
-    average = optimization.WeightAverage(model, decay=0.9)
+    average = optimization.WeightAverage(model, half_life=2)
     with torch.no_grad():
         model.weight.fill_(3.0)
         model.running_mean.fill_(10.0)
         model.num_batches_tracked.fill_(4)
-    average.update(model, step=10_000)  # long after the warm-up
-    assert average.model.weight.item() == pytest.approx(0.9 * 1 + 0.1 * 3)
-    assert average.model.running_mean.item() == pytest.approx(1.0)
+    average.update(step=10_000)  # long after the warm-up
+    keep = 0.5**0.5  # two steps halve
+    assert average.model.weight.item() == pytest.approx(keep * 1 + (1 - keep) * 3)
+    assert average.model.running_mean.item() == pytest.approx((1 - keep) * 10)
     assert average.model.num_batches_tracked.item() == 4
 
 
 def test_early_averages_forget_the_first_weights_soon():
     model = torch.nn.Linear(1, 1)
-    average = optimization.WeightAverage(model, decay=0.999)
+    average = optimization.WeightAverage(model, half_life=693)
     with torch.no_grad():
         model.weight.fill_(5.0)
     for step in range(20):
-        average.update(model, step)
+        average.update(step)
     assert average.model.weight.item() == pytest.approx(5.0, abs=0.01)
 
 
 def test_decay_zero_follows_the_model():
     model = torch.nn.Linear(1, 1)
-    average = optimization.WeightAverage(model, decay=0.0)
+    average = optimization.WeightAverage(model, half_life=0)
     with torch.no_grad():
         model.weight.fill_(5.0)
-    average.update(model, 0)
+    average.update(0)
     assert average.model.weight.item() == 5.0
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_fused_steps_are_those_of_plain_ones_in_any_memory_layout(name):
+    """Fused kernels go through the memory of weights, gradients and state side by side."""
+    config = OptimizerConfig(optimizer=name, learning_rate=0.05)
+    networks = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = registry.build(model_config(width=4), num_classes=3, image_size=12)
+        model = model.to(memory_format=torch.channels_last)
+        optimizer = optimization.build_optimizer(model, config)
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        for step in range(3):
+            images = torch.rand(6, 1, 12, 12, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            model(images.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+            optimizer.step()
+        networks.append(model.state_dict())
+    for key, value in networks[0].items():
+        torch.testing.assert_close(value, networks[1][key], rtol=1e-3, atol=1e-4)

@@ -124,7 +124,7 @@ def test_the_speed_of_a_run_is_the_median_of_its_epochs(data, tmp_path, monkeypa
     row = dict.fromkeys(history.SCHEMA.names, 0.5) | {"ended_at": None}
     rows = [{**row, "epoch": n, "images_per_s": s} for n, s in ((1, 654.0), (2, 262.0))]
     last = SimpleNamespace(path="checkpoint_2", epoch=2, history=rows, metrics=rows[-1])
-    last.sha256, last.bfloat16, last.environment = "0" * 64, False, {}
+    last.sha256, last.precision, last.environment = "0" * 64, "float32", {}
     monkeypatch.setattr(checkpoint, "latest", lambda path: last)
     monkeypatch.setattr(checkpoint, "find", lambda path: last)
     tried = plan(config(data), tmp_path)

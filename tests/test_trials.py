@@ -99,7 +99,7 @@ def save(folder: TrialFolder, *scores: float) -> None:
         "image_size": 12,
         "normalizer": Normalizer(normalization="none", mean=0.0, std=1.0),
         "flip_at_test": False,
-        "bfloat16": False,
+        "precision": "float32",
         "epoch": len(history),
         "history": history,
         "config": {},

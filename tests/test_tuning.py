@@ -159,7 +159,7 @@ def test_images_that_do_not_fit_are_refused_with_the_fraction_that_fits(
 HALF = """
 space.optimizer.learning_rate = [0.05, 100.0]
 space.optimizer.clip_grad_norm = [0.0]
-space.optimizer.ema_decay = [0.0]
+space.optimizer.ema_half_life = [0.0]
 """
 
 

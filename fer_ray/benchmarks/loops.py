@@ -16,6 +16,7 @@ from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo, load_split, read_info
 from fer_ray.models import registry
 from fer_ray.models.forward import Forward, resize
+from fer_ray.models.precision import autocast
 from fer_ray.runtime.process import keep_freed_memory
 from fer_ray.training.feed import Feed, Images
 from fer_ray.training.loop import Trainer
@@ -97,7 +98,7 @@ class WorkerContext:
             self.train, forward, batch_size=batch_size, steps=steps, device=self.group.device
         )
         return PlainLoop(
-            self.config, self.info, batches, self.group.device, bfloat16=forward.bfloat16
+            self.config, self.info, batches, self.group.device, precision=forward.precision
         )
 
 
@@ -130,7 +131,7 @@ class PlainLoop:
         info: the dataset.
         batches: images (N, 1, S, S) float32 and classes (N,) int64, on the device.
         device: where the loop computes.
-        bfloat16: whether the forward pass runs under autocast to bfloat16.
+        precision: arithmetic of the forward pass, one of `precision.ORDER`.
         channels_last: memory layout of the weights; otherwise contiguous.
     """
 
@@ -141,10 +142,10 @@ class PlainLoop:
         batches: list[tuple[torch.Tensor, torch.Tensor]],
         device: torch.device,
         *,
-        bfloat16: bool,
+        precision: str,
         channels_last: bool = True,
     ) -> None:
-        self.batches, self._bfloat16, self._device = batches, bfloat16, device
+        self.batches, self._precision, self._device = batches, precision, device
         torch.manual_seed(config.schedule.seed)
         model = registry.build(
             config.model, num_classes=len(info.labels), image_size=info.image_size
@@ -158,7 +159,7 @@ class PlainLoop:
         num_images = 0
         for images, targets in itertools.islice(itertools.cycle(self.batches), steps):
             self._optimizer.zero_grad()
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
+            with autocast(self._device, self._precision):
                 loss = F.cross_entropy(self._model(images), targets)
             loss.backward()
             self._optimizer.step()

@@ -22,6 +22,7 @@ from fer_ray.errors import JobFailed
 from fer_ray.inference import plan as planning
 from fer_ray.inference import run as inference
 from fer_ray.models import checkpoint
+from fer_ray.models.precision import autocast
 from fer_ray.preparation.shards import ROWS_PER_SHARD
 from fer_ray.training.feed import Images
 from fer_ray.training.loop import Trainer
@@ -52,7 +53,7 @@ class ForwardLoop:
         path.mkdir()
         _save(config, info, images, device, path)
         saved = checkpoint.read(str(path))
-        self._device, self._forward = device, saved.forward
+        self._device, self._forward = device, saved.forward(device)
         self._model = saved.load_model(device)
         self._batches = float_batches(
             images,
@@ -71,7 +72,7 @@ class ForwardLoop:
     def _run(self, batches: int) -> int:
         num_images = 0
         for images, _ in itertools.islice(itertools.cycle(self._batches), batches):
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._forward.bfloat16):
+            with autocast(self._device, self._forward.precision):
                 result = self._model(images).float().softmax(1)
                 if self._forward.flip_at_test:
                     result = (result + self._model(images.flip(3)).float().softmax(1)) / 2

@@ -30,7 +30,7 @@ from fer_ray.benchmarks.loops import (
 from fer_ray.benchmarks.processes import own_peak_mib
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import load_split, read_info
-from fer_ray.models import registry
+from fer_ray.models import precision
 from fer_ray.models.forward import resize
 from fer_ray.runtime import environment
 from fer_ray.training.feed import Batch, Images, own_part
@@ -61,11 +61,8 @@ def calibrate(values: dict[str, Any]) -> float:
     images = resize(images, config.model.input_size)
     targets = torch.from_numpy(sample.labels).to(device)
     batches = list(zip(images.split(batch_size), targets.split(batch_size)))
-    precision = config.schedule.precision
-    bfloat16 = precision == "bfloat16" or (
-        precision == "auto" and registry.prefers_bfloat16(config.model, device)
-    )
-    return step_seconds(PlainLoop(config, info, batches, device, bfloat16=bfloat16), device)
+    arithmetic = precision.for_training(config.schedule.precision, config.model, device)
+    return step_seconds(PlainLoop(config, info, batches, device, precision=arithmetic), device)
 
 
 class TimedFeed:
@@ -164,7 +161,7 @@ def _training_loops(
     plain = context.plain(trainer.forward, batch_size, steps)
     batches = [(images.contiguous(), targets) for images, targets in plain.batches]
     contiguous = PlainLoop(
-        context.config, context.info, batches, device, bfloat16=False, channels_last=False
+        context.config, context.info, batches, device, precision="float32", channels_last=False
     )
     works: dict[str, Callable[[], int]] = {
         "train": real(trainer),

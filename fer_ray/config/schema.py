@@ -24,7 +24,7 @@ from fer_ray.errors import UserError, unknown
 LOADINGS = ("auto", "memory", "stream")
 OPTIMIZERS = ("sgd", "adamw")
 CLASS_WEIGHTS = ("none", "balanced", "capped")
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
 DEFAULT_LEARNING_RATE = {"sgd": 0.1, "adamw": 0.001}
 
 _MOST_IN_GROUP = 32
@@ -56,9 +56,9 @@ class OptimizerConfig(Section):
     the mean weight over the train images is 1."""
     class_weight_cap: float = number(3.0, 1, 1000)
     """Largest weight of `capped`, as a multiple of the mean."""
-    ema_decay: float = number(0.998, 0, 0.99999)
-    """Decay per step of the exponential moving average of the weights, which is evaluated and
-    kept; 0: no average."""
+    ema_half_life: float = number(1.5, 0, 1000)
+    """Epochs after which a step's weights count half in the exponential moving average, which is
+    evaluated and kept; 0: no average."""
     clip_grad_norm: float = number(5.0, 0, 1e6)
     """Largest norm of the gradient; 0: no clipping."""
 
@@ -109,8 +109,8 @@ class ScheduleConfig(Section):
     seed: int = number(0, 0, 2**31 - 1)
     """Decides the initial weights, the order of the images and their augmentation."""
     precision: str = choice("auto", PRECISIONS)
-    """Arithmetic of forward and backward passes; `auto`: bfloat16 where the device is faster
-    with it."""
+    """Arithmetic of forward and backward passes: `float32`, `tf32` (GPUs only: its products have
+    10 bits), `bfloat16`, or `auto`: bfloat16 where the device is faster with it, else float32."""
     flip_at_test: bool = True
     """Test-time augmentation: average the probabilities of each image and its mirror image."""
     loading: str = choice("auto", LOADINGS)

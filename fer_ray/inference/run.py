@@ -23,6 +23,7 @@ from fer_ray.errors import UserError, first_line
 from fer_ray.inference.plan import Plan
 from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
+from fer_ray.models.forward import Forward
 from fer_ray.runtime import resources
 from fer_ray.runtime.data_tasks import map_tasks
 
@@ -170,6 +171,10 @@ class _Predictor:
         torch.set_num_threads(1)  # one actor per CPU: more threads would only compete
         return self._checkpoint.load_model(self._device)
 
+    @cached_property
+    def _forward(self) -> Forward:
+        return self._checkpoint.forward(self._device)
+
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Predicts the part that one of `Plan.tasks` describes, and writes it."""
         (task,) = batch.to_pylist()
@@ -184,7 +189,7 @@ class _Predictor:
 
     def _probabilities(self, images: np.ndarray) -> np.ndarray:
         """(N, classes) float32 of (N, S, S) uint8."""
-        forward = self._checkpoint.forward
+        forward = self._forward
         batches = [np.zeros((0, len(self._checkpoint.labels)), dtype=np.float32)]
         for start in range(0, len(images), BATCH_SIZE):
             batch = torch.from_numpy(images[start : start + BATCH_SIZE]).to(self._device)

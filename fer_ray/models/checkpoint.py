@@ -23,7 +23,7 @@ from fer_ray import storage
 from fer_ray.config.model import ModelConfig, model_config
 from fer_ray.data.run_folder import CHECKPOINT_INDEX, RunFolder
 from fer_ray.errors import UserError
-from fer_ray.models import registry
+from fer_ray.models import precision, registry
 from fer_ray.models.forward import Forward
 from fer_ray.transforms.normalization import Normalizer
 
@@ -56,8 +56,8 @@ class Checkpoint:
     """The normalization of training, with its statistics."""
     flip_at_test: bool
     """Whether its probabilities average each image and its mirror image."""
-    bfloat16: bool
-    """Whether it was trained and validated under bfloat16 autocast."""
+    precision: str
+    """In which arithmetic it was trained and validated, one of `precision.ORDER`."""
     epoch: int
     """Number of finished epochs."""
     history: list[dict[str, Any]]
@@ -81,16 +81,20 @@ class Checkpoint:
     def sha256(self) -> str:
         """Identifies what the checkpoint predicts: a hash of its weights, model and transforms."""
         rest = [self.model.to_dict(), self.labels, self.image_size, asdict(self.normalizer)]
-        text = json.dumps([self.files[MODEL], *rest, self.flip_at_test, self.bfloat16])
+        text = json.dumps([self.files[MODEL], *rest, self.flip_at_test, self.precision])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    @property
-    def forward(self) -> Forward:
-        """How a batch of images goes through its network."""
+    def forward(self, device: torch.device) -> Forward:
+        """How a batch of images goes through its network on a device.
+
+        On GPUs, this also allows or forbids TensorFloat-32 in the whole process.
+        """
+        arithmetic = precision.for_inference(self.precision, self.model, device)
+        precision.set_tf32(arithmetic)
         return Forward(
             normalizer=self.normalizer,
             input_size=self.model.input_size or self.image_size,
-            bfloat16=self.bfloat16,
+            precision=arithmetic,
             flip_at_test=self.flip_at_test,
         )
 
@@ -123,6 +127,12 @@ class Checkpoint:
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = tensors[key]
         groups = optimizer.state_dict()["param_groups"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, values in state.items():
+            for name, value in values.items():
+                if value.shape == parameters[index].shape:
+                    # fused optimizers go through the memory of parameter and state side by side
+                    values[name] = torch.empty_like(parameters[index], device="cpu").copy_(value)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

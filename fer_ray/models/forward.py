@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from fer_ray.models import precision
 from fer_ray.transforms.mixing import Mix
 from fer_ray.transforms.normalization import Normalizer
 
@@ -20,8 +20,8 @@ class Forward:
     """Turns bytes into the network's input."""
     input_size: int
     """Height and width of the network's input in pixels; 0: those of the images."""
-    bfloat16: bool
-    """Whether matrix products and convolutions run in bfloat16 (autocast)."""
+    precision: str
+    """In which arithmetic it computes, one of `precision.ORDER`."""
     flip_at_test: bool
     """Whether `probabilities` averages each image and its mirror image."""
 
@@ -53,7 +53,7 @@ class Forward:
 
     def _run(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         batch = batch.contiguous(memory_format=torch.channels_last)
-        with _autocast(batch.device, self.bfloat16):
+        with precision.autocast(batch.device, self.precision):
             return model(batch).float()
 
 
@@ -67,7 +67,3 @@ def resize(batch: torch.Tensor, size: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(
         batch, size=(size, size), mode="bilinear", antialias=True, align_corners=False
     )
-
-
-def _autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()

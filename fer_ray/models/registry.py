@@ -88,22 +88,3 @@ def variants(num_classes: int = 7, image_size: int = 48) -> list[tuple[str, int,
             model = build(config, num_classes=num_classes, image_size=image_size)
             costs.append((title, size, cost(model, size)))
     return costs
-
-
-def prefers_bfloat16(config: ModelConfig, device: torch.device) -> bool:
-    """Whether a device runs a network faster in bfloat16: what ``--precision auto`` goes by.
-
-    GPUs do. CPUs do where they have instructions for it (AMX, AVX512_BF16) and the network has
-    no operations that are slow in it.
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return config.faster_in_bfloat16 and cpu_has_bfloat16()
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16; False where torch does not tell."""
-    if not hasattr(torch.cpu, "get_capabilities"):
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_tile") or capabilities.get("avx512_bf16"))

@@ -207,7 +207,7 @@ class TrialFolder:
         device = hardware.get("gpu") or f"{hardware['processor']}, {hardware['cores']} cores"
         return {
             "hardware": f"{device}, {hardware['threads_per_worker']} thread(s) a worker",
-            "computed_in": "bfloat16" if last.bfloat16 else "float32",
+            "computed_in": last.precision,
             "versions": f"torch {versions['torch']}, ray {versions['ray']}",
         }
 

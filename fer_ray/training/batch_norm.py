@@ -227,10 +227,9 @@ def _moments(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return mean, variance
     # `var_mean` would round its results to the input's digits. A sum of squares loses digits of
     # the variance where the mean is large, but fewer than such an input has lost itself
-    exact = {"keepdim": True, "dtype": torch.float32}
-    mean = groups.mean(dims, **exact)
+    mean = groups.mean(dims, keepdim=True, dtype=torch.float32)
     count = groups[0].numel() // groups.shape[2]
-    norm = torch.linalg.vector_norm(groups, 2, dims, **exact)
+    norm = torch.linalg.vector_norm(groups, 2, dims, keepdim=True, dtype=torch.float32)
     return mean, (norm.square() / count - mean.square()).clamp_min(0)
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from fer_ray.config.schema import ScheduleConfig, TrainConfig
 from fer_ray.data.dataset import DatasetInfo
 from fer_ray.metrics import training_metrics
-from fer_ray.models import checkpoint, registry
+from fer_ray.models import checkpoint, precision, registry
 from fer_ray.models.checkpoint import Checkpoint
 from fer_ray.models.forward import Forward
 from fer_ray.training import batch_norm, optimization
@@ -102,9 +102,9 @@ class Trainer:
         self.feed, self.steps_per_epoch = feed, feed.steps_per_epoch
         self.history = list(resume.history) if resume else []
         self.forward = Forward(
-            normalizer=resume.forward.normalizer if resume else self._normalizer(),
+            normalizer=resume.normalizer if resume else self._normalizer(),
             input_size=config.model.input_size or info.image_size,
-            bfloat16=self._use_bfloat16(resume),
+            precision=self._precision(resume),
             flip_at_test=config.schedule.flip_at_test,
         )
         weights = optimization.class_weights(feed.class_counts, config.optimizer)
@@ -122,10 +122,14 @@ class Trainer:
         mean, std = moments(torch.from_numpy(self.group.all_reduce(counts)))
         return Normalizer(normalization=name, mean=mean, std=std)
 
-    def _use_bfloat16(self, resume: Checkpoint | None) -> bool:
-        """A resumed run keeps its precision; workers on different hardware use what all have."""
-        own = resume.bfloat16 if resume else _bfloat16(self.config, self.group.device)
-        return int(self.group.all_reduce(np.array([int(own)]))[0]) == self.group.size
+    def _precision(self, resume: Checkpoint | None) -> str:
+        """A resumed run keeps its precision; workers on different hardware use the most exact."""
+        device = self.group.device
+        wanted = precision.for_training(self.config.schedule.precision, self.config.model, device)
+        own = precision.ORDER.index(resume.precision if resume else wanted)
+        most_exact = len(precision.ORDER) - self.group.maximum(len(precision.ORDER) - own)
+        precision.set_tf32(name := precision.ORDER[int(most_exact)])
+        return name
 
     def _build_model(self, resume: Checkpoint | None) -> None:
         torch.manual_seed(self.config.schedule.seed)
@@ -133,7 +137,8 @@ class Trainer:
             self.config.model, num_classes=len(self.info.labels), image_size=self.info.image_size
         )
         model = model.to(self.group.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = optimization.WeightAverage(model, self.config.optimizer.ema_decay)
+        steps = self.config.optimizer.ema_half_life * self.steps_per_epoch
+        self.average = optimization.WeightAverage(model, half_life=steps)
         self.optimizer = optimization.build_optimizer(model, self.config.optimizer)
         if resume:
             resume.restore(model, self.average.model, self.optimizer)
@@ -239,7 +244,7 @@ class Trainer:
         # gradients are all-reduced: every worker computes the same norm, and so decides alike
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         optimizer.step()
-        self.average.update(self.model, epoch * self.steps_per_epoch + step)
+        self.average.update(epoch * self.steps_per_epoch + step)
         return loss.detach(), logits.detach(), torch.isfinite(norm)
 
     def evaluate(self) -> dict[str, float]:
@@ -274,7 +279,7 @@ class Trainer:
             "image_size": self.info.image_size,
             "normalizer": self.forward.normalizer,
             "flip_at_test": self.forward.flip_at_test,
-            "bfloat16": self.forward.bfloat16,
+            "precision": self.forward.precision,
             "epoch": len(self.history),
             "history": self.history,
             "config": self.config.to_dict(),
@@ -348,9 +353,3 @@ class NotFinite(ArithmeticError):
             f"the loss or its gradient is not finite at step {step} (epoch {epoch}): try a lower "
             "--learning-rate, a longer --warmup-epochs or --clip-grad-norm"
         )
-
-
-def _bfloat16(config: TrainConfig, device: torch.device) -> bool:
-    if config.schedule.precision == "auto":
-        return registry.prefers_bfloat16(config.model, device)
-    return config.schedule.precision == "bfloat16"

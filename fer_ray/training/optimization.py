@@ -102,9 +102,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             lr=config.learning_rate,
             momentum=config.momentum,
             nesterov=config.momentum > 0,
+            fused=True,
         )
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999))
+        betas = (config.momentum, 0.999)
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
     raise unknown("--optimizer", config.optimizer, ("sgd", "adamw"))
 
 
@@ -127,32 +129,32 @@ def learning_rate(
 class WeightAverage:
     """The exponential moving average of a model's weights and batch statistics."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, *, half_life: float) -> None:
         """Starts from the model's current weights.
 
         Args:
-            model: the one that trains.
-            decay: fraction of the average that a step keeps, in [0, 1); 0 follows the model.
+            model: the one that trains; its tensors are read at each update.
+            half_life: steps after which a step's weights count half; 0 follows the model.
         """
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._decay = decay
+        self._decay = 0.5 ** (1 / half_life) if half_life else 0.0
+        averages, values = self.model.state_dict(), model.state_dict()
+        # the tensors themselves, listed once: walking through the layers takes as long as a step
+        # of a small network on a GPU
+        floating = [name for name, value in averages.items() if value.is_floating_point()]
+        self._averages = [averages[name] for name in floating]
+        self._values = [values[name] for name in floating]
+        others = averages.keys() - set(floating)
+        self._counters = [(averages[name], values[name]) for name in others]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Adds the weights after a step (from 0); early steps keep less of the average.
+    def update(self, step: int) -> None:
+        """Adds the model's weights after a step (from 0); early steps keep less of the average.
 
         The decay is at most (1 + step) / (10 + step), as in TensorFlow's
         ``ExponentialMovingAverage``, so that the initial random weights are soon forgotten.
         """
         keep = min(self._decay, (1 + step) / (10 + step)) if self._decay else 0.0
-        averages, values = self._state(self.model), self._state(model)
-        floating = [name for name in averages if averages[name].is_floating_point()]
-        torch._foreach_lerp_(
-            [averages[name] for name in floating], [values[name] for name in floating], 1.0 - keep
-        )
-        for name in averages.keys() - set(floating):
-            averages[name].copy_(values[name])
-
-    @staticmethod
-    def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-        return model.state_dict(keep_vars=False)
+        torch._foreach_lerp_(self._averages, self._values, 1.0 - keep)
+        for average, value in self._counters:
+            average.copy_(value)

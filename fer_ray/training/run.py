@@ -297,7 +297,7 @@ def _result(plan: Plan, *, wall_s: float) -> dict[str, Any]:
         "wall_s": wall_s,
         "images_per_s": statistics.median(row["images_per_s"] for row in last.history),
         "loading": config["loading"],
-        "computed_in": "bfloat16" if last.bfloat16 else "float32",
+        "computed_in": last.precision,
         "seed": plan.config.schedule.seed,
         "num_workers": plan.config.scaling.num_workers,
         "data_sha256": plan.info.data_sha256,
