@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     actors = "predicting processes; 0: one per CPU, or per GPU with --use-gpu"
     add("--num-actors", type=cli.integer(0), default=0, help=actors)
     add("--use-gpu", action="store_true", help="give each process a GPU")
+    add("--local", action="store_true", help="predict in this process, without starting Ray")
     return parser
 
 
@@ -47,12 +48,13 @@ def main() -> None:
         )
         for split in flags.split or ["images" if flags.images else "validation"]
     ]
-    cli.start_ray()
-    settings = {"num_actors": flags.num_actors, "use_gpu": flags.use_gpu}
+    if not flags.local:
+        cli.start_ray()
+    settings = {"num_actors": flags.num_actors, "use_gpu": flags.use_gpu, "local": flags.local}
     for plan in plans[:-1]:
         cli.log(inference.predict(plan, **settings, log=cli.log))
     cli.conclude(inference.predict(plans[-1], **settings, log=cli.log))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, first_line="checking the checkpoint and the images")

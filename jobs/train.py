@@ -19,6 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--run", metavar="NAME", help="name of the run; by default the model's")
     add("--storage", default="results/runs", metavar="DIR", help="folder of runs")
     add("--from-sweep", metavar="DIR", help="with the settings of its winner")
+    add("--local", action="store_true", help="one worker in this process, without starting Ray")
     add("--list-models", action=cli.ListModels, help="print what each costs")
     flags.add_config_flags(parser)
     return parser
@@ -26,6 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = build_parser().parse_args()
+    if arguments.local and vars(arguments)["scaling.num_workers"] is None:
+        vars(arguments)["scaling.num_workers"] = 1
     winner, settings = cli.winner_of(arguments.from_sweep)
     config = flags.config_from_flags(arguments, data=arguments.data, base=settings)
 
@@ -33,8 +36,8 @@ def main() -> None:
 
     cli.lasting("--storage", arguments.storage)
     run = arguments.run or winner or config.model.name
-    plan = training.plan(config, storage_path=arguments.storage, run=run)
-    if not plan.is_finished:
+    plan = training.plan(config, storage_path=arguments.storage, run=run, local=arguments.local)
+    if not plan.local and not plan.is_finished:
         cli.start_ray()
     result = training.fit(plan, log=cli.log)
     best = result["best"]
@@ -47,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, first_line="checking the settings and the data")

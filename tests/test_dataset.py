@@ -270,6 +270,9 @@ def test_shards_that_do_not_match_the_description_are_refused(tmp_path):
     pq.write_table(whole.set_column(3, "image", pa.array([bytes(64), bytes(63)])), second)
     with pytest.raises(UserError, match="8 x 8"):
         dataset.load_split(info, "train")
+    pq.write_table(whole.drop_columns(["label"]), second)
+    with pytest.raises(UserError, match=r"cannot be read: .*label"):
+        dataset.load_split(info, "train")
     second.write_bytes(b"no parquet")
     with pytest.raises(UserError, match="cannot be read"):
         dataset.load_split(info, "train")

@@ -17,6 +17,7 @@ PRIVATE = (
     "ray.train.v2._internal.callbacks.placement_group_callback",
     "ray.data._internal.cluster_autoscaler",
     "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
+    "ray._private.parameter",
 )
 
 
@@ -56,10 +57,22 @@ def test_without_the_private_method_the_trainer_is_rays_own(monkeypatch):
     assert ray_compat.trainer_class() is TorchTrainer
 
 
+def test_the_agent_of_a_cluster_that_a_job_starts_may_listen_on_any_port():
+    from ray._private.parameter import RayParams
+
+    usual = RayParams(num_cpus=1).dashboard_agent_listen_port
+    with ray_compat.any_agent_port():
+        params = RayParams(num_cpus=1)
+    assert (params.dashboard_agent_listen_port, params.num_cpus) == (0, 1)
+    assert RayParams(num_cpus=1).dashboard_agent_listen_port == usual != 0
+
+
 def test_without_the_private_coordinator_and_note_nothing_happens(
     without_private_modules, monkeypatch
 ):
     ray_compat.start_autoscaling_coordinator()
+    with ray_compat.any_agent_port():
+        pass
     monkeypatch.setitem(sys.modules, "ray.util.debug", None)
     ray_compat.hide_note_about_progress_bars()
 

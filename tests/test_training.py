@@ -149,7 +149,11 @@ def test_a_worker_that_cannot_load_the_images_records_why(
     folder = RunFolder(str(tmp_path))
     with pytest.raises(type(error)):
         worker._open_data(
-            {"slices": {}, "spare_cpus": 0.0}, config(data), ProcessGroup(rank=1, size=2), folder
+            {"slices": {}, "spare_cpus": 0.0},
+            config(data),
+            ProcessGroup(rank=1, size=2),
+            folder,
+            lambda images: images,
         )
     assert folder.failure == reason
 

@@ -1,34 +1,27 @@
-"""Splits in Ray's object store: read once, then shared by all processes of a node.
-
-This module does not import torch, so that the process that reads the images starts quickly.
-"""
+"""Splits in Ray's object store: read once, then shared by all processes of a node."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fer_ray.data.dataset import DatasetInfo, load_split
 from fer_ray.data.labels import UNKNOWN_LABEL
-from fer_ray.errors import UserError
 
 
 def shared_images(
-    info: DatasetInfo,
-    fractions: Mapping[str, float],
-    *,
-    seed: int = 0,
-    meanwhile: Callable[[], None] = lambda: None,
+    info: DatasetInfo, fractions: Mapping[str, float], *, seed: int = 0
 ) -> dict[str, Any]:
     """Loads splits into the object store; each node keeps one copy.
+
+    This process reads them: the start of another one takes longer than most data sets.
 
     Args:
         info: the dataset.
         fractions: by split, the fraction of its images to load, above 0 and at most 1.
         seed: decides which images are loaded where the fraction is below 1.
-        meanwhile: called once while Ray reads the images.
 
     Returns:
         By split, a reference to a tuple of images, (N, S, S) uint8, and labels, (N,) int64.
@@ -38,27 +31,15 @@ def shared_images(
     """
     import ray
 
-    load = ray.remote(num_cpus=0, num_returns=2)(_load)
-    references: dict[str, Any] = {
-        name: load.remote(info, name, fraction, seed) for name, fraction in fractions.items()
-    }
-    meanwhile()
-    for problem, _ in references.values():
-        if reason := ray.get(problem):
-            raise UserError(reason)
-    return {name: images for name, (_, images) in references.items()}
-
-
-def _load(info: DatasetInfo, name: str, fraction: float, seed: int) -> tuple[str, Any]:
-    """Returns ("", (images, labels)) of a split, or (reason, None) when it cannot be read."""
-    try:
+    references = {}
+    for name, fraction in fractions.items():
         split = load_split(info, name)
-    except UserError as error:
-        return str(error), None
-    if fraction == 1.0:
-        return "", (split.images, split.labels)
-    selected = stratified(split.labels, fraction, seed)
-    return "", (split.images[selected], split.labels[selected])
+        images, labels = split.images, split.labels
+        if fraction < 1.0:
+            selected = stratified(labels, fraction, seed)
+            images, labels = images[selected], labels[selected]
+        references[name] = ray.put((images, labels))
+    return references
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

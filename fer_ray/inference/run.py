@@ -1,11 +1,11 @@
-"""Batch inference on Ray Data: runs a `Plan` and writes its predictions as Parquet."""
+"""Batch inference: runs a `Plan`, on Ray Data or in this process, and writes Parquet."""
 
 from __future__ import annotations
 
 import datetime
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
 from fer_ray.models.forward import Forward
 from fer_ray.runtime import resources
-from fer_ray.runtime.data_tasks import map_tasks
+from fer_ray.runtime.data_tasks import map_here, map_tasks
+from fer_ray.runtime.process import check_gpu
 
 BATCH_SIZE = 256
 """Images in a forward pass."""
@@ -41,6 +42,7 @@ def predict(
     *,
     num_actors: int = 0,
     use_gpu: bool = False,
+    local: bool = False,
     log: Callable[[str], None] = print,
 ) -> str:
     """Predicts every image once and writes all of the result or nothing.
@@ -49,6 +51,7 @@ def predict(
         plan: from `inference.plan`.
         num_actors: number of predicting processes; 0: one per GPU with `use_gpu`, else per CPU.
         use_gpu: whether each has a GPU.
+        local: whether to predict in this process, without Ray; the rows are the same.
         log: receives lines of progress.
 
     Returns:
@@ -60,10 +63,12 @@ def predict(
         JobFailed: where a worker cannot read or write.
     """
     start = time.perf_counter()
-    actors = _count_actors(plan, num_actors, use_gpu, log)
+    count = _no_actors if local else _count_actors
+    actors = count(plan, num_actors, use_gpu, log)
+    where = f"on {actors} actor(s)" if actors else "in this process"
     log(
         f"predicting {plan.rows:,} images of {plan.split} with {plan.run} "
-        f"({plan.checkpoint.model.name}, epoch {plan.checkpoint.epoch}) on {actors} actor(s)"
+        f"({plan.checkpoint.model.name}, epoch {plan.checkpoint.epoch}) {where}"
     )
     if skipped := plan.input.get("skipped"):
         log(f"skipping {len(skipped)} files that are not images; the manifest lists them")
@@ -103,6 +108,15 @@ def _staging(output: str) -> str:
     return storage.parent_of(output)
 
 
+def _no_actors(plan: Plan, num_actors: int, use_gpu: bool, log: Callable[[str], None]) -> int:
+    """0, after a check that this process can predict alone."""
+    if num_actors > 1:
+        raise UserError(f"--num-actors: --local predicts in one process, not in {num_actors}")
+    if use_gpu:
+        check_gpu()
+    return 0
+
+
 def _count_actors(plan: Plan, num_actors: int, use_gpu: bool, log: Callable[[str], None]) -> int:
     name, flag = ("GPU", "--use-gpu") if use_gpu else ("CPU", "--num-actors")
     demand = resources.Demand(each={name: 1.0}, count=max(num_actors, 1), flags={name: flag})
@@ -113,9 +127,7 @@ def _count_actors(plan: Plan, num_actors: int, use_gpu: bool, log: Callable[[str
 def _write_parts(
     plan: Plan, staging: str, *, actors: int, use_gpu: bool, log: Callable[[str], None]
 ) -> int:
-    """Writes every part on Ray Data's actors; returns how many rows have an error."""
-    import ray
-
+    """Writes every part, on actors or (0) in this process; returns how many rows have an error."""
     predictor = _Predictor(
         path=plan.checkpoint.path,
         row={
@@ -128,14 +140,10 @@ def _write_parts(
         # as requested: Ray does not hide the GPUs from actors that requested none
         device="cuda" if use_gpu else "cpu",
     )
-    results = map_tasks(
-        plan.tasks,
-        predictor,
-        _COUNTS,
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=0 if use_gpu else 1,
-        num_gpus=1 if use_gpu else None,
-    )
+    if actors:
+        results = _on_actors(plan.tasks, predictor, actors=actors, use_gpu=use_gpu)
+    else:
+        results = map_here(plan.tasks, predictor, _COUNTS)
     rows = errors = 0
     logged_at = time.monotonic()
     for table in results:
@@ -145,6 +153,21 @@ def _write_parts(
             logged_at = time.monotonic()
             log(f"{rows:,} of {plan.rows:,} images")
     return errors
+
+
+def _on_actors(
+    tasks: list[dict[str, Any]], predictor: _Predictor, *, actors: int, use_gpu: bool
+) -> Iterator[pa.Table]:
+    import ray
+
+    return map_tasks(
+        tasks,
+        predictor,
+        _COUNTS,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=0 if use_gpu else 1,
+        num_gpus=1 if use_gpu else None,
+    )
 
 
 class _Predictor:

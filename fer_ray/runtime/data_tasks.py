@@ -1,4 +1,4 @@
-"""Tasks and actors of Ray Data that turn tables into tables; failures are values."""
+"""Tasks that turn tables into tables, on Ray Data or in this process; failures are values."""
 
 from __future__ import annotations
 
@@ -47,14 +47,24 @@ def map_tasks(
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         function, batch_size=1, batch_format="pyarrow", **settings
     )
-    for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-        assert isinstance(batch, pa.Table)
-        if not batch.num_rows:
+    return _without_failures(results.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def map_here(tasks: Iterable[dict[str, Any]], work: Work, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Runs tasks one after the other in this process; results and errors are as of `map_tasks`."""
+    function = _FailuresAsValues(work, schema)
+    return _without_failures(function(pa.Table.from_pylist([task])) for task in tasks)
+
+
+def _without_failures(tables: Iterable[Any]) -> Iterator[pa.Table]:
+    """Yields results without the columns of failures; raises the first failure."""
+    for table in tables:
+        if not table.num_rows:
             continue
-        failure, is_user_error = (batch[field.name][0].as_py() for field in _FAILURE)
+        failure, is_user_error = (table[field.name][0].as_py() for field in _FAILURE)
         if failure:
             raise UserError(failure) if is_user_error else JobFailed(failure)
-        yield batch.drop_columns([field.name for field in _FAILURE])
+        yield table.drop_columns([field.name for field in _FAILURE])
 
 
 class _FailuresAsValues:

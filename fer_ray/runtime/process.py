@@ -8,7 +8,7 @@ import ctypes
 import torch
 
 from fer_ray.config.schema import ScalingConfig
-from fer_ray.errors import first_line
+from fer_ray.errors import UserError, first_line
 
 
 def out_of_memory(error: BaseException) -> str | None:
@@ -23,6 +23,16 @@ def out_of_memory(error: BaseException) -> str | None:
 def num_threads(scaling: ScalingConfig) -> int:
     """Number of CPU threads of each worker process."""
     return scaling.threads_per_worker or max(int(scaling.cpus_per_worker), 1)
+
+
+def check_gpu() -> None:
+    """Checks that this process has a GPU, for a job that runs without Ray.
+
+    Raises:
+        UserError: where torch finds none.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("--use-gpu: --local runs in this process, which has no GPU: leave it out")
 
 
 def keep_freed_memory() -> None:

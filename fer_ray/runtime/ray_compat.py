@@ -8,6 +8,8 @@ short training run.
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -48,6 +50,27 @@ def hide_note_about_progress_bars() -> None:
         from ray.util.debug import log_once
 
         log_once("ray_data_progress_manager_disabled")
+
+
+@contextlib.contextmanager
+def any_agent_port() -> Iterator[None]:
+    """`ray.init` inside of the block lets the node's agent listen on any free port.
+
+    By default the agent tries one fixed port for 3.4 s, and `ray.init` waits for it, where another
+    Ray on the machine has that port. Nothing here uses it: jobs are submitted to clusters only.
+    """
+    try:
+        from ray._private.parameter import RayParams
+    except ImportError:
+        yield
+        return
+    original = RayParams.__init__
+    any_port = functools.partialmethod(original, dashboard_agent_listen_port=0)
+    RayParams.__init__ = any_port  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        RayParams.__init__ = original  # type: ignore[method-assign]
 
 
 def start_autoscaling_coordinator() -> None:

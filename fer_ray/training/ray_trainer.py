@@ -78,6 +78,6 @@ def _run_config(run: str, state: str, max_failures: int, callbacks: Sequence[Any
 
 
 def warm_up() -> None:
-    """Starts and imports what `run_trainer` needs, while the caller waits for something else."""
+    """Starts a process that `run_trainer` waits for, and imports what it needs."""
     ray_compat.start_autoscaling_coordinator()
     importlib.import_module("ray.train.torch")  # takes about a second

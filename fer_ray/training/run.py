@@ -1,4 +1,4 @@
-"""A data-parallel training run on Ray: `plan` it without Ray, then `fit` it.
+"""A training run: `plan` it without Ray, then `fit` it, on Ray or in this process.
 
 A run is a folder, ``<storage>/<run>/`` (`data.run_folder`): its workers keep the best checkpoint
 and the last one there. The same name with the same settings resumes from the last checkpoint.
@@ -16,13 +16,13 @@ from typing import Any
 from fer_ray import storage
 from fer_ray.config.schema import ScalingConfig, TrainConfig, differences
 from fer_ray.data import object_store, row_groups
-from fer_ray.data.dataset import DatasetInfo, read_info
+from fer_ray.data.dataset import DatasetInfo, load_split, read_info
 from fer_ray.data.row_groups import RowGroupSlice
 from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.models import registry
 from fer_ray.runtime import environment, resources
-from fer_ray.training import batch_norm, ray_trainer, worker
+from fer_ray.training import batch_norm, local_worker, ray_trainer, worker
 from fer_ray.training.worker import SPLITS
 from fer_ray.transforms import albumentations_engine
 
@@ -44,6 +44,8 @@ class Plan:
     """The run's name."""
     resumes: bool
     """Whether the run's folder exists already, with the same settings."""
+    local: bool = False
+    """Whether to train in this process, without Ray."""
 
     @property
     def folder(self) -> str:
@@ -61,19 +63,21 @@ class Plan:
         return self.files.result is not None
 
 
-def plan(config: TrainConfig, *, storage_path: str, run: str) -> Plan:
+def plan(config: TrainConfig, *, storage_path: str, run: str, local: bool = False) -> Plan:
     """Checks a run's input, without Ray.
 
     Raises:
-        UserError: where the data set is missing or does not fit the settings, or a run of that
-            name exists with other settings.
+        UserError: where the data set is missing or does not fit the settings, a run of that name
+            exists with other settings, or the run needs Ray and is to do without.
     """
     storage.check_name("--run", run)
     config, info = check(config)
     path = storage.absolute(storage_path)
     storage.check_bucket("--storage", path)
     resumes = _check_same(config, info, storage.join(path, run))
-    return Plan(config=config, info=info, storage=path, run=run, resumes=resumes)
+    if local:
+        local_worker.check(config, RunFolder(storage.join(path, run)))
+    return Plan(config=config, info=info, storage=path, run=run, resumes=resumes, local=local)
 
 
 def check(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo]:
@@ -126,7 +130,9 @@ def _check_same(config: TrainConfig, info: DatasetInfo, folder: str) -> bool:
 
 
 def fit(plan: Plan, *, log: Callable[[str], None] = print) -> dict[str, Any]:
-    """Trains on the connected Ray cluster, or resumes; a finished run is not trained again.
+    """Trains, or resumes; a finished run is not trained again.
+
+    Unless the plan is local, Ray has to be connected.
 
     Args:
         plan: from `plan`.
@@ -144,8 +150,12 @@ def fit(plan: Plan, *, log: Callable[[str], None] = print) -> dict[str, Any]:
     if (result := files.result) is not None:
         log(f"run {plan.run} has finished already")
         return result
-    _check_resources(plan.config, log)
-    streams = decide_loading(plan)
+    if not plan.local:
+        _check_resources(plan.config, log)
+    streams = not plan.local and decide_loading(plan)
+    log("reading the images")
+    if not plan.local:
+        ray_trainer.warm_up()
     feed = _feed_settings(plan, streams)
     files.write_config(
         plan.config.to_dict(),
@@ -154,6 +164,8 @@ def fit(plan: Plan, *, log: Callable[[str], None] = print) -> dict[str, Any]:
     )
     start = time.perf_counter()
     log(_announcement(plan, streams))
+    if not plan.local:
+        log(f"starting {plan.config.scaling.num_workers} worker(s)")
     _run_workers(plan, feed)
     result = _result(plan, wall_s=time.perf_counter() - start)
     files.write_result(result)
@@ -236,9 +248,10 @@ def _feed_settings(plan: Plan, streams: bool) -> dict[str, Any]:
         slices = {name: row_groups.row_group_slices(plan.info, name) for name in SPLITS}
         _check_row_groups(plan, slices)
         return {"slices": slices, "spare_cpus": _spare_cpus(plan.config.scaling)}
-    fractions = dict.fromkeys(SPLITS, 1.0)
-    images = object_store.shared_images(plan.info, fractions, meanwhile=ray_trainer.warm_up)
-    return {"images": images}
+    if plan.local:
+        splits = {name: load_split(plan.info, name) for name in SPLITS}
+        return {"images": {name: (split.images, split.labels) for name, split in splits.items()}}
+    return {"images": object_store.shared_images(plan.info, dict.fromkeys(SPLITS, 1.0))}
 
 
 def _check_row_groups(plan: Plan, slices: dict[str, list[RowGroupSlice]]) -> None:
@@ -255,16 +268,14 @@ def _check_row_groups(plan: Plan, slices: dict[str, list[RowGroupSlice]]) -> Non
 
 def _run_workers(plan: Plan, feed: dict[str, Any]) -> None:
     settings = {"config": plan.config.to_dict(), "run": plan.run, "folder": plan.folder, **feed}
-    files = plan.files
+    files, scaling = plan.files, plan.config.scaling
     files.clear_failure()
+    failed = f"run {plan.run} failed (the same command resumes it)"
     try:
-        ray_trainer.run_trainer(
-            worker.work,
-            settings,
-            plan.config.scaling,
-            run=plan.run,
-            failed=f"run {plan.run} failed (the same command resumes it)",
-        )
+        if plan.local:
+            local_worker.run_worker(settings, use_gpu=scaling.use_gpu, failed=failed)
+        else:
+            ray_trainer.run_trainer(worker.work, settings, scaling, run=plan.run, failed=failed)
     except JobFailed as error:
         if reason := files.failure:
             raise JobFailed(f"{error} ({reason})") from error

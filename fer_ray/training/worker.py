@@ -34,25 +34,47 @@ def work(settings: dict[str, Any]) -> None:
     """Trains as one of the workers, in the process that Ray Train started for it.
 
     Args:
-        settings: ``config`` (`TrainConfig.to_dict`), ``run``, ``folder`` of the run, and either
-            ``images``, references to pixels and labels of each split, or ``slices`` of each
-            split and ``spare_cpus``, to stream them. ``until``: the epoch after which to pause.
-            ``log``: False for no lines of progress. ``note_group``: whether to record the
-            workers' placement group in the run's folder.
+        settings: as for `train`; ``images`` are references to Ray's object store.
     """
+    import ray
     import ray.train
     import ray.train.torch
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    keep_freed_memory()
-    config = TrainConfig.from_dict(settings["config"])
-    torch.set_num_threads(num_threads(config.scaling))
     context = ray.train.get_context()
     group = ProcessGroup(
         rank=context.get_world_rank(),
         size=context.get_world_size(),
         device=ray.train.torch.get_device(),
     )
+    telemetry = Telemetry(run=settings["run"], rank=group.rank, device=group.device)
+    train(settings, group, fetch=ray.get, notify=ray.train.report, callback=telemetry)
+
+
+def train(
+    settings: dict[str, Any],
+    group: ProcessGroup,
+    *,
+    fetch: Callable[[Any], Any] = lambda images: images,
+    notify: Callable[[dict[str, Any]], None] = lambda row: None,
+    callback: loop.Callback | None = None,
+) -> None:
+    """Trains as one of the workers, with or without Ray.
+
+    Args:
+        settings: ``config`` (`TrainConfig.to_dict`), ``run``, ``folder`` of the run, and either
+            ``images``, pixels and labels of each split, or ``slices`` of each split and
+            ``spare_cpus``, to stream them. ``until``: the epoch after which to pause. ``log``:
+            False for no lines of progress. ``note_group``: whether to record the workers'
+            placement group in the run's folder.
+        group: the workers that train together.
+        fetch: returns pixels and labels of an element of ``images``.
+        notify: receives the history's row of each epoch.
+        callback: optional; is notified of every step and epoch.
+    """
+    keep_freed_memory()
+    config = TrainConfig.from_dict(settings["config"])
+    torch.set_num_threads(num_threads(config.scaling))
     log = _log if group.rank == 0 and settings.get("log", True) else None
     folder = RunFolder(settings["folder"])
     if group.rank == 0:
@@ -62,7 +84,7 @@ def work(settings: dict[str, Any]) -> None:
         log(f"resuming after epoch {resume.epoch}")
     if resume and group.rank == 0:  # a crash may have come between a checkpoint and its row
         folder.write_history(resume.history)
-    info, feed = _open_data(settings, config, group, folder)
+    info, feed = _open_data(settings, config, group, folder, fetch)
     with _recording_failure(folder, group.rank):
         loop.train(
             config,
@@ -70,12 +92,12 @@ def work(settings: dict[str, Any]) -> None:
             feed,
             group=group,
             run=settings["run"],
-            report=_reporter(group.rank, folder, config.schedule.epochs, log),
+            report=_reporter(group.rank, folder, config.schedule.epochs, notify, log),
             environment=environment.describe(group.device),
             resume=resume,
             until=settings.get("until"),
             log=log,
-            callback=Telemetry(run=settings["run"], rank=group.rank, device=group.device),
+            callback=callback,
         )
 
 
@@ -87,16 +109,17 @@ def _prepare_folder(folder: RunFolder, *, note_group: bool) -> None:
     Raises:
         UserError: where this worker's host does not see the run's folder.
     """
-    from ray.util import get_current_placement_group
-
     if not storage.is_directory(folder.path):
         raise UserError(
             f"--storage: the host of worker 0 does not see {folder.path}: use a folder that all "
             "hosts share, or a URI such as s3://bucket/runs"
         )
     folder.clear_failure()
-    if note_group and (placement_group := get_current_placement_group()):
-        folder.write_placement_group(placement_group.id.hex())
+    if note_group:
+        from ray.util import get_current_placement_group
+
+        if placement_group := get_current_placement_group():
+            folder.write_placement_group(placement_group.id.hex())
 
 
 def _latest_checkpoint(folder: RunFolder, group: ProcessGroup) -> Checkpoint | None:
@@ -107,17 +130,19 @@ def _latest_checkpoint(folder: RunFolder, group: ProcessGroup) -> Checkpoint | N
 
 
 def _open_data(
-    settings: dict[str, Any], config: TrainConfig, group: ProcessGroup, folder: RunFolder
+    settings: dict[str, Any],
+    config: TrainConfig,
+    group: ProcessGroup,
+    folder: RunFolder,
+    fetch: Callable[[Any], Any],
 ) -> tuple[DatasetInfo, Feed]:
     """Reads the data set's description and builds the feed; records why it fails, if it does."""
-    import ray
-
     try:
         info = read_info(config.data)
         if "slices" in settings:
             pieces, spare_cpus = settings["slices"], settings["spare_cpus"]
             return info, StreamFeed(config, info, pieces, group=group, spare_cpus=spare_cpus)
-        train, validation = (Images.known(*ray.get(settings["images"][name])) for name in SPLITS)
+        train, validation = (Images.known(*fetch(settings["images"][name])) for name in SPLITS)
         return info, MemoryFeed(config, info, train, validation, group=group)
     except Exception as error:
         reason = f"worker {group.rank} cannot load the images: {first_line(error)}"
@@ -141,17 +166,20 @@ def _recording_failure(folder: RunFolder, rank: int) -> Iterator[None]:
 
 
 def _reporter(
-    rank: int, folder: RunFolder, epochs: int, log: Callable[[str], None] | None
+    rank: int,
+    folder: RunFolder,
+    epochs: int,
+    notify: Callable[[dict[str, Any]], None],
+    log: Callable[[str], None] | None,
 ) -> Callable[..., None]:
     """What a worker does after each epoch; worker 0 saves the checkpoint and the history."""
-    import ray.train
 
     def report(history: list[dict[str, Any]], save: Callable[[Path], None]) -> None:
         if rank == 0:
             folder.save_checkpoint(len(history), save)
             folder.write_history(history)
             folder.remove_checkpoints(but={len(history), _best_epoch(history)})
-        ray.train.report(history[-1])
+        notify(history[-1])
         if log:
             log(_epoch_line(history[-1], epochs))
 
