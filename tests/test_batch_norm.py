@@ -103,6 +103,16 @@ def test_state_dict_and_evaluation_stay(device):
     assert batch_norm.in_groups(plain, size=2, device=device) is plain
 
 
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["in turn", "at once"])
+def test_the_layer_that_follows_may_change_the_result_in_place(device):
+    gradients = []
+    for inplace in (False, True):
+        layer, x, grad = layer_and_inputs(nn.BatchNorm2d, (12, 5, 6, 6), torch.float32, True)
+        model = nn.Sequential(layer, nn.ReLU(inplace=inplace))
+        gradients.append(run(batch_norm.in_groups(model, size=4, device=device), x, grad)["x"])
+    assert torch.equal(*gradients)
+
+
 class Counter(TorchDispatchMode):
     """Counts the operations that compute something."""
 

@@ -84,7 +84,7 @@ def average_statistics(
     if group.size == 1 or not buffers:
         return
     own = torch.cat([buffer.detach().flatten().double() for buffer in buffers])
-    total = torch.from_numpy(group.all_reduce(own.cpu().numpy() * fraction))
+    total = torch.from_numpy(group.all_reduce(own.cpu().numpy() * fraction)).to(own.device)
     with torch.no_grad():
         for buffer, values in zip(buffers, total.split([buffer.numel() for buffer in buffers])):
             buffer.copy_(values.view_as(buffer))
@@ -191,12 +191,14 @@ class _NormalizeGroups(torch.autograd.Function):
         inverse = (variance + eps).rsqrt()
         scale = inverse if weight is None else inverse * _like_channels(weight, groups)
         shift = -mean * scale if bias is None else _like_channels(bias, groups) - mean * scale
-        y = torch.addcmul(shift, groups, scale, out=torch.empty_like(groups))
+        # not a view, which the operation that follows could not change in place
+        y = torch.empty_like(x)
+        torch.addcmul(shift, groups, scale, out=y.unflatten(0, (-1, group)))
         ctx.save_for_backward(x, weight, mean, inverse, scale)
         ctx.group, ctx.has_bias = group, bias is not None
         mean, variance = mean.flatten(1), variance.flatten(1)
         ctx.mark_non_differentiable(mean, variance)
-        return y.flatten(0, 1), mean, variance
+        return y, mean, variance
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor):
