@@ -47,7 +47,8 @@ def predict(
 
     Args:
         plan: from `inference.plan`.
-        num_actors: number of predicting processes; 0: one per GPU with `use_gpu`, else per CPU.
+        num_actors: number of predicting processes; 0: one per GPU with `use_gpu`, else per CPU, and
+            more as an autoscaler adds nodes.
         use_gpu: whether each has a GPU.
         log: receives lines of progress.
 
@@ -60,7 +61,8 @@ def predict(
         JobFailed: where a worker cannot read or write.
     """
     start = time.perf_counter()
-    actors = _count_actors(plan, num_actors, use_gpu, log)
+    fewest, most = _count_actors(plan, num_actors, use_gpu, log)
+    actors = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     log(
         f"predicting {plan.rows:,} images of {plan.split} with {plan.run} "
         f"({plan.checkpoint.model.name}, epoch {plan.checkpoint.epoch}) on {actors} actor(s)"
@@ -70,7 +72,7 @@ def predict(
     # the unfinished folder lies beside the output, not below it, where readers of all predictions
     # would meet it
     with storage.staged_directory(plan.folder, staging=_staging(plan.output)) as staging:
-        errors = _write_parts(plan, staging, actors=actors, use_gpu=use_gpu, log=log)
+        errors = _write_parts(plan, staging, actors=(fewest, most), use_gpu=use_gpu, log=log)
         predictions.write_manifest(
             staging,
             rows=plan.rows,
@@ -103,15 +105,29 @@ def _staging(output: str) -> str:
     return storage.parent_of(output)
 
 
-def _count_actors(plan: Plan, num_actors: int, use_gpu: bool, log: Callable[[str], None]) -> int:
+def _count_actors(
+    plan: Plan, num_actors: int, use_gpu: bool, log: Callable[[str], None]
+) -> tuple[int, int]:
+    """The smallest and the largest number of actors, which differ where the cluster may grow."""
     name, flag = ("GPU", "--use-gpu") if use_gpu else ("CPU", "--num-actors")
     demand = resources.Demand(each={name: 1.0}, count=max(num_actors, 1), flags={name: flag})
     nodes = resources.check(demand, log=log)
-    return num_actors or max(min(resources.fitting(demand.each, nodes), len(plan.tasks)), 1)
+    if num_actors:
+        return num_actors, num_actors
+    most = len(plan.tasks)  # further actors would have nothing to do
+    fewest = max(min(resources.fitting(demand.each, nodes), most), 1)
+    maximum = resources.fitting_at_maximum(demand.each)
+    # where the maximum is not known, Ray Data adds actors while the cluster has room for them
+    return fewest, max(most if maximum is None else min(maximum, most), fewest)
 
 
 def _write_parts(
-    plan: Plan, staging: str, *, actors: int, use_gpu: bool, log: Callable[[str], None]
+    plan: Plan,
+    staging: str,
+    *,
+    actors: tuple[int, int],
+    use_gpu: bool,
+    log: Callable[[str], None],
 ) -> int:
     """Writes every part on Ray Data's actors; returns how many rows have an error."""
     import ray
@@ -132,7 +148,7 @@ def _write_parts(
         plan.tasks,
         predictor,
         _COUNTS,
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        compute=ray.data.ActorPoolStrategy(min_size=actors[0], max_size=actors[1]),
         num_cpus=0 if use_gpu else 1,
         num_gpus=1 if use_gpu else None,
     )
