@@ -74,15 +74,16 @@ import ray
 from ray.cluster_utils import Cluster
 
 import sweeping
+from fer_ray import cli
 from fer_ray.sweeps.run import run_sweep
 
 data, folder, file = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 cluster.add_node(num_cpus=1)
 cluster.wait_for_nodes()
-ray.init(address=cluster.address, logging_level="ERROR")
+cli.start_ray(address=cluster.address)
 Path(file).write_text(ray.nodes()[0]["NodeID"])
-run_sweep(sweeping.plan(data, Path(folder), num_seeds=2))
+run_sweep(sweeping.plan(data, Path(folder), num_seeds=2), log=cli.log)
 ray.shutdown()
 cluster.shutdown()
 """
