@@ -66,9 +66,12 @@ def test_streams_and_remote_tensorboards_are_refused(data, tmp_path):
         )
 
 
+THREE_CPUS = {"num_workers": 2, "cpus_per_worker": 1.5}
+
+
 @pytest.mark.parametrize(
     ("scaling", "limits"),
-    [({"cpus_per_worker": 3.0}, {}), ({}, {"gpus_per_trial": 0.5}), ({"num_workers": 3}, {})],
+    [({"cpus_per_worker": 3.0}, {}), ({}, {"gpus_per_trial": 0.5}), (THREE_CPUS, {})],
 )
 def test_what_never_fits_is_refused_before_anything_is_written(data, tmp_path, scaling, limits):
     made = plan(data, tmp_path, config=config(data, scaling=scaling), limits=limits)
@@ -132,7 +135,8 @@ def test_a_plan_counts_the_images_that_trials_see(data, tmp_path):
     classes = made.info.split("train").classes.values()
     assert made.train_images == sum(max(round(0.33 * count), 1) for count in classes)
     with pytest.raises(UserError, match=f"more than the {made.train_images} images"):
-        batches = f"space.schedule.global_batch_size = [16, {made.train_images + 1}]"
+        larger = made.train_images // 4 * 4 + 4  # whole groups of batch norm
+        batches = f"space.schedule.global_batch_size = [16, {larger}]"
         plan(data, tmp_path, batches, train_fraction=0.33)
 
 

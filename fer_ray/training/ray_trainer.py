@@ -43,18 +43,11 @@ def run_trainer(
 
     from fer_ray.training.backend import Config
 
-    reserved = {"CPU": scaling.cpus_per_worker, "GPU": 1.0 if scaling.use_gpu else 0.0}
     with tempfile.TemporaryDirectory(prefix="fer_ray-") as state:
         trainer = ray_compat.trainer_class()(
             work,
             train_loop_config=settings,
-            # mypy takes it for the class of Ray Train V1
-            scaling_config=ray_train.ScalingConfig(  # type: ignore[call-arg]
-                num_workers=scaling.num_workers,
-                use_gpu=scaling.use_gpu,
-                resources_per_worker={name: n for name, n in reserved.items() if n},
-                label_selector=resources.label_selector(avoid) or None,
-            ),
+            scaling_config=_scaling_config(scaling, avoid),
             torch_config=Config("nccl" if scaling.use_gpu else "gloo"),
             run_config=_run_config(run, state, scaling.max_failures, callbacks),
         )
@@ -65,6 +58,19 @@ def run_trainer(
             raise JobFailed(f"{failed}: {[*lines][-1]}") from error
         except SystemExit as error:  # what Ray Train makes of an interrupt
             raise KeyboardInterrupt from error
+
+
+def _scaling_config(scaling: ScalingConfig, avoid: Collection[str]) -> Any:
+    import ray.train as ray_train
+
+    reserved = {"CPU": scaling.cpus_per_worker, "GPU": 1.0 if scaling.use_gpu else 0.0}
+    # mypy takes it for the class of Ray Train V1
+    return ray_train.ScalingConfig(  # type: ignore[call-arg]
+        num_workers=scaling.num_workers,
+        use_gpu=scaling.use_gpu,
+        resources_per_worker={name: n for name, n in reserved.items() if n},
+        label_selector=resources.label_selector(avoid) or None,
+    )
 
 
 def _run_config(run: str, state: str, max_failures: int, callbacks: Sequence[Any]) -> Any:
