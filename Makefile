@@ -17,14 +17,14 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: .venv/ready ## .venv with the exact versions of requirements.lock
+setup: .venv/ready ## .venv with the exact versions of requirements-dev.lock
 
-.venv/ready: requirements.lock pyproject.toml
+.venv/ready: requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	@echo "setting up .venv: about 3 GB to download, 6 GB on the disk"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$$(sed -n 's/^uv==\([^ ]*\).*/\1/p' requirements.lock)
-	@$(INDEX); $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$$(sed -n 's/^uv==\([^ ]*\).*/\1/p' requirements-dev.lock)
+	@$(INDEX); $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements-dev.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -74,9 +74,13 @@ benchmark: .venv/ready ## measure this machine beside plain loops: about 40 minu
 reference: .venv/ready ## copy results to results/reference and update the README's tables
 	$(BIN)/python -m fer_ray.benchmarks.reference collect
 
-lock: ## lock the newest versions in requirements.lock and cluster/gcp.lock
-	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
+# cluster nodes install requirements.lock; requirements-dev.lock adds what tests and checks need
+lock: ## lock the newest versions in requirements.lock, requirements-dev.lock and cluster/gcp.lock
+	$(BIN)/uv pip compile --quiet pyproject.toml --universal --python-version 3.11 \
 		--generate-hashes --no-header --upgrade --output-file requirements.lock
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --constraints requirements.lock \
+		--universal --python-version 3.11 --generate-hashes --no-header --upgrade \
+		--output-file requirements-dev.lock
 	echo google-api-python-client | $(BIN)/uv pip compile --quiet - --constraints requirements.lock \
 		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--output-file cluster/gcp.lock

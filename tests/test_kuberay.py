@@ -14,6 +14,8 @@ import strict
 import yaml
 from commands import check, job_commands
 
+from fer_ray.runtime import resources
+
 ROOT = Path(__file__).resolve().parents[1]
 MANIFESTS = ROOT / "cluster" / "kuberay"
 SCHEMAS = ROOT.parent / "shared" / "kuberay"
@@ -148,15 +150,18 @@ def test_a_token_is_required_and_workers_scale_from_zero(name):
 
 def unprivileged(pod: dict[str, Any]) -> bool:
     """Whether a namespace that enforces the restricted profile admits the pod."""
-    whole, (container,) = pod["securityContext"], pod["containers"]
-    own = container["securityContext"]
+    whole = pod["securityContext"]
+    containers = [*pod["containers"], *pod.get("initContainers", [])]
     return (
         whole.get("runAsNonRoot") is True
         and whole.get("runAsUser", 0) > 0
         and whole.get("seccompProfile") == {"type": "RuntimeDefault"}
-        and own.get("allowPrivilegeEscalation") is False
-        and own.get("capabilities") == {"drop": ["ALL"]}
-        and not own.get("privileged")
+        and all(
+            container["securityContext"].get("allowPrivilegeEscalation") is False
+            and container["securityContext"].get("capabilities") == {"drop": ["ALL"]}
+            and not container["securityContext"].get("privileged")
+            for container in containers
+        )
     )
 
 
@@ -168,6 +173,38 @@ def test_pods_have_no_privileges(name):
             assert not unprivileged(
                 {**pod, "securityContext": {**pod["securityContext"], **change}}
             )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_worker_without_a_working_gpu_does_not_start_ray(name):
+    """A pod's containers start after its init containers have succeeded."""
+    described = pods(manifest(name))
+    (check,) = described["gpu"]["initContainers"]
+    (worker,) = described["gpu"]["containers"]
+    assert check["command"] == ["nvidia-smi", "-L"] and check["image"] == worker["image"]
+    assert check["resources"]["limits"]["nvidia.com/gpu"] == "1", "it would see no GPU"
+    assert "initContainers" not in described["head"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_jobs_know_how_far_the_cluster_may_grow(name):
+    described, (group,) = pods(manifest(name)), cluster_of(manifest(name))["workerGroupSpecs"]
+    limits = {
+        role: described[role]["containers"][0]["resources"]["limits"] for role in ("head", "gpu")
+    }
+    most = group["maxReplicas"]
+    cpus = int(limits["head"]["cpu"]) + most * int(limits["gpu"]["cpu"])
+    (variable,) = described["head"]["containers"][0]["env"]
+    assert variable == {"name": resources.MAXIMUM, "value": f"CPU={cpus},GPU={most}"}
+
+
+def test_the_trials_of_a_worker_leave_room_in_its_memory_and_cpus():
+    (command,) = job_commands(manifest("tune")["spec"]["entrypoint"])
+    flags = vars(check(command))
+    limits = pods(manifest("tune"))["gpu"]["containers"][0]["resources"]["limits"]
+    num_trials = round(1 / flags["gpus_per_trial"])
+    assert num_trials * flags["scaling.cpus_per_worker"] <= int(limits["cpu"]) - 1
+    assert num_trials * 4 * 2**30 <= size(limits["memory"]) - 2 * 2**30
 
 
 def size(quantity: str) -> int:

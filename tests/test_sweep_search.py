@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fer_ray.sweeps.halving import Halving
+from fer_ray.sweeps.losses import GpuFailed, Losses
 from fer_ray.sweeps.search import Planner, Suggestions
 from fer_ray.sweeps.space import Range
 from fer_ray.sweeps.store import FAILED, FINISHED, UNFINISHED, SweepFolder, Trial
@@ -87,16 +88,36 @@ def test_the_planner_hands_out_jobs_and_waits_for_those_that_train(sweep):
         sweep.create(Trial(number=number, arm=None, options={}))
         return sweep.trial(number).read()
 
-    planner = Planner(sweep, halving, make)
+    planner = Planner(sweep, halving, Losses(3, lambda avoided: True), make)
     handed = [planner.suggest(str(n)) for n in range(6)]
-    assert handed == [*({"number": n, "until": 1} for n in (2, 3, 4, 5, 6)), None]
+    assert handed == [*({"number": n, "until": 1, "avoid": []} for n in (2, 3, 4, 5, 6)), None]
     assert made == [6]
     sweep.trial(3).end(FAILED)
     planner.on_trial_complete("1", None)
-    planner.on_trial_complete("0", None, error=True)  # not written down yet
-    assert {n: halving.trials[n].status for n in (2, 3)} == {2: FAILED, 3: FAILED}
+    planner.on_trial_complete("0", None, error=True)
+    assert {n: halving.trials[n].status for n in (2, 3)} == {2: UNFINISHED, 3: FAILED}
+    assert planner.suggest("then") is None, "what follows from a loss is decided elsewhere"
+    sweep.trial(2).end(FAILED)
+    halving.ended(sweep.trial(2).read())
     for trial_id, number in (("2", 4), ("3", 5), ("4", 6)):
         assert planner.suggest("then") is None
         sweep.trial(number).end(FAILED)
         planner.on_trial_complete(trial_id, None)
     assert planner.suggest("then") == Planner.FINISHED
+
+
+def test_a_trial_that_was_lost_avoids_the_node_and_none_begins_without_a_node(sweep):
+    for number in range(4):
+        sweep.create(Trial(number=number, arm=None, options={}))
+    halving = Halving((3,), 4, sweep.trials())
+    losses = Losses(0, lambda avoided: avoided != {"a", "b"})
+    planner = Planner(sweep, halving, losses, create=lambda number: None)
+    for trial_id, node in (("0", "a"), ("1", "a"), ("2", "b")):
+        number = planner.suggest(trial_id)["number"]
+        planner.on_trial_complete(trial_id, None, error=True)
+        losses.record(number, GpuFailed("no driver", node))
+        halving.ended(sweep.trial(number).read())
+    assert planner.suggest("3") == {"number": 0, "until": 3, "avoid": ["a"]}
+    losses.record(1, GpuFailed("no driver", "b"))
+    assert planner.suggest("4") == Planner.FINISHED
+    assert not any(trial.is_over for trial in sweep.trials())

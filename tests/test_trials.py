@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fer_ray.errors import JobFailed
 from fer_ray.models import checkpoint
 from fer_ray.runtime import environment, process
 from fer_ray.sweeps import store, trial
+from fer_ray.sweeps.losses import GpuFailed
 from fer_ray.sweeps.store import SweepFolder, Trial, TrialFolder
 from fer_ray.training import ray_trainer
 from fer_ray.transforms.normalization import Normalizer
@@ -30,7 +32,7 @@ def data(drawn_faces):
 
 OUT_OF_MEMORY = [
     MemoryError("no more"),
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    torch.AcceleratorError("CUDA error: out of memory"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory"),
 ]
 
@@ -62,9 +64,59 @@ def test_a_trial_out_of_memory_is_recorded_with_its_reason(
     assert (ended.status, ended.reason) == ("failed", f"out of memory: {error}")
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    for error in (RuntimeError("shape mismatch"), ValueError("cannot allocate memory"), OSError()):
-        assert process.out_of_memory(error) is None
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_gpu_that_fails_is_a_loss_and_not_the_trials_failure(
+    data, ray_cluster, tmp_path, monkeypatch, num_workers
+):
+    """The process ends with it, and an error while it frees the GPU does not hide the reason."""
+    base = config(data, scaling={"num_workers": num_workers})
+    folder = TrialFolder(str(tmp_path), 0)
+    SweepFolder(str(tmp_path)).create(Trial(number=0, arm="one", options={}))
+    fault = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    avoided: list[object] = []
+
+    def raises(*arguments: object) -> None:
+        raise fault
+
+    def ends(*arguments: object, avoid: object, **settings: object) -> None:
+        avoided.append(avoid)
+        folder.files.write_failure(*process.gpu_failure_here(fault))
+        raise JobFailed("its workers failed: the actor died")
+
+    monkeypatch.setattr(trial, "_train_here", raises)
+    monkeypatch.setattr(ray_trainer, "run_trainer", ends)
+    monkeypatch.setattr("ray.tune.integration.ray_train.TuneReportCallback", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", raises)
+    settings = {"sweep": str(tmp_path), "config": base.to_dict(), "images": {}}
+    with pytest.raises(GpuFailed, match=r"the GPU of node .* failed: .*illegal memory") as caught:
+        trial.run({"number": 0, "until": 2, "avoid": ["a"]}, settings=settings)
+    assert caught.value.node == ray_cluster.nodes()[0]["NodeID"]
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.reason, copy.node) == (caught.value.reason, caught.value.node)
+    assert not folder.read().is_over
+    assert avoided == [["a"]] * (num_workers - 1)
+
+
+@pytest.mark.parametrize(("gpus_per_trial", "limits"), [(0.25, [0.25]), (1.0, []), (0.0, [])])
+def test_trials_that_share_a_gpu_are_kept_to_their_fraction_of_its_memory(
+    data, ray_cluster, tmp_path, monkeypatch, gpus_per_trial, limits
+):
+    class Stop(Exception):
+        pass
+
+    def stops(*arguments: object, **settings: object) -> None:
+        raise Stop
+
+    set_limits: list[float] = []
+    monkeypatch.setattr(process, "limit_gpu_memory", set_limits.append)
+    monkeypatch.setattr(trial, "MemoryFeed", stops)
+    images = {name: ray_cluster.put(([], [])) for name in ("train", "validation")}
+    monkeypatch.setattr(trial.Images, "known", lambda *parts: parts)
+    settings = {"images": images, "info": None, "gpus_per_trial": gpus_per_trial}
+    with pytest.raises(Stop):
+        trial._train_here(TrialFolder(str(tmp_path), 0), config(data), settings, 1)
+    assert set_limits == limits
 
 
 def test_what_a_killed_trials_workers_hold_is_given_back(ray_cluster, tmp_path):

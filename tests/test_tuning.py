@@ -17,14 +17,14 @@ from sweeping import TWO, config, plan, rows
 
 from fer_ray import storage
 from fer_ray.data import object_store
-from fer_ray.errors import UserError
+from fer_ray.errors import JobFailed, UserError
 from fer_ray.runtime import resources
 from fer_ray.sweeps import progress, run, store
 from fer_ray.sweeps.halving import Halving, Job
+from fer_ray.sweeps.losses import GpuFailed, Losses, WorkersLost
 from fer_ray.sweeps.plan import Limits, concurrent_trials, plan_sweep, share_images
 from fer_ray.sweeps.run import run_sweep
 from fer_ray.sweeps.store import SweepFolder, Trial
-from fer_ray.sweeps.trial import WorkersLost
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,7 @@ def data(drawn_faces):
             {"limits": {"gpus_per_trial": 0.5}, "config": {"num_workers": 2}},
             "each worker has a GPU",
         ),
+        ({"limits": {"gpus_per_trial": 1.5}}, "--gpus-per-trial: 1.5 is not a number above 0, at"),
     ],
 )
 def test_a_plan_refuses_what_could_not_be_trained(data, tmp_path, settings, reason):
@@ -65,9 +66,12 @@ def test_streams_and_remote_tensorboards_are_refused(data, tmp_path):
         )
 
 
+THREE_CPUS = {"num_workers": 2, "cpus_per_worker": 1.5}
+
+
 @pytest.mark.parametrize(
     ("scaling", "limits"),
-    [({"cpus_per_worker": 3.0}, {}), ({}, {"gpus_per_trial": 0.5}), ({"num_workers": 3}, {})],
+    [({"cpus_per_worker": 3.0}, {}), ({}, {"gpus_per_trial": 0.5}), (THREE_CPUS, {})],
 )
 def test_what_never_fits_is_refused_before_anything_is_written(data, tmp_path, scaling, limits):
     made = plan(data, tmp_path, config=config(data, scaling=scaling), limits=limits)
@@ -131,7 +135,8 @@ def test_a_plan_counts_the_images_that_trials_see(data, tmp_path):
     classes = made.info.split("train").classes.values()
     assert made.train_images == sum(max(round(0.33 * count), 1) for count in classes)
     with pytest.raises(UserError, match=f"more than the {made.train_images} images"):
-        batches = f"space.schedule.global_batch_size = [16, {made.train_images + 1}]"
+        larger = made.train_images // 4 * 4 + 4  # whole groups of batch norm
+        batches = f"space.schedule.global_batch_size = [16, {larger}]"
         plan(data, tmp_path, batches, train_fraction=0.33)
 
 
@@ -243,7 +248,7 @@ def test_a_live_table_is_erased_whole_and_never_wraps(swept, data, monkeypatch, 
     monkeypatch.setenv("COLUMNS", "40")
     files = SweepFolder(str(folder))
     halving = Halving((2,), 9, files.trials())
-    shown = progress.Progress(files, config(data), halving, log=lambda line: None)
+    shown = progress.Progress(files, config(data), halving, NO_RETRIES, log=lambda line: None)
     shown.on_trial_start(0, [], tuned(0, 2))
     shown._draw()
     drawn = capsys.readouterr().out.splitlines()
@@ -252,6 +257,9 @@ def test_a_live_table_is_erased_whole_and_never_wraps(swept, data, monkeypatch, 
     assert max(map(len, shown.table())) > 40, "nothing had to be cut"
     shown.close()
     assert capsys.readouterr().out == "\x1b[2F\x1b[J"
+
+
+NO_RETRIES = Losses(0, lambda avoided: True)
 
 
 def tuned(number: int, until: int) -> SimpleNamespace:
@@ -268,7 +276,7 @@ def test_the_table_tells_what_is_paused_and_what_was_promoted(tmp_path):
     for number in range(3):
         files.trial(number).save(history[:1], lambda path: None)
     halving = Halving((1, 3, 9), 9, files.trials())
-    shown = progress.Progress(files, small.config(), halving, log=lines.append)
+    shown = progress.Progress(files, small.config(), halving, NO_RETRIES, log=lines.append)
     for number, until in ((0, 3), (3, 1)):
         assert halving.next() == Job(number=number, until=until)
         shown.on_trial_start(0, [], tuned(number, until))
@@ -295,18 +303,52 @@ def test_the_table_tells_what_is_paused_and_what_was_promoted(tmp_path):
         (None, "it ended for an unknown reason"),
     ],
 )
-def test_the_reason_of_a_trial_that_ray_gave_up(tmp_path, error, reason):
+def test_the_reason_of_a_trial_that_was_lost_too_often(tmp_path, error, reason):
+    files, lines, shown, failed = lost_trial(tmp_path, error, NO_RETRIES)
+    shown.on_trial_error(0, [], failed)
+    assert (files.trial(0).read().status, files.trial(0).read().reason) == (store.FAILED, reason)
+    assert lines[0] == f"trial 0 failed ({reason})"
+    assert shown._halving.trials[0].status == store.FAILED
+
+
+def lost_trial(tmp_path: Path, error: Exception | None, losses: Losses):
+    """A sweep with one trial whose process ended by an error: files, lines, progress, the trial."""
     files = SweepFolder(str(tmp_path))
     files.create(Trial(number=0, arm=None, options={"schedule.seed": 0}))
     lines: list[str] = []
-    shown = progress.Progress(files, small.config(), Halving((1,), 1, []), log=lines.append)
+    halving = Halving((1,), 1, [])
+    shown = progress.Progress(files, small.config(), halving, losses, log=lines.append)
     file = tmp_path / "error.pkl"
     if error:
         file.write_bytes(pickle.dumps(error))
     failed = SimpleNamespace(**vars(tuned(0, 1)), pickled_error_file=str(file))
+    assert halving.next() == Job(number=0, until=1)
+    shown.on_trial_start(0, [], failed)
+    return files, lines, shown, failed
+
+
+def test_a_trial_that_was_lost_with_its_gpu_is_the_next_job(tmp_path):
+    error = RayTaskError("train", "trace", GpuFailed("the GPU of node 10.0.0.2 failed: x", "a"))
+    files, lines, shown, failed = lost_trial(tmp_path, error, NO_RETRIES)
     shown.on_trial_error(0, [], failed)
-    assert (files.trial(0).read().status, files.trial(0).read().reason) == (store.FAILED, reason)
-    assert lines[0] == f"trial 0 failed ({reason})"
+    assert lines == ["trial 0 was interrupted: the GPU of node 10.0.0.2 failed: x"]
+    assert not files.trial(0).read().is_over
+    assert shown._halving.next() == Job(number=0, until=1)
+
+
+def test_a_sweep_whose_trials_all_failed_has_failed(data, tmp_path, monkeypatch):
+    made = plan(data, tmp_path, num_seeds=1)
+
+    def fail(plan: object, halving: Halving, *arguments: object) -> None:
+        while job := halving.next():
+            made.files.trial(job.number).end(store.FAILED, f"reason {job.number}")
+            halving.ended(made.files.trial(job.number).read())
+
+    monkeypatch.setattr(run, "_run_trials", fail)
+    for _ in range(2):  # by the same command again, which trains nothing
+        with pytest.raises(JobFailed, match="all 2 trials failed, the last one: reason 1; see "):
+            run_sweep(made, log=lambda line: None)
+    assert set(rows(Path(made.folder))["status"]) == {"failed"}
 
 
 def test_another_sweep_under_the_same_name_is_refused_and_shown(swept, data):

@@ -94,9 +94,15 @@ class RunFolder:
         value = self._read(_FAILURE)
         return value["reason"] if value else None
 
-    def write_failure(self, reason: str) -> None:
-        """Records why this worker fails."""
-        self._write(_FAILURE, {"reason": reason})
+    @property
+    def failed_node(self) -> str | None:
+        """Ray's id of the node whose GPU failed, where that is why the workers failed."""
+        value = self._read(_FAILURE)
+        return value.get("node") if value else None
+
+    def write_failure(self, reason: str, node: str | None = None) -> None:
+        """Records why this worker fails; `node`: as `failed_node`."""
+        self._write(_FAILURE, {"reason": reason, "node": node})
 
     def clear_failure(self) -> None:
         """Removes the reason of an earlier attempt."""

@@ -49,7 +49,8 @@ def predict(
 
     Args:
         plan: from `inference.plan`.
-        num_actors: number of predicting processes; 0: one per GPU with `use_gpu`, else per CPU.
+        num_actors: number of predicting processes; 0: one per GPU with `use_gpu`, else per CPU, and
+            more as an autoscaler adds nodes.
         use_gpu: whether each has a GPU.
         local: whether to predict in this process, without Ray; the rows are the same.
         log: receives lines of progress.
@@ -64,8 +65,9 @@ def predict(
     """
     start = time.perf_counter()
     count = _no_actors if local else _count_actors
-    actors = count(plan, num_actors, use_gpu, log)
-    where = f"on {actors} actor(s)" if actors else "in this process"
+    fewest, most = count(plan, num_actors, use_gpu, log)
+    actors = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    where = f"on {actors} actor(s)" if most else "in this process"
     log(
         f"predicting {plan.rows:,} images of {plan.split} with {plan.run} "
         f"({plan.checkpoint.model.name}, epoch {plan.checkpoint.epoch}) {where}"
@@ -75,7 +77,7 @@ def predict(
     # the unfinished folder lies beside the output, not below it, where readers of all predictions
     # would meet it
     with storage.staged_directory(plan.folder, staging=_staging(plan.output)) as staging:
-        errors = _write_parts(plan, staging, actors=actors, use_gpu=use_gpu, log=log)
+        errors = _write_parts(plan, staging, actors=(fewest, most), use_gpu=use_gpu, log=log)
         predictions.write_manifest(
             staging,
             rows=plan.rows,
@@ -108,24 +110,40 @@ def _staging(output: str) -> str:
     return storage.parent_of(output)
 
 
-def _no_actors(plan: Plan, num_actors: int, use_gpu: bool, log: Callable[[str], None]) -> int:
-    """0, after a check that this process can predict alone."""
+def _no_actors(
+    plan: Plan, num_actors: int, use_gpu: bool, log: Callable[[str], None]
+) -> tuple[int, int]:
+    """Zeros, after a check that this process can predict alone."""
     if num_actors > 1:
         raise UserError(f"--num-actors: --local predicts in one process, not in {num_actors}")
     if use_gpu:
         check_gpu()
-    return 0
+    return 0, 0
 
 
-def _count_actors(plan: Plan, num_actors: int, use_gpu: bool, log: Callable[[str], None]) -> int:
+def _count_actors(
+    plan: Plan, num_actors: int, use_gpu: bool, log: Callable[[str], None]
+) -> tuple[int, int]:
+    """The smallest and the largest number of actors, which differ where the cluster may grow."""
     name, flag = ("GPU", "--use-gpu") if use_gpu else ("CPU", "--num-actors")
     demand = resources.Demand(each={name: 1.0}, count=max(num_actors, 1), flags={name: flag})
     nodes = resources.check(demand, log=log)
-    return num_actors or max(min(resources.fitting(demand.each, nodes), len(plan.tasks)), 1)
+    if num_actors:
+        return num_actors, num_actors
+    most = len(plan.tasks)  # further actors would have nothing to do
+    fewest = max(min(resources.fitting(demand.each, nodes), most), 1)
+    maximum = resources.fitting_at_maximum(demand.each)
+    # where the maximum is not known, Ray Data adds actors while the cluster has room for them
+    return fewest, max(most if maximum is None else min(maximum, most), fewest)
 
 
 def _write_parts(
-    plan: Plan, staging: str, *, actors: int, use_gpu: bool, log: Callable[[str], None]
+    plan: Plan,
+    staging: str,
+    *,
+    actors: tuple[int, int],
+    use_gpu: bool,
+    log: Callable[[str], None],
 ) -> int:
     """Writes every part, on actors or (0) in this process; returns how many rows have an error."""
     predictor = _Predictor(
@@ -140,7 +158,7 @@ def _write_parts(
         # as requested: Ray does not hide the GPUs from actors that requested none
         device="cuda" if use_gpu else "cpu",
     )
-    if actors:
+    if actors[1]:
         results = _on_actors(plan.tasks, predictor, actors=actors, use_gpu=use_gpu)
     else:
         results = map_here(plan.tasks, predictor, _COUNTS)
@@ -156,7 +174,7 @@ def _write_parts(
 
 
 def _on_actors(
-    tasks: list[dict[str, Any]], predictor: _Predictor, *, actors: int, use_gpu: bool
+    tasks: list[dict[str, Any]], predictor: _Predictor, *, actors: tuple[int, int], use_gpu: bool
 ) -> Iterator[pa.Table]:
     import ray
 
@@ -164,7 +182,7 @@ def _on_actors(
         tasks,
         predictor,
         _COUNTS,
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        compute=ray.data.ActorPoolStrategy(min_size=actors[0], max_size=actors[1]),
         num_cpus=0 if use_gpu else 1,
         num_gpus=1 if use_gpu else None,
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fer_ray.errors import UserError
@@ -94,6 +94,29 @@ def fitting(each: Mapping[str, float], nodes: Iterable[Mapping[str, float]]) -> 
         min(_times(name, amount, node.get(name, 0.0)) for name, amount in each.items())
         for node in nodes
     )
+
+
+def fits_beside(each: Mapping[str, float], avoided: Collection[str], *, count: int) -> bool:
+    """Whether processes fit the living nodes of the connected cluster without some of them.
+
+    Args:
+        each: what a process reserves; at least one resource.
+        avoided: ids of the nodes to leave out.
+        count: number of processes.
+    """
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in avoided]
+    return fitting(each, [node["Resources"] for node in nodes]) >= count
+
+
+def label_selector(avoided: Collection[str]) -> dict[str, str]:
+    """Ray's label selector for all nodes but some; empty for all nodes.
+
+    Args:
+        avoided: ids of the nodes to leave out.
+    """
+    return {"ray.io/node-id": f"!in({','.join(sorted(avoided))})"} if avoided else {}
 
 
 def _times(name: str, amount: float, available: float) -> int:

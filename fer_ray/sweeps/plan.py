@@ -35,7 +35,8 @@ class Limits:
     max_concurrent: int = 0
     """Most trials at a time; 0: as many as fit the cluster."""
     gpus_per_trial: float = 0.0
-    """GPUs that each trial reserves; with a fraction, several trials share one GPU."""
+    """The fraction of a GPU that each trial reserves, at most 1; trials share it below 1. 0: none,
+    or with `use_gpu` a GPU for each worker."""
     time_budget_s: float = 0.0
     """Seconds after which to stop, to be resumed later; 0: no limit."""
     tensorboard: bool = False
@@ -168,6 +169,11 @@ def _on_shared_images(config: TrainConfig, limits: Limits) -> TrainConfig:
         raise UserError("--loading stream: the trials of a sweep share the images in memory")
     if not limits.gpus_per_trial:
         return config
+    if not 0 < limits.gpus_per_trial <= 1:
+        raise UserError(
+            f"--gpus-per-trial: {limits.gpus_per_trial:g} is not a number above 0, at most 1; for "
+            "trials on several GPUs use --num-workers and --use-gpu"
+        )
     if config.scaling.num_workers > 1:
         raise UserError(
             "--gpus-per-trial: with --num-workers each worker has a GPU; use --use-gpu instead"

@@ -19,6 +19,7 @@ from fer_ray.errors import first_line
 from fer_ray.models.checkpoint import SCORE
 from fer_ray.sweeps import store
 from fer_ray.sweeps.halving import Halving
+from fer_ray.sweeps.losses import Losses
 from fer_ray.sweeps.sentences import duration
 from fer_ray.sweeps.store import SweepFolder, Trial
 from fer_ray.sweeps.trial import free_workers
@@ -39,6 +40,7 @@ class Progress(Callback):
         files: SweepFolder,
         base: TrainConfig,
         halving: Halving,
+        losses: Losses,
         *,
         log: Callable[[str], None],
     ) -> None:
@@ -48,10 +50,11 @@ class Progress(Callback):
             files: of the sweep.
             base: the settings that all trials have in common.
             halving: the state of the sweep.
+            losses: those of this session.
             log: receives the lines that stay.
         """
         self._files, self._base, self._log = files, base, log
-        self._halving = halving
+        self._halving, self._losses = halving, losses
         self._trials = dict(halving.trials)
         self._running: dict[int, dict[str, Any]] = {}  # last rows by number
         self._until: dict[int, int] = {}
@@ -86,10 +89,15 @@ class Progress(Callback):
         self._ended(trial.config["number"])
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Records the failure of a trial whose process or workers died too often."""
-        number = trial.config["number"]
-        self._files.trial(number).end(store.FAILED, _reason_of(_last_error(trial)))
-        self._ended(number)
+        """Records a loss: the trial has failed, or is trained again by another job."""
+        number, error = trial.config["number"], _cause(_last_error(trial))
+        reason, folder = _reason_of(error), self._files.trial(number)
+        if is_retried := self._losses.record(number, error):
+            self._log(f"{_name(self._trials[number])} was interrupted: {reason}")
+        else:
+            folder.end(store.FAILED, reason)
+        self._halving.ended(folder.read())
+        self._ended(number, is_retried=is_retried)
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
         if self._interrupted:
@@ -106,16 +114,17 @@ class Progress(Callback):
             self._files.write_table(self._base)
             self._table_written_at = time.monotonic()
 
-    def _ended(self, number: int) -> None:
+    def _ended(self, number: int, *, is_retried: bool = False) -> None:
         self._running.pop(number, None)
         trial = self._trials[number] = self._files.trial(number).read()
         until = self._until.pop(number, self._halving.rungs[-1])
         is_complete = trial.is_over or len(trial.history) >= until
         was_killed = trial.status == store.FAILED or not is_complete
-        # not for a paused trial: its next workers would be removed after a promotion
-        if was_killed and self._base.scaling.num_workers > 1:
+        # not for a paused trial: its next workers would be removed after a promotion; one that is
+        # retried frees them before it starts others
+        if was_killed and not is_retried and self._base.scaling.num_workers > 1:
             self._free_until[number] = time.monotonic() + _FREE_WORKERS_FOR_S
-        if not is_complete:  # the time budget is used up
+        if not is_complete:  # it is retried, or the time budget is used up
             return
         self._erase()
         self._log(line_of(trial))
@@ -200,12 +209,18 @@ def _last_error(trial: Any) -> Exception | None:
     return None
 
 
-def _reason_of(error: Exception | None) -> str:
-    """Why Ray Tune gave up a trial, in one line."""
+def _cause(error: BaseException | None) -> BaseException | None:
+    """What was raised in the process of a trial, which Ray wraps, or that the process died."""
+    if isinstance(error, RayActorError):
+        return error
+    return getattr(error, "cause", None) or error
+
+
+def _reason_of(error: BaseException | None) -> str:
+    """Why the process of a trial ended, in one line."""
     if isinstance(error, RayActorError):
         return f"its process died: {first_line(error)}"
-    cause = getattr(error, "cause", None) or error  # Ray wraps what was raised in a process
-    return first_line(cause) if cause else "it ended for an unknown reason"
+    return first_line(error) if error else "it ended for an unknown reason"
 
 
 def _name(trial: Trial) -> str:

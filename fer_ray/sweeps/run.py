@@ -17,8 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fer_ray.errors import JobFailed
+from fer_ray.runtime import resources
 from fer_ray.sweeps import store
 from fer_ray.sweeps.halving import Halving, rungs
+from fer_ray.sweeps.losses import Losses
 from fer_ray.sweeps.plan import (
     SweepPlan,
     announcement,
@@ -42,11 +45,13 @@ def run_sweep(plan: SweepPlan, *, log: Callable[[str], None] = print) -> dict[st
 
     Raises:
         UserError: where not a single trial fits the cluster.
-        KeyboardInterrupt: when the sweep is interrupted; its tables are written before.
+        JobFailed: where no node is left whose GPUs work, or every trial has failed.
+        KeyboardInterrupt: when the sweep is interrupted. The tables are written in all cases.
     """
     from fer_ray.sweeps import summary
 
     num_concurrent = concurrent_trials(plan, log)
+    losses = Losses(plan.config.scaling.max_failures, lambda avoided: _fits(plan, avoided))
     _write_settings(plan)
     if plan.space.method == GRID:
         _create_grid(plan)
@@ -54,16 +59,32 @@ def run_sweep(plan: SweepPlan, *, log: Callable[[str], None] = print) -> dict[st
     log(announcement(plan, halving, num_concurrent))
     try:
         if not halving.is_over:
-            _run_trials(plan, halving, num_concurrent, log)
+            _run_trials(plan, halving, losses, num_concurrent, log)
         if halving.is_over:
             _stop_paused(plan, halving, log)
     finally:
         trials = plan.files.write_table(plan.config)
         content = summary.write(plan.folder)
         left = plan.num_trials - sum(trial.is_over for trial in trials)
-        if left:
+        if left and not losses.leave_no_node:
             log(f"{left} trials are not over; run the same command to resume")
+    if left and losses.leave_no_node:
+        raise JobFailed(
+            f"no node is left that a trial can use ({'; '.join(losses.reasons())}): {left} trials "
+            "are not over; repair the nodes and run the same command to resume"
+        )
+    if not left and all(trial.status == store.FAILED for trial in trials):
+        raise JobFailed(
+            f"all {len(trials)} trials failed, the last one: {trials[-1].reason}; see {plan.folder}"
+        )
     return content
+
+
+def _fits(plan: SweepPlan, avoided: frozenset[str]) -> bool:
+    """Whether a trial fits the living nodes of the cluster but for some."""
+    num_workers = plan.config.scaling.num_workers
+    each = {name: n / num_workers for name, n in resources_of_trial(plan).items()}
+    return resources.fits_beside(each, avoided, count=num_workers)
 
 
 def _write_settings(plan: SweepPlan) -> None:
@@ -111,7 +132,11 @@ def _stop_paused(plan: SweepPlan, halving: Halving, log: Callable[[str], None]) 
 
 
 def _run_trials(
-    plan: SweepPlan, halving: Halving, num_concurrent: int, log: Callable[[str], None]
+    plan: SweepPlan,
+    halving: Halving,
+    losses: Losses,
+    num_concurrent: int,
+    log: Callable[[str], None],
 ) -> None:
     """One session of Ray Tune. Its own state is not kept, since the sweep's files suffice."""
     from ray import tune
@@ -120,7 +145,7 @@ def _run_trials(
 
     _quieten_tune()
     limits, scaling = plan.limits, plan.config.scaling
-    display = progress.Progress(plan.files, plan.config, halving, log=log)
+    display = progress.Progress(plan.files, plan.config, halving, losses, log=log)
     callbacks: list[Any] = [display]
     if limits.tensorboard:
         callbacks.append(progress.TensorBoard(str(Path(plan.folder) / "tensorboard")))
@@ -128,7 +153,7 @@ def _run_trials(
         tuner = tune.Tuner(
             _trainable(plan),
             tune_config=tune.TuneConfig(
-                search_alg=_planner(plan, halving),
+                search_alg=_planner(plan, halving, losses),
                 num_samples=-1,  # until the planner reports that it is finished
                 max_concurrent_trials=num_concurrent,
                 time_budget_s=limits.time_budget_s or None,
@@ -139,7 +164,8 @@ def _run_trials(
                 storage_path=temporary,
                 verbose=0,
                 callbacks=callbacks,
-                failure_config=tune.FailureConfig(max_failures=scaling.max_failures),
+                # `Losses` counts them: what is retried may have to avoid a node
+                failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
         try:
@@ -195,16 +221,24 @@ def _trainable(plan: SweepPlan) -> Any:
         "config": plan.config.to_dict(),
         "info": plan.info,
         "images": share_images(plan),
+        "gpus_per_trial": plan.limits.gpus_per_trial,
     }
     amounts = resources_of_trial(plan)
-    if plan.config.scaling.num_workers > 1:
+    several = plan.config.scaling.num_workers > 1
+    if several:
         # the workers reserve what they need; a trial has to reserve something, such as a byte
         amounts = {"memory": 1.0}
-    reserved = tune.PlacementGroupFactory([amounts])
+
+    def reserved(job: dict[str, Any]) -> Any:
+        # several workers have reservations of their own, made by Ray Train
+        selector = resources.label_selector([] if several else job["avoid"])
+        further: dict[str, Any] = {"bundle_label_selector": [selector]} if selector else {}
+        return tune.PlacementGroupFactory([amounts], **further)
+
     return tune.with_resources(tune.with_parameters(trial.run, settings=settings), reserved)
 
 
-def _planner(plan: SweepPlan, halving: Halving) -> Any:
+def _planner(plan: SweepPlan, halving: Halving, losses: Losses) -> Any:
     """Gives Ray Tune the next job; the trials of a search are drawn when they are needed."""
     from fer_ray.sweeps.search import Planner, Suggestions
 
@@ -217,4 +251,4 @@ def _planner(plan: SweepPlan, halving: Halving) -> Any:
         plan.files.create(trial)
         return trial
 
-    return Planner(plan.files, halving, create)
+    return Planner(plan.files, halving, losses, create)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fer_ray.models.checkpoint import SCORE
 from fer_ray.sweeps import store
 from fer_ray.sweeps.halving import Halving, Job
 from fer_ray.sweeps.importance import distribution
+from fer_ray.sweeps.losses import Losses
 from fer_ray.sweeps.space import Choices, Range
 from fer_ray.sweeps.store import SweepFolder, Trial
 
@@ -84,36 +85,47 @@ class Planner(Searcher):
     """Hands the jobs of `Halving` to Ray Tune, for which each job is a trial."""
 
     def __init__(
-        self, files: SweepFolder, halving: Halving, create: Callable[[int], Trial]
+        self,
+        files: SweepFolder,
+        halving: Halving,
+        losses: Losses,
+        create: Callable[[int], Trial],
     ) -> None:
         """Starts with what is left to do.
 
         Args:
             files: of the sweep.
             halving: decides on the jobs.
+            losses: decides on the nodes that they avoid.
             create: creates and records a new trial with a number.
         """
         super().__init__(metric=SCORE, mode="max")
-        self._files, self._halving, self._create = files, halving, create
+        self._files, self._halving, self._losses, self._create = files, halving, losses, create
         self._jobs: dict[str, Job] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next job; None where there is none now; `FINISHED` where there will be none."""
+        if self._losses.leave_no_node:
+            return Searcher.FINISHED
         job = self._halving.next()
         if job is None:
             return None if self._halving.is_training else Searcher.FINISHED
         if job.number not in self._halving.trials:
             self._halving.begins(self._create(job.number))
         self._jobs[trial_id] = job
-        return {"number": job.number, "until": job.until}
+        avoid = sorted(self._losses.avoided_by(job.number))
+        return {"number": job.number, "until": job.until, "avoid": avoid}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Reports to `Halving` how the job ended, from the trial's files."""
-        trial = self._files.trial(self._jobs.pop(trial_id).number).read()
-        # after too many deaths of its process, the trial's end is recorded only after this call
-        self._halving.ended(replace(trial, status=store.FAILED) if error else trial)
+        """Reports to `Halving` how the job ended, from the trial's files.
+
+        After a loss, `Progress.on_trial_error` does that, which Ray Tune calls next with the error.
+        """
+        number = self._jobs.pop(trial_id).number
+        if not error:
+            self._halving.ended(self._files.trial(number).read())
 
     def save(self, checkpoint_path: str) -> None:
         """Writes an empty file: the next session starts from the sweep's files."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fer_ray.data.dataset import DatasetInfo
 from fer_ray.errors import JobFailed, first_line
 from fer_ray.runtime import environment, process
 from fer_ray.sweeps import store
+from fer_ray.sweeps.losses import GpuFailed, WorkersLost
 from fer_ray.sweeps.store import SweepFolder, TrialFolder
 from fer_ray.training import loop, ray_trainer, worker
 from fer_ray.training.feed import Images
@@ -24,23 +26,24 @@ from fer_ray.training.process_group import ProcessGroup
 from fer_ray.training.telemetry import Telemetry
 
 
-class WorkersLost(RuntimeError):
-    """The workers of a trial ended without a reason of their own, as killed processes do."""
-
-
 def run(config: dict[str, Any], *, settings: dict[str, Any]) -> None:
     """Trains a trial up to an epoch, or resumes it, and records in its folder how it ended.
 
     Errors of the trial itself (a loss that is not finite, too little memory, any exception) end it
-    as failed and are not reported to Ray Tune, since a retry would end in the same way. Ray Tune
-    retries only after a process has died. With several workers, unexpected exceptions are retried
-    too: the peers only see a lost worker.
+    as failed, since a retry would end in the same way. Lost processes and workers, and GPUs that
+    fail, are raised: `Losses` decides whether the trial is trained again. With several workers,
+    unexpected exceptions are raised too: the peers only see a lost worker.
 
     Args:
-        config: ``number`` of the trial, and ``until``, the epoch after which it pauses.
+        config: ``number`` of the trial, ``until``, the epoch after which it pauses, and
+            ``avoid``, ids of nodes that its workers must not use.
         settings: ``sweep`` (folder), ``config`` (`TrainConfig.to_dict` of the base settings),
-            ``info`` (`DatasetInfo`) and ``images``, references to the pixels and labels of each
-            split.
+            ``info`` (`DatasetInfo`), ``images``, references to the pixels and labels of each
+            split, and ``gpus_per_trial``.
+
+    Raises:
+        WorkersLost: where workers, or a GPU, were lost. The process ends with it, since no other
+            trial could use a GPU in which a kernel has failed from the same process.
     """
     folder, until = SweepFolder(settings["sweep"]).trial(config["number"]), config["until"]
     try:
@@ -48,14 +51,18 @@ def run(config: dict[str, Any], *, settings: dict[str, Any]) -> None:
         if trial.is_over:
             return
         train_config = trial.config(TrainConfig.from_dict(settings["config"]))
-        several = train_config.scaling.num_workers > 1
-        (_train_on_workers if several else _train_here)(folder, train_config, settings, until)
+        if train_config.scaling.num_workers > 1:
+            _train_on_workers(folder, train_config, settings, until, config.get("avoid", ()))
+        else:
+            _train_here(folder, train_config, settings, until)
         _end_unless_paused(folder, train_config)
     except WorkersLost:
         raise
     except (loop.NotFinite, JobFailed) as error:
         folder.end(store.FAILED, first_line(error))
     except Exception as error:
+        if failure := process.gpu_failure_here(error):
+            raise GpuFailed(*failure) from error
         reason = process.out_of_memory(error)
         if not reason:
             folder.keep_traceback(traceback.format_exc())
@@ -63,7 +70,8 @@ def run(config: dict[str, Any], *, settings: dict[str, Any]) -> None:
         folder.end(store.FAILED, reason)
     finally:
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # other trials share the device
+            with contextlib.suppress(RuntimeError):  # once a kernel has failed, every call does
+                torch.cuda.empty_cache()  # other trials share the device
 
 
 def _log(message: str) -> None:
@@ -81,6 +89,8 @@ def _train_here(
     process.keep_freed_memory()
     torch.set_num_threads(process.num_threads(config.scaling))
     device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
+    if 0 < settings["gpus_per_trial"] < 1:
+        process.limit_gpu_memory(settings["gpus_per_trial"])
     group = ProcessGroup(device=device)
     info: DatasetInfo = settings["info"]
     images = [Images.known(*ray.get(settings["images"][name])) for name in worker.SPLITS]
@@ -107,9 +117,18 @@ def _train_here(
 
 
 def _train_on_workers(
-    folder: TrialFolder, config: TrainConfig, settings: dict[str, Any], until: int
+    folder: TrialFolder,
+    config: TrainConfig,
+    settings: dict[str, Any],
+    until: int,
+    avoid: Collection[str],
 ) -> None:
-    """Trains data-parallel, for a model or batch that does not fit one device."""
+    """Trains data-parallel, for a model or batch that does not fit one device.
+
+    Raises:
+        WorkersLost: where the workers failed and left no reason, or a GPU failed.
+        JobFailed: where they failed for a reason of the trial itself.
+    """
     from ray.tune.integration.ray_train import TuneReportCallback
 
     path = folder.path
@@ -127,11 +146,14 @@ def _train_on_workers(
             run=folder.run,
             failed="its workers failed",
             callbacks=[TuneReportCallback()],
+            avoid=avoid,
         )
     except JobFailed as error:
         if not folder.files.failure:
             raise WorkersLost(str(error)) from error
     if reason := folder.files.failure:
+        if node := folder.files.failed_node:
+            raise GpuFailed(reason, node)
         raise JobFailed(reason)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from fer_ray.config.schema import ScalingConfig
 from fer_ray.errors import JobFailed
-from fer_ray.runtime import ray_compat
+from fer_ray.runtime import ray_compat, resources
 
 
 def run_trainer(
@@ -20,6 +20,7 @@ def run_trainer(
     run: str,
     failed: str,
     callbacks: Sequence[Any] = (),
+    avoid: Collection[str] = (),
 ) -> None:
     """Runs a function on the workers of a `TorchTrainer`, to its end.
 
@@ -33,26 +34,21 @@ def run_trainer(
         run: the name that Ray shows.
         failed: how the message of a failure begins.
         callbacks: Ray Train's `UserCallback` objects, called in its controller.
+        avoid: Ray's ids of nodes that no worker may use.
 
     Raises:
         JobFailed: where workers were lost too often, or failed.
     """
     import ray.train as ray_train
-    from ray.train.torch import TorchConfig
 
-    from fer_ray.training.gloo import GlooConfig
+    from fer_ray.training.backend import Config
 
-    resources = {"CPU": scaling.cpus_per_worker, "GPU": 1.0 if scaling.use_gpu else 0.0}
     with tempfile.TemporaryDirectory(prefix="fer_ray-") as state:
         trainer = ray_compat.trainer_class()(
             work,
             train_loop_config=settings,
-            scaling_config=ray_train.ScalingConfig(
-                num_workers=scaling.num_workers,
-                use_gpu=scaling.use_gpu,
-                resources_per_worker={name: n for name, n in resources.items() if n},
-            ),
-            torch_config=TorchConfig("nccl") if scaling.use_gpu else GlooConfig("gloo"),
+            scaling_config=_scaling_config(scaling, avoid),
+            torch_config=Config("nccl" if scaling.use_gpu else "gloo"),
             run_config=_run_config(run, state, scaling.max_failures, callbacks),
         )
         try:
@@ -62,6 +58,19 @@ def run_trainer(
             raise JobFailed(f"{failed}: {[*lines][-1]}") from error
         except SystemExit as error:  # what Ray Train makes of an interrupt
             raise KeyboardInterrupt from error
+
+
+def _scaling_config(scaling: ScalingConfig, avoid: Collection[str]) -> Any:
+    import ray.train as ray_train
+
+    reserved = {"CPU": scaling.cpus_per_worker, "GPU": 1.0 if scaling.use_gpu else 0.0}
+    # mypy takes it for the class of Ray Train V1
+    return ray_train.ScalingConfig(  # type: ignore[call-arg]
+        num_workers=scaling.num_workers,
+        use_gpu=scaling.use_gpu,
+        resources_per_worker={name: n for name, n in reserved.items() if n},
+        label_selector=resources.label_selector(avoid) or None,
+    )
 
 
 def _run_config(run: str, state: str, max_failures: int, callbacks: Sequence[Any]) -> Any:

@@ -19,7 +19,12 @@ from fer_ray.metrics import training_metrics
 from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
 from fer_ray.runtime import environment
-from fer_ray.runtime.process import keep_freed_memory, num_threads, out_of_memory
+from fer_ray.runtime.process import (
+    gpu_failure_here,
+    keep_freed_memory,
+    num_threads,
+    out_of_memory,
+)
 from fer_ray.training import loop
 from fer_ray.training.feed import Feed, Images
 from fer_ray.training.memory_feed import MemoryFeed
@@ -37,6 +42,18 @@ def work(settings: dict[str, Any]) -> None:
         settings: as for `train`; ``images`` are references to Ray's object store.
     """
     import ray
+    import ray.train
+
+    from fer_ray.training import backend
+
+    if failure := backend.failed_gpu():
+        if ray.train.get_context().get_world_rank() == 0:
+            RunFolder(settings["folder"]).write_failure(*failure)
+        return  # without an exception: Ray Train would try the same nodes again
+    _train(settings)
+
+
+def _train(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
@@ -146,7 +163,7 @@ def _open_data(
         return info, MemoryFeed(config, info, train, validation, group=group)
     except Exception as error:
         reason = f"worker {group.rank} cannot load the images: {first_line(error)}"
-        folder.write_failure(out_of_memory(error) or reason)
+        folder.write_failure(*_known_failure(error) or (reason,))
         raise
 
 
@@ -160,9 +177,15 @@ def _recording_failure(folder: RunFolder, rank: int) -> Iterator[None]:
         if rank == 0:
             folder.write_failure(str(error))
     except Exception as error:
-        if reason := out_of_memory(error):  # the peers only see a lost worker
-            folder.write_failure(reason)
+        if failure := _known_failure(error):  # the peers only see a lost worker
+            folder.write_failure(*failure)
         raise
+
+
+def _known_failure(error: Exception) -> tuple[str, ...] | None:
+    """The arguments of `RunFolder.write_failure` where memory ran out or a GPU failed."""
+    reason = out_of_memory(error)
+    return (reason,) if reason else gpu_failure_here(error)
 
 
 def _reporter(
