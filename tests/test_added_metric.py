@@ -136,7 +136,11 @@ def test_it_is_in_what_the_jobs_write(drawn_faces, tmp_path):
     (tmp_path / "toy.toml").write_text("space.transforms.normalization = ['none']")
     environment = {**os.environ, PLUGINS: "toy_metrics"}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    small_training = [*("--width", "4", "--epochs", "1"), *("--global-batch-size", "32")]
+    small_training = [
+        *("--width", "4", "--epochs", "1"),
+        *("--global-batch-size", "32"),
+        *("--batch-norm-group", "16"),
+    ]
 
     def job(name: str, *flags: str) -> str:
         command = [sys.executable, str(ROOT / "jobs" / name), "--data", drawn_faces, *flags]

@@ -25,7 +25,18 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """Runs a job on a machine of which Ray was told that it has two GPUs."""
-SMALL = ["--width", "4", "--epochs", "2", "--global-batch-size", "8", "--precision", "float32"]
+SMALL = [
+    "--width",
+    "4",
+    "--epochs",
+    "2",
+    "--global-batch-size",
+    "8",
+    "--batch-norm-group",
+    "4",
+    "--precision",
+    "float32",
+]
 
 
 def run_job(name: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess:

@@ -346,7 +346,16 @@ class Training:
         self._log = folder / "log"
         command = ["python", "jobs/train.py", "--data", str(data), "--storage", str(folder)]
         command += ["--run", "interrupted", "--width", "4", "--epochs", str(EPOCHS)]
-        command += ["--global-batch-size", "8", "--num-workers", "2", "--cpus-per-worker", "1.5"]
+        command += [
+            "--global-batch-size",
+            "8",
+            "--batch-norm-group",
+            "4",
+            "--num-workers",
+            "2",
+            "--cpus-per-worker",
+            "1.5",
+        ]
         submit = [str(RAY), "job", "submit", "--working-dir", ".", "--submission-id", "interrupted"]
         submit.append("--")
         with cluster.network.inside("head"), self._log.open("w") as log:

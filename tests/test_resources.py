@@ -192,7 +192,7 @@ def test_a_job_waits_for_a_real_autoscaler_as_far_as_it_goes(growing, tmp_path):
     assert expected in done.stdout
     assert done.stdout.strip().endswith(data)
     train = ["--data", data, "--storage", str(tmp_path / "runs"), "--num-workers", "3"]
-    train += ["--global-batch-size", "9"]
+    train += ["--global-batch-size", "9", "--batch-norm-group", "3"]
     done = growing.job("train.py", *train)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]

@@ -76,7 +76,8 @@ def test_what_can_never_be_scheduled_is_refused(data, tmp_path):
         ({"num_workers": 50}, "50 CPUs requested, the cluster has 2"),
         ({"use_gpu": True}, "1 GPUs requested, the cluster has 0"),
     ):
-        wanted = plan(config(data, scaling=scaling, schedule={"global_batch_size": 64}), tmp_path)
+        schedule = {"global_batch_size": 64, "batch_norm_group": 1}
+        wanted = plan(config(data, scaling=scaling, schedule=schedule), tmp_path)
         with pytest.raises(UserError, match=message):
             training.fit(wanted, log=lambda line: None)
     assert not list(tmp_path.iterdir())
@@ -232,7 +233,18 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(data, undistur
 @pytest.mark.slow
 def test_a_broken_off_job_goes_on_by_the_same_command(data, undisturbed, tmp_path):
     """The driver and its whole cluster are killed; the same command then finishes the run."""
-    flags = ["--width", "4", "--epochs", "4", "--global-batch-size", "8", "--precision", "float32"]
+    flags = [
+        "--width",
+        "4",
+        "--epochs",
+        "4",
+        "--global-batch-size",
+        "8",
+        "--batch-norm-group",
+        "4",
+        "--precision",
+        "float32",
+    ]
     flags += ["--warmup-epochs", "0.5", "--learning-rate", "0.05", "--num-workers", "2"]
     command = [sys.executable, str(ROOT / "jobs/train.py"), "--data", data, *flags]
     command += ["--run", "tried", "--storage", str(tmp_path)]

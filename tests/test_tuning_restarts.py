@@ -26,7 +26,16 @@ def data(drawn_faces):
 
 
 COMMAND = [sys.executable, str(ROOT / "jobs/tune.py"), "--width", "4", "--seeds", "2"]
-COMMAND += ["--epochs", "10", "--global-batch-size", "8", "--precision", "float32"]
+COMMAND += [
+    "--epochs",
+    "10",
+    "--global-batch-size",
+    "8",
+    "--batch-norm-group",
+    "4",
+    "--precision",
+    "float32",
+]
 COMMAND += ["--warmup-epochs", "0.5", "--learning-rate", "0.05", "--sweep", "tried.toml"]
 
 
