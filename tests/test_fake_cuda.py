@@ -26,9 +26,10 @@ from fer_ray.transforms.normalization import Normalizer, histogram, needs_statis
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 STEPS = 2
-BUDGETS = {"custom_cnn": 660, "sequential_cnn": 200, "efficientnet_b2": 4700}
+BUDGETS = {"custom_cnn": 660, "sequential_cnn": 150, "efficientnet_b2": 4050}
 """Most operations of a step of each network, which cost some microseconds each: with the preset
-`standard` and SGD; for EfficientNet-B2 the first step, with AdamW, which creates its state."""
+`standard` and SGD, for EfficientNet-B2 with AdamW. What is filled with zeros is not counted: the
+first step creates the optimizer's state, and EfficientNet-B2 has that step alone."""
 
 
 def config(**sections) -> TrainConfig:
@@ -133,7 +134,9 @@ def test_a_run_of_each_network(name, tmp_path):
     with fake_cuda.fake_cuda() as recorder:
         built = trainer(settings, steps=1 if is_large else STEPS)
         *steps, after = train_epoch(built, recorder)
-        assert steps[-1].kernels.total() <= BUDGETS.get(name, 10_000)
+        kernels = steps[-1].kernels
+        computed = kernels.total() - kernels["zeros"] - kernels["zeros_like"]
+        assert computed <= BUDGETS.get(name, 10_000)
         assert steps[-1].kernels["convolution_backward"] > 0
         assert not after.blocking_copies and len(after.waits) <= 3  # for the loss and the metrics
         built.evaluate()
