@@ -277,4 +277,4 @@ def test_any_number_of_workers_computes_the_same(tmp_path):
             for name, value in tensors(part["resumed"]).items():
                 assert torch.equal(value, first[name]), name
         for name, value in alone.items():
-            torch.testing.assert_close(first[name], value, rtol=2e-3, atol=1e-4)
+            torch.testing.assert_close(first[name], value, rtol=2e-3, atol=5e-4)

@@ -141,8 +141,8 @@ def test_a_run_of_each_network(name, tmp_path):
         assert not after.blocking_copies and len(after.waits) <= 3  # for the loss and the metrics
         built.evaluate()
         evaluated = recorder.take()
-        # one batch: its images and labels; its loss and its metrics
-        assert len(evaluated.blocking_copies) <= 2 and len(evaluated.waits) <= 3
+        # its loss and its metrics, once
+        assert not evaluated.blocking_copies and len(evaluated.waits) <= 2
         if not is_large:
             built.save(tmp_path)
             assert len(recorder.take().waits) <= 4  # two files of two types of numbers

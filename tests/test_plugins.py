@@ -103,7 +103,7 @@ LOADED = {
     "training": {
         "data": "dataset history labels row_groups run_folder",
         "runtime": "data_tasks environment process ray_compat",
-        "training": "batch_norm feed gloo loop lr_schedules memory_feed optimization "
+        "training": "backend batch_norm data_parallel feed loop lr_schedules memory_feed optimization "
         "process_group stream_feed telemetry worker",
     },
     "predicting": {

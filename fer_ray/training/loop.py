@@ -10,7 +10,6 @@ import datetime
 import enum
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +25,7 @@ from fer_ray.models import checkpoint, precision, registry
 from fer_ray.models.checkpoint import Checkpoint
 from fer_ray.models.forward import Forward
 from fer_ray.training import batch_norm, optimization
+from fer_ray.training.data_parallel import data_parallel
 from fer_ray.training.feed import Batch, Feed, own_part
 from fer_ray.training.process_group import ProcessGroup
 from fer_ray.transforms.normalization import Normalizer, histogram, moments, needs_statistics
@@ -146,13 +146,10 @@ class Trainer:
         unit = self.config.images_per_unit
         self.parallel = batch_norm.in_groups(model, size=unit, device=self.group.device)
         if self.group.size > 1:
-            with warnings.catch_warnings():
-                # torch 2.15 renames this argument, and earlier releases do not have the new name
-                warnings.simplefilter("ignore", FutureWarning)
-                # buffers are averaged after each epoch
-                self.parallel = nn.parallel.DistributedDataParallel(
-                    self.parallel, broadcast_buffers=False, gradient_as_bucket_view=True
-                )
+            size = self.forward.input_size
+            example = torch.zeros(unit, 1, size, size, device=self.group.device)
+            layout = example.contiguous(memory_format=torch.channels_last)
+            self.parallel = data_parallel(self.parallel, layout)
 
     def fit(self, report: Report, until: int | None = None) -> None:
         """Runs the remaining epochs and reports each; raises `NotFinite` on every worker."""
@@ -252,15 +249,17 @@ class Trainer:
 
         The loss is the mean negative log-likelihood in nats, without smoothing or weights.
         """
-        classes = len(self.info.labels)
-        loss_sum, confusion = 0.0, np.zeros(classes * classes, dtype=np.int64)
+        classes, device = len(self.info.labels), self.group.device
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
         for images, targets in self.feed.validation():
             probabilities = self.forward.probabilities(self.average.model, images)
             chosen = probabilities.gather(1, targets[:, None]).clamp_min(1e-12)
-            loss_sum -= float(chosen.double().log().sum())
+            loss_sum -= chosen.double().log().sum()
             cells = targets * classes + probabilities.argmax(1)
-            confusion += torch.bincount(cells, minlength=classes * classes).cpu().numpy()
-        return self._summarize(loss_sum, confusion)
+            # not `bincount`, which waits for the GPU
+            confusion.scatter_add_(0, cells, torch.ones_like(cells))
+        return self._summarize(loss_sum.item(), confusion.cpu().numpy())
 
     def _summarize(self, loss_sum: float, confusion: np.ndarray) -> dict[str, float]:
         """Loss and metrics over all workers, from this worker's sums."""

@@ -114,7 +114,7 @@ class MemoryFeed:
             pixels.split(EVALUATION_BATCH_SIZE), labels.split(EVALUATION_BATCH_SIZE)
         ):
             if len(targets):
-                yield images.to(self._group.device), targets.to(self._group.device)
+                yield _moved(images, self._group.device), _moved(targets, self._group.device)
 
     def histogram(self, count: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
         part = self._pixels[self._group.shard(len(self._labels))]
