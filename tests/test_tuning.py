@@ -336,6 +336,23 @@ def test_a_trial_that_was_lost_with_its_gpu_is_the_next_job(tmp_path):
     assert shown._halving.next() == Job(number=0, until=1)
 
 
+def test_the_workers_of_a_lost_trial_are_freed_until_it_starts_again(tmp_path, monkeypatch):
+    """The next job may be another trial, which would wait for their CPUs for ever."""
+    freed: list[int] = []
+    monkeypatch.setattr(progress, "free_workers", lambda folder: freed.append(folder.number))
+    monkeypatch.setattr(progress.Progress, "_draw", lambda self: None)
+    error = RayActorError(error_msg="it died")
+    _, _, shown, failed = lost_trial(tmp_path, error, Losses(1, lambda avoided: True))
+    shown._base = small.config(scaling={"num_workers": 2})
+    shown.on_trial_error(0, [], failed)
+    shown.on_step_end(0, [])
+    assert freed == [0]
+    shown.on_trial_start(0, [], failed)
+    shown._freed_at = 0.0
+    shown.on_step_end(1, [])
+    assert freed == [0], "these are its new workers"
+
+
 def test_a_sweep_whose_trials_all_failed_has_failed(data, tmp_path, monkeypatch):
     made = plan(data, tmp_path, num_seeds=1)
 

@@ -65,19 +65,17 @@ def predict(
     """
     start = time.perf_counter()
     count = _no_actors if local else _count_actors
-    fewest, most = count(plan, num_actors, use_gpu, log)
-    actors = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    where = f"on {actors} actor(s)" if most else "in this process"
+    actors = count(plan, num_actors, use_gpu, log)
     log(
         f"predicting {plan.rows:,} images of {plan.split} with {plan.run} "
-        f"({plan.checkpoint.model.name}, epoch {plan.checkpoint.epoch}) {where}"
+        f"({plan.checkpoint.model.name}, epoch {plan.checkpoint.epoch}) {_where(*actors)}"
     )
     if skipped := plan.input.get("skipped"):
         log(f"skipping {len(skipped)} files that are not images; the manifest lists them")
     # the unfinished folder lies beside the output, not below it, where readers of all predictions
     # would meet it
     with storage.staged_directory(plan.folder, staging=_staging(plan.output)) as staging:
-        errors = _write_parts(plan, staging, actors=(fewest, most), use_gpu=use_gpu, log=log)
+        errors = _write_parts(plan, staging, actors=actors, use_gpu=use_gpu, log=log)
         predictions.write_manifest(
             staging,
             rows=plan.rows,
@@ -135,6 +133,13 @@ def _count_actors(
     maximum = resources.fitting_at_maximum(demand.each)
     # where the maximum is not known, Ray Data adds actors while the cluster has room for them
     return fewest, max(most if maximum is None else min(maximum, most), fewest)
+
+
+def _where(fewest: int, most: int) -> str:
+    """Where the images are predicted, for a line of progress."""
+    if not most:
+        return "in this process"
+    return f"on {fewest} actor(s)" if fewest == most else f"on {fewest} to {most} actors"
 
 
 def _write_parts(

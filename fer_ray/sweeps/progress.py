@@ -73,6 +73,7 @@ class Progress(Callback):
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         number = trial.config["number"]
+        self._free_until.pop(number, None)  # from now on its workers are new ones
         self._trials[number] = self._files.trial(number).read()
         history = self._trials[number].history
         self._running[number] = dict(history[-1]) if history else {"epoch": 0}
@@ -119,10 +120,9 @@ class Progress(Callback):
         trial = self._trials[number] = self._files.trial(number).read()
         until = self._until.pop(number, self._halving.rungs[-1])
         is_complete = trial.is_over or len(trial.history) >= until
-        was_killed = trial.status == store.FAILED or not is_complete
-        # not for a paused trial: its next workers would be removed after a promotion; one that is
-        # retried frees them before it starts others
-        if was_killed and not is_retried and self._base.scaling.num_workers > 1:
+        was_killed = trial.status == store.FAILED or not is_complete or is_retried
+        # not for a paused trial, which has no workers any more
+        if was_killed and self._base.scaling.num_workers > 1:
             self._free_until[number] = time.monotonic() + _FREE_WORKERS_FOR_S
         if not is_complete:  # it is retried, or the time budget is used up
             return
