@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import prediction_samples as samples
@@ -199,8 +200,8 @@ def test_probabilities_that_are_none_are_not_predicted(drawn_faces, tmp_path, mo
     predictor = inference._Predictor(
         path=str(path), row={}, source=None, data=None, staging="", device="cpu"
     )
-    forward = type("Forward", (), {"probabilities": lambda *given: torch.full((2, 7), value)})
-    monkeypatch.setattr(type(predictor._checkpoint), "forward", forward())
+    forward = SimpleNamespace(probabilities=lambda model, images: torch.full((2, 7), value))
+    monkeypatch.setattr(checkpoint.Checkpoint, "forward", lambda saved, device: forward)
     with pytest.raises(UserError, match=f"^{path}: the network gives probabilities that are no"):
         predictor._probabilities(np.zeros((2, 48, 48), np.uint8))
 

@@ -48,8 +48,7 @@ def predict(
 
     Args:
         plan: from `inference.plan`.
-        num_actors: number of predicting processes; 0: one per GPU with `use_gpu`, else per CPU, and
-            more as an autoscaler adds nodes.
+        num_actors: predicting processes; 0: one per GPU or CPU, more as an autoscaler adds nodes.
         use_gpu: whether each has a GPU.
         local: whether to predict in this process, without Ray; the rows are the same.
         log: receives lines of progress.
@@ -73,8 +72,7 @@ def predict(
     )
     if skipped := plan.input.get("skipped"):
         log(f"skipping {len(skipped)} files that are not images; the manifest lists them")
-    # the unfinished folder lies beside the output, not below it, where readers of all predictions
-    # would meet it
+    # the unfinished folder lies beside the output: readers of all predictions search below it
     with storage.staged_directory(plan.folder, staging=_staging(plan.output)) as staging:
         errors = _write_parts(plan, staging, actors=(fewest, most), use_gpu=use_gpu, log=log)
         predictions.write_manifest(
@@ -85,8 +83,8 @@ def predict(
             checkpoint=plan.checkpoint.sha256,
             config=_manifest_config(plan),
         )
-    seconds = time.perf_counter() - start
-    log(f"wrote {plan.rows:,} rows, {errors:,} of them with an error, in {seconds:.1f} s")
+    spent = f"in {time.perf_counter() - start:.1f} s"
+    log(f"wrote {plan.rows:,} rows, {errors:,} of them with an error, {spent}")
     return plan.folder
 
 
