@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import glob
 import json
@@ -22,10 +23,13 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from fer_ray.errors import UserError
+from fer_ray.errors import UserError, first_line
+
+MAX_JSON_BYTES = 256 * 2**20
+"""Largest JSON file that is read: the description of some millions of files."""
 
 _SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
-_PLAIN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 
 
 def is_uri(path: str) -> bool:
@@ -74,9 +78,14 @@ def _without_query(path: str) -> tuple[str, str]:
     return base, mark + query
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name is one path component of harmless characters."""
+    return bool(_PLAIN_NAME.fullmatch(name))
+
+
 def check_name(what: str, name: str) -> str:
     """Returns `name` if it is a plain name (one path component), else raises `UserError`."""
-    if not _PLAIN_NAME.match(name):
+    if not is_plain_name(name):
         raise UserError(
             f"{what}: {name!r} is not a plain name: letters, digits and . _ = + - only, "
             "a letter or digit first"
@@ -162,11 +171,40 @@ def make_directory(path: str) -> None:
     fs.create_dir(inner, recursive=True)
 
 
-def read_bytes(path: str) -> bytes:
-    """A file's content."""
+def file_size(path: str) -> int:
+    """Size of a regular file in bytes.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        UserError: for a folder, and for a pipe or a device, which could block a reader for ever.
+    """
+    fs, inner = filesystem(path)
+    info = fs.get_file_info(inner)
+    if info.type == pafs.FileType.NotFound:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    if info.type != pafs.FileType.File:
+        what = "a folder" if info.type == pafs.FileType.Directory else "a pipe or a device"
+        raise UserError(f"{path} is {what}, not a file")
+    return info.size
+
+
+def read_bytes(path: str, *, limit: int | None = None) -> bytes:
+    """A file's content.
+
+    Args:
+        path: local path or URI.
+        limit: the largest size in bytes; a larger file is not read.
+
+    Raises:
+        FileNotFoundError: where there is no file.
+        UserError: for what is no regular file, or larger than `limit`.
+    """
+    size = file_size(path)
+    if limit is not None and size > limit:
+        raise UserError(f"{path} has {size:,} bytes; at most {limit:,} are read")
     fs, inner = filesystem(path)
     with fs.open_input_stream(inner) as stream:
-        return stream.read()
+        return stream.read(limit)
 
 
 def write_bytes(path: str, content: bytes) -> None:
@@ -180,9 +218,26 @@ def write_bytes(path: str, content: bytes) -> None:
         fs.move(target, inner)
 
 
-def read_json(path: str) -> Any:
-    """A JSON file's value."""
-    return json.loads(read_bytes(path))
+def read_json(path: str) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        FileNotFoundError: where there is no file.
+        UserError: where it is not JSON (which has neither NaN nor lone surrogates), nested too
+            deep, too large, or not an object.
+    """
+    content = read_bytes(path, limit=MAX_JSON_BYTES)
+    try:
+        value = json.loads(content)
+        # Python also reads NaN, infinity and lone surrogates, but cannot write them here
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError as error:
+        raise UserError(f"{path} is damaged: its JSON is nested too deep") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: not valid JSON: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: not a JSON object but a {type(value).__name__}")
+    return value
 
 
 def write_json(path: str, value: Any) -> None:
@@ -192,7 +247,7 @@ def write_json(path: str, value: Any) -> None:
 
 
 def remove(path: str) -> None:
-    """Removes a file or folder, if it exists."""
+    """Removes a file or folder, if it exists; of a link to a folder, only the link."""
     fs, inner = filesystem(path)
     kind = fs.get_file_info(inner).type
     if kind == pafs.FileType.Directory:

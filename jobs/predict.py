@@ -16,6 +16,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.JobParser(prog="predict.py", description=__doc__.partition("\n\n")[2])
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run: its best one")
+    fallback = "if the best checkpoint of a run is damaged, use the best of the others"
+    add("--allow-fallback", action="store_true", help=fallback)
     add("--data", metavar="DIR", help="prepared data set")
     add("--images", metavar="DIR-OR-ZIP", help="face crops in any layout, instead of --data")
     split = "split of --data (default: validation), or the name to give to --images"
@@ -45,6 +47,8 @@ def main() -> None:
             split=split,
             output=flags.output,
             run=flags.run,
+            allow_fallback=flags.allow_fallback,
+            log=cli.log,
         )
         for split in flags.split or ["images" if flags.images else "validation"]
     ]

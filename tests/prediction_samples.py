@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import rewriting
 
 from fer_ray.data import dataset, history, predictions
 from fer_ray.data.labels import FER2013_LABELS, probability_column
@@ -119,9 +120,9 @@ def save_dataset(
     )
     (root / split).mkdir(parents=True)
     pq.write_table(table, root / split / "part-00000.parquet")
-    part = {"rows": rows.num_rows, "files": [f"{split}/part-00000.parquet"]}
+    file = f"{split}/part-00000.parquet"
+    part = {"rows": rows.num_rows, "files": [file], "parts": {file: rewriting.part(root / file)}}
     info = {
-        "format": dataset.FORMAT,
         "labels": list(labels),
         "image_size": size,
         "splits": {split: {**part, "classes": {}, "unlabelled": 0}},
@@ -129,7 +130,7 @@ def save_dataset(
         "pixel_std": 0.25,
         "data_sha256": "0" * 64,
     }
-    (root / dataset.INFO_NAME).write_text(json.dumps(info))
+    dataset.write_info(str(root), info)
     return root
 
 

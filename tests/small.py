@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fer_ray.config.schema import TrainConfig, divisors
 from fer_ray.data.dataset import DatasetInfo, Split, SplitInfo
+from fer_ray.training import loop
 from fer_ray.training.feed import Images
 from fer_ray.training.memory_feed import MemoryFeed
 from fer_ray.training.process_group import ProcessGroup
@@ -28,7 +30,7 @@ def split(count: int, *, seed: int = 0, size: int = 12) -> Split:
 
 def info(train: int, *, size: int = 12) -> DatasetInfo:
     """A data set's description; its place is not there."""
-    part = SplitInfo(rows=train, files=(), classes=dict.fromkeys(LABELS, train // 3))
+    part = SplitInfo(rows=train, files=(), parts={}, classes=dict.fromkeys(LABELS, train // 3))
     return DatasetInfo(
         path="/nowhere",
         labels=LABELS,
@@ -75,3 +77,20 @@ def config(**sections: dict[str, Any]) -> TrainConfig:
     if values["model"].get("name") != "sequential_cnn":
         values["schedule"].setdefault("batch_norm_group", divisors(batch)[-2] if batch > 1 else 1)
     return TrainConfig.from_dict({"data": "/nowhere", **values})
+
+
+def write_checkpoint(described: DatasetInfo, path: Path) -> Path:
+    """Writes a checkpoint of fresh weights, as the training loop does before its first step."""
+    settings = config()
+    images = split(32, size=described.image_size)
+    trainer = loop.Trainer(
+        settings,
+        described,
+        feed(settings, images, images, described=described),
+        group=ProcessGroup(),
+        labels={"run": "tried", "environment": {}},
+        resume=None,
+    )
+    path.mkdir(parents=True)
+    trainer.save(path)
+    return path

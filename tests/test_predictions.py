@@ -134,14 +134,14 @@ def drop_a_column(folder: Path) -> None:
     [
         (lose_a_file, r"files missing: \['part-00001.parquet'\]"),
         (add_a_file, r"not listed: \['part-00002.parquet'\]"),
-        (cut_a_file, "part-00001.parquet is not readable"),
+        (cut_a_file, "part-00001.parquet is damaged: it cannot be read as Parquet"),
         (shorten_a_file, "19 rows instead of 20"),
         (repeat_a_row, "1 images more than once, such as 'images/00010.jpg'"),
         (drop_a_column, "part-00001.parquet: columns are"),
         (lambda folder: change_manifest(folder, rows=21), "20 rows instead of 21"),
         (lambda folder: change_manifest(folder, format="else"), "the format is not"),
         (lambda folder: change_manifest(folder, labels=["happy"]), "columns are"),
-        (lambda folder: (folder / predictions.MANIFEST).write_text("{"), "not JSON"),
+        (lambda folder: (folder / predictions.MANIFEST).write_text("{"), "not valid JSON"),
         (lambda folder: (folder / predictions.MANIFEST).unlink(), "no _manifest.json"),
     ],
 )

@@ -60,6 +60,7 @@ def test_other_settings_under_the_same_name_are_refused_and_shown(data, tmp_path
     assert not first.resumes
     (tmp_path / "tried").mkdir()
     saved = {"config": first.config.to_dict(), "data_sha256": first.info.data_sha256}
+    saved["loading"] = "memory"
     (tmp_path / "tried" / "config.json").write_text(json.dumps(saved))
     assert plan(config(data), tmp_path).resumes
     assert plan(config(data, scaling={"num_workers": 2}), tmp_path).resumes
@@ -94,7 +95,7 @@ def test_damaged_files_are_refused_before_workers_start(data, tmp_path, monkeypa
     part.write_bytes(part.read_bytes()[:-100])
     for loading in ("memory", "stream"):
         settings = config(broken, schedule={"loading": loading})
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(UserError, match=f"{part} is damaged"):
             training.fit(plan(settings, tmp_path, loading), log=lambda line: None)
     assert not started
 
@@ -127,10 +128,10 @@ def test_the_speed_of_a_run_is_the_median_of_its_epochs(data, tmp_path, monkeypa
     last = SimpleNamespace(path="checkpoint_2", epoch=2, history=rows, metrics=rows[-1])
     last.sha256, last.precision, last.environment = "0" * 64, "float32", {}
     monkeypatch.setattr(checkpoint, "latest", lambda path: last)
-    monkeypatch.setattr(checkpoint, "find", lambda path: last)
+    monkeypatch.setattr(checkpoint, "find", lambda path, **settings: last)
     tried = plan(config(data), tmp_path)
     tried.files.write_config(tried.config.to_dict(), data_sha256="", loading="memory")
-    assert training._result(tried, wall_s=1.0)["images_per_s"] == 458.0
+    assert training._result(tried, wall_s=1.0, log=print)["images_per_s"] == 458.0
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,7 @@ def repeated(info: DatasetInfo, passes: int) -> DatasetInfo:
     longer = SplitInfo(
         rows=train.rows * passes,
         files=train.files * passes,
+        parts=train.parts,
         classes={label: count * passes for label, count in train.classes.items()},
     )
     return DatasetInfo(**{**vars(info), "splits": {**info.splits, "train": longer}})

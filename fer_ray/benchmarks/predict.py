@@ -16,8 +16,8 @@ import torch
 from fer_ray import storage
 from fer_ray.benchmarks.loops import float_batches, rate
 from fer_ray.config.schema import TrainConfig
-from fer_ray.data import dataset
-from fer_ray.data.dataset import DatasetInfo, load_split, read_info
+from fer_ray.data import dataset, parquet
+from fer_ray.data.dataset import DatasetInfo, load_split, read_info, read_part
 from fer_ray.errors import JobFailed
 from fer_ray.inference import plan as planning
 from fer_ray.inference import run as inference
@@ -173,24 +173,22 @@ def _write_dataset(info: DatasetInfo, folder: str, parts: int, rows: int) -> str
     """Writes a prepared dataset of some parts of equal size, repeating images if needed."""
     tables: list[pa.Table] = []
     for file in info.split("train").files:
-        fs, inner = storage.filesystem(storage.join(info.path, file))
-        with fs.open_input_file(inner) as stream:
-            tables.append(pq.ParquetFile(stream).read())
+        tables.append(read_part(info, "train", file))
         if sum(len(table) for table in tables) >= parts * rows:
             break
     whole = pa.concat_tables(tables)
-    files = []
+    written = {}
     for number in range(parts):
         numbers = np.arange(number * rows, (number + 1) * rows)
         table = whole.take(numbers % len(whole))
         ids = pa.array([f"{image:07d}" for image in numbers])
         table = table.set_column(table.schema.get_field_index("image_id"), "image_id", ids)
-        files.append(f"train/part-{number:05d}.parquet")
+        file = f"train/part-{number:05d}.parquet"
         (Path(folder) / "train").mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, str(Path(folder) / files[-1]), compression="zstd")
+        record = parquet.write_table(table, folder, file)
+        written[file] = dataset.Part(**vars(record), rows=rows).to_dict()
     value = storage.read_json(storage.join(info.path, dataset.INFO_NAME))
-    split = {"rows": parts * rows, "files": files, "classes": {}, "unlabelled": 0}
-    storage.write_json(
-        storage.join(folder, dataset.INFO_NAME), {**value, "splits": {"train": split}}
-    )
+    split = {"rows": parts * rows, "files": list(written), "parts": written}
+    split |= {"classes": {}, "unlabelled": 0}
+    dataset.write_info(folder, {**value, "splits": {"train": split}})
     return folder

@@ -215,6 +215,10 @@ class TrainConfig:
         for key in values:
             if key not in ("data", *SECTIONS):
                 raise unknown("configuration", key, ("data", *SECTIONS))
+            if key != "data" and not isinstance(values[key], Mapping):
+                raise UserError(f"configuration: {key} is not a section but {values[key]!r}")
+        if not isinstance(values.get("data"), str):
+            raise UserError("configuration: data is not a path")
         sections: dict[str, Any] = {
             name: section.from_dict(values.get(name, {}))
             for name, section in SECTIONS.items()

@@ -2,7 +2,8 @@
 
 A prepared dataset is a folder with ``<split>/part-*.parquet``, ``quarantine.parquet``,
 ``duplicates.parquet`` and ``dataset.json``. The last one is written at the very end, so a folder
-without it is not a complete dataset.
+without it is not a complete dataset. It has the hash of every part and of its own content: a part
+is read only if it is the one that was written.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from fer_ray import storage
-from fer_ray.data.labels import UNKNOWN_LABEL
+from fer_ray.data import parquet
+from fer_ray.data.integrity import FileRecord, check_hash, read_file, with_hash
+from fer_ray.data.json_values import Record, damaged
+from fer_ray.data.labels import SPLITS, UNKNOWN_LABEL
 from fer_ray.errors import UserError, first_line, unknown
 
-FORMAT = 1
-"""Version of the folder's layout; ``format`` in ``dataset.json``."""
+FORMAT = 2
+"""Version of the folder's layout; ``format`` in ``dataset.json``. Format 1 had no hashes."""
+
+ADVICE = "run jobs/prepare.py again"
+"""What to do about a dataset that is damaged or of another format."""
 
 INFO_NAME = "dataset.json"
 QUARANTINE_NAME = "quarantine.parquet"
@@ -63,6 +68,14 @@ DUPLICATES_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part(FileRecord):
+    """One Parquet shard as described in ``dataset.json``: its size, its hash, its rows."""
+
+    rows: int
+    """Number of images."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitInfo:
     """One split as described in ``dataset.json``."""
 
@@ -70,6 +83,8 @@ class SplitInfo:
     """Number of images."""
     files: tuple[str, ...]
     """The Parquet shards, relative to the dataset's folder, in the order of `image_id`."""
+    parts: Mapping[str, Part]
+    """What each of `files` has to be."""
     classes: Mapping[str, int]
     """Number of images of every label of the dataset; 0 where the split has none."""
     unlabelled: int = 0
@@ -120,57 +135,90 @@ class Split:
     """N hashes of the decoded pixels before resizing; duplicates have equal hashes."""
 
 
+def write_info(folder: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes ``dataset.json``.
+
+    Args:
+        folder: path or URI of the dataset.
+        value: the content without the format and the hash of the content.
+
+    Returns:
+        The content.
+    """
+    content = with_hash({"format": FORMAT, **value})
+    storage.write_json(storage.join(folder, INFO_NAME), content)
+    return content
+
+
 def read_info(path: str) -> DatasetInfo:
-    """Reads ``dataset.json``.
+    """Reads ``dataset.json`` and checks it against its own hash.
 
     Args:
         path: path or URI of a prepared dataset.
 
     Raises:
-        UserError: when the folder is not a prepared dataset, or has another format version.
+        UserError: when the folder is not a prepared dataset, has another format version, or when
+            the file is damaged.
     """
     path = storage.absolute(path)
     info_path = storage.join(path, INFO_NAME)
-    if not storage.exists(info_path):
+    try:
+        record = Record(info_path, storage.read_json(info_path), advice=ADVICE)
+    except FileNotFoundError as error:
         raise UserError(
             f"{path} is not a prepared dataset (no {INFO_NAME}): create one with jobs/prepare.py"
-        )
-    try:
-        value = storage.read_json(info_path)
-        if value["format"] != FORMAT:
-            raise UserError(
-                f"{info_path} has format {value['format']}, this version reads format {FORMAT}: "
-                "run jobs/prepare.py again"
-            )
-        return _parse_info(path, value)
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(f"{info_path} is damaged ({error!r}): run jobs/prepare.py again") from error
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(
-            f"{info_path} is not valid JSON ({error}): run jobs/prepare.py again"
         ) from error
-
-
-def _parse_info(path: str, value: dict[str, Any]) -> DatasetInfo:
-    splits = {
-        name: SplitInfo(
-            rows=split["rows"],
-            files=tuple(split["files"]),
-            classes=dict(split["classes"]),
-            unlabelled=split["unlabelled"],
+    except UserError as error:
+        raise UserError(f"{error}: {ADVICE}") from error
+    if (version := record.integer("format")) != FORMAT:
+        raise UserError(
+            f"{info_path} has format {version}, this version reads format {FORMAT}: {ADVICE}"
         )
-        for name, split in value["splits"].items()
-    }
+    check_hash(record)
+    return _parse_info(path, record)
+
+
+def _parse_info(path: str, record: Record) -> DatasetInfo:
+    labels = record.texts("labels")
+    if not labels or list(labels) != sorted(labels):
+        raise record.error("labels are not in alphabetical order")
+    splits = {name: _parse_split(name, split) for name, split in record.record("splits").records()}
+    if unknown_splits := splits.keys() - set(SPLITS):
+        raise record.error(f"there is no split {min(unknown_splits)!r}")
     return DatasetInfo(
         path=path,
-        labels=tuple(value["labels"]),
-        image_size=value["image_size"],
+        labels=labels,
+        image_size=record.integer("image_size", MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
         splits=splits,
-        pixel_mean=value["pixel_mean"],
-        pixel_std=value["pixel_std"],
-        data_sha256=value["data_sha256"],
+        pixel_mean=record.number("pixel_mean", 0.0, 1.0),
+        pixel_std=record.number("pixel_std", 0.0, 1.0),
+        data_sha256=record.sha256("data_sha256"),
+    )
+
+
+def _parse_split(name: str, split: Record) -> SplitInfo:
+    """One split; its files have to lie in its own folder."""
+    files, described = split.texts("files"), split.record("parts")
+    for file in files:
+        folder, _, base = file.partition("/")
+        if folder != name or not storage.is_plain_name(base):
+            raise split.error(f"{file!r} is not the path of a part of {name}")
+    if set(files) != described.value.keys():
+        raise split.error(f"files and parts of {name} differ")
+    parts = {
+        file: Part(**vars(FileRecord.parse(part)), rows=part.integer("rows"))
+        for file, part in described.records()
+    }
+    rows = split.integer("rows")
+    if sum(part.rows for part in parts.values()) != rows:
+        raise split.error(f"the parts of {name} do not have its {rows:,} rows")
+    classes = split.record("classes")
+    return SplitInfo(
+        rows=rows,
+        files=files,
+        parts=parts,
+        classes={label: classes.integer(label) for label in classes.value},
+        unlabelled=split.integer("unlabelled"),
     )
 
 
@@ -178,43 +226,81 @@ def load_split(info: DatasetInfo, name: str) -> Split:
     """Reads one split into memory, which takes `rows * image_size**2` bytes and the names.
 
     Raises:
-        UserError: when there is no such split, or when its files do not agree with
-            ``dataset.json``.
+        UserError: when there is no such split, or when a part is not the one that
+            ``dataset.json`` describes.
     """
-    split = info.split(name)
-    fs, root = storage.filesystem(info.path)
-    columns = ["image_id", "label", "image", "pixel_sha256"]
-    paths = [storage.join(root, file) for file in split.files]
+    split, size = info.split(name), info.image_size
     try:
-        # not `pq.read_table`, which imports pandas: a tenth of the start of a local job
-        table = pa.concat_tables(
-            [_read(fs, file, columns) for file in paths], promote_options="permissive"
-        )
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
-        raise UserError(
-            f"{info.path}: split {name!r} cannot be read: {first_line(error)}"
-        ) from error
-    if table.num_rows != split.rows:
-        raise mismatch_error(info, name, table.num_rows)
+        images = np.empty((split.rows, size, size), np.uint8)
+    except MemoryError as error:
+        raise UserError(f"{info.path}: {name} does not fit into memory: {error}") from error
+    labels: list[np.ndarray] = [np.empty(0, np.int64)]
+    image_ids: list[str] = []
+    pixel_sha256: list[str] = []
+    for file in split.files:
+        table = read_part(info, name, file)
+        begin = len(image_ids)
+        images[begin : begin + len(table)] = stack(table["image"], size)
+        labels.append(label_indices(table["label"], info.labels))
+        image_ids += table["image_id"].to_pylist()
+        pixel_sha256 += table["pixel_sha256"].to_pylist()
+    if len(set(image_ids)) != len(image_ids):
+        raise damaged(info.path, f"an image_id occurs more than once in {name}", ADVICE)
     return Split(
-        images=stack(table["image"], info.image_size),
-        labels=label_indices(table["label"], info.labels),
-        image_ids=table["image_id"].to_pylist(),
-        pixel_sha256=table["pixel_sha256"].to_pylist(),
+        images=images,
+        labels=np.concatenate(labels),
+        image_ids=image_ids,
+        pixel_sha256=pixel_sha256,
     )
 
 
-def _read(fs: pafs.FileSystem, path: str, columns: list[str]) -> pa.Table:
-    with fs.open_input_file(path) as stream:
-        return pq.ParquetFile(stream, pre_buffer=True).read(columns).select(columns)
+def read_part(info: DatasetInfo, split: str, file: str) -> pa.Table:
+    """Reads one shard whole, and checks that it is the one that ``dataset.json`` describes.
+
+    Args:
+        info: the dataset.
+        split: name of the split.
+        file: one of the split's `files`.
+
+    Returns:
+        The rows, with the columns of `SCHEMA`.
+
+    Raises:
+        UserError: where its size, its hash, its columns or its rows are others.
+    """
+    path, part = storage.join(info.path, file), info.split(split).parts[file]
+    try:
+        content = read_file(path, part, advice=ADVICE)
+    except OSError as error:
+        raise cannot_be_read(path, error) from error
+    table = parquet.parse(content, path, columns=SCHEMA, advice=ADVICE)
+    if problem := _problem(table, info, split, part.rows):
+        raise damaged(path, problem, ADVICE)
+    return table
 
 
-def mismatch_error(info: DatasetInfo, split: str, rows: int) -> UserError:
-    """Builds the error for a split whose files hold another number of rows than expected."""
-    return UserError(
-        f"{info.path}: split {split!r} has {rows} rows, {INFO_NAME} says "
-        f"{info.split(split).rows}: run jobs/prepare.py again"
-    )
+def _problem(table: pa.Table, info: DatasetInfo, split: str, rows: int) -> str | None:
+    """What is wrong with the rows of a part; None: nothing."""
+    size = info.image_size
+    if table.num_rows != rows:
+        return f"it has {table.num_rows:,} rows, {INFO_NAME} says {rows:,}"
+    for field in SCHEMA:
+        if not field.nullable and table[field.name].null_count:
+            return f"{field.name} is null in {table[field.name].null_count:,} rows"
+    for name, value in (("split", split), ("height", size), ("width", size)):
+        if not pc.all(pc.equal(table[name], value), min_count=0).as_py():
+            return f"{name} is not {value} in every row"
+    if not pc.all(pc.equal(pc.binary_length(table["image"]), size * size), min_count=0).as_py():
+        return f"an image does not have {size} x {size} pixels"
+    if pc.count_distinct(table["image_id"]).as_py() != rows:
+        return "an image_id occurs more than once"
+    known = pc.is_in(table["label"], value_set=pa.array([*info.labels, None], pa.string()))
+    return None if pc.all(known, min_count=0).as_py() else _unknown_label(info.labels)
+
+
+def cannot_be_read(path: str, error: BaseException) -> UserError:
+    """Builds the error for a part that is missing or cannot be read."""
+    return UserError(f"{path} cannot be read: {first_line(error)}")
 
 
 def stack(column: pa.ChunkedArray, size: int) -> np.ndarray:
@@ -237,9 +323,7 @@ def stack(column: pa.ChunkedArray, size: int) -> np.ndarray:
             continue
         lengths = pc.binary_length(chunk)
         if pc.min(lengths).as_py() != size * size or pc.max(lengths).as_py() != size * size:
-            raise UserError(
-                f"an image does not have {size} x {size} pixels: run jobs/prepare.py again"
-            )
+            raise UserError(f"an image does not have {size} x {size} pixels: {ADVICE}")
         _, offsets, values = chunk.buffers()
         start = np.frombuffer(offsets, np.int32)[chunk.offset]
         flat = np.frombuffer(values, np.uint8, count=len(chunk) * size * size, offset=start)
@@ -259,5 +343,9 @@ def label_indices(column: pa.ChunkedArray, labels: tuple[str, ...]) -> np.ndarra
     """
     indices = pc.index_in(column, value_set=pa.array(labels, pa.string()))
     if indices.null_count != column.null_count:
-        raise UserError(f"a label is not one of {', '.join(labels)}: run jobs/prepare.py again")
+        raise UserError(f"{_unknown_label(labels)}: {ADVICE}")
     return pc.fill_null(indices, UNKNOWN_LABEL).to_numpy().astype(np.int64)
+
+
+def _unknown_label(labels: tuple[str, ...]) -> str:
+    return f"a label is not one of {', '.join(labels)}"

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fer_ray import storage
-from fer_ray.errors import UserError, first_line
+from fer_ray.data import parquet
+from fer_ray.errors import UserError
 
 SPLITS = ("train", "validation")
 
@@ -28,6 +29,9 @@ SCHEMA = pa.schema(
     ]
 )
 """The columns of every ``history.parquet``."""
+
+MAX_BYTES = 64 * 2**20
+"""Largest ``history.parquet`` that is read."""
 
 _REQUIRED = ("epoch", "images_per_s", "seconds")
 
@@ -78,12 +82,7 @@ def read_history(path: str) -> pa.Table:
     Raises:
         UserError: where the file is no Parquet, or lacks the epoch or its duration.
     """
-    filesystem, inner = storage.filesystem(path)
-    try:
-        with filesystem.open_input_file(inner) as stream:
-            table = pq.ParquetFile(stream).read()
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a training history: {first_line(error)}") from error
+    table = parquet.parse(storage.read_bytes(path, limit=MAX_BYTES), path)
     missing = [name for name in _REQUIRED if name not in table.column_names]
     if missing:
         raise UserError(f"{path}: not a training history: no column {', '.join(missing)}")

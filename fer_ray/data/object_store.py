@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fer_ray.data.dataset import DatasetInfo, load_split
+from fer_ray.data.dataset import DatasetInfo, load_split, read_part
 from fer_ray.data.labels import UNKNOWN_LABEL
+from fer_ray.errors import UserError
+
+_BYTES_PER_TASK = 256 * 2**20
+"""Bytes of parts that are worth a task of their own."""
 
 
 def shared_images(
@@ -40,6 +44,38 @@ def shared_images(
             images, labels = images[selected], labels[selected]
         references[name] = ray.put((images, labels))
     return references
+
+
+def verify_parts(info: DatasetInfo, splits: Sequence[str]) -> None:
+    """Reads every part of some splits once, on all nodes, and checks it as `read_part` does.
+
+    Args:
+        info: the dataset.
+        splits: names of the splits.
+
+    Raises:
+        UserError: for a part that is not the one that ``dataset.json`` describes.
+    """
+    import ray
+
+    parts = [(name, file) for name in splits for file in info.split(name).files]
+    size = sum(info.split(name).parts[file].num_bytes for name, file in parts)
+    num_tasks = min(max(size // _BYTES_PER_TASK, 1), int(ray.cluster_resources().get("CPU", 1)))
+    verify = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_verify)
+    problems = [verify.remote(info, parts[number::num_tasks]) for number in range(num_tasks)]
+    for problem in problems:
+        if reason := ray.get(problem):
+            raise UserError(reason)
+
+
+def _verify(info: DatasetInfo, parts: list[tuple[str, str]]) -> str:
+    """Returns why one of the parts is refused, or an empty string."""
+    try:
+        for split, file in parts:
+            read_part(info, split, file)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

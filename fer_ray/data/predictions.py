@@ -8,7 +8,6 @@ with the files beside it. No other module names these files.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -17,9 +16,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from fer_ray import storage
+from fer_ray.data import parquet
+from fer_ray.data.json_values import Record
 from fer_ray.data.labels import probability_column
 from fer_ray.errors import UserError, first_line
 
@@ -29,6 +29,9 @@ _PART = re.compile(r"part-\d+\.parquet")
 
 FORMAT = "fer_ray predictions 1"
 """The manifest's ``format``: another one is refused."""
+
+MAX_PROBABILITY = 1.0 + 1e-5
+"""Largest value of a probability: float32 rounds sums to a little above 1."""
 
 _EXPECTED = f"give a folder <run>/<split> with {MANIFEST}, or one or two folders above it"
 _DEPTH = 2
@@ -115,7 +118,7 @@ def write_manifest(
     """
     try:
         table = _read_files(folder, files, labels, strict=True)
-        _check_rows(table, rows)
+        _check_rows(table, rows, labels)
         constants = {
             name: _constant(table, name) for name in ("run", "split", "model", "checkpoint")
         }
@@ -190,38 +193,34 @@ def read(folder: str) -> Predictions:
     """
     folder = storage.absolute(folder)
     manifest = _read_manifest(folder)
+    labels, rows = manifest.texts("labels"), manifest.integer("rows")
+    manifest.record("config")
     try:
-        table = _read_files(folder, manifest["files"], manifest["labels"], strict=False)
-        _check_rows(table, manifest["rows"])
+        table = _read_files(folder, manifest.names("files"), labels, strict=False)
+        _check_rows(table, rows, labels)
     except UserError as error:
         raise UserError(
             f"{folder}: the files differ from {MANIFEST}: {error}; predict again"
         ) from error
     return Predictions(
-        run=manifest["run"],
-        split=manifest["split"],
-        model=manifest["model"],
-        checkpoint=manifest["checkpoint"],
-        labels=tuple(manifest["labels"]),
+        run=manifest.name("run"),
+        split=manifest.name("split"),
+        model=manifest.text("model"),
+        checkpoint=manifest.text("checkpoint"),
+        labels=labels,
         table=table,
-        manifest=manifest,
+        manifest=manifest.value,
     )
 
 
-def _read_manifest(folder: str) -> dict[str, Any]:
+def _read_manifest(folder: str) -> Record:
     path = storage.join(folder, MANIFEST)
     try:
-        manifest = storage.read_json(path)
+        manifest = Record(path, storage.read_json(path), advice="predict again")
     except FileNotFoundError:
         raise UserError(f"{folder}: no {MANIFEST}; {_EXPECTED}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if manifest.value.get("format") != FORMAT:
         raise UserError(f"{path}: the format is not {FORMAT!r}")
-    needed = ("run", "split", "model", "checkpoint", "rows", "files", "labels", "config")
-    missing = [key for key in needed if key not in manifest]
-    if missing:
-        raise UserError(f"{path}: missing keys: {', '.join(missing)}")
     return manifest
 
 
@@ -242,15 +241,8 @@ def _read_files(
 
 def _read_part(path: str, columns: pa.Schema, *, strict: bool) -> pa.Table:
     """Reads one file; `strict`: types have to be the same, not only equivalent."""
-    fs, inner = storage.filesystem(path)
     name = storage.name_of(path)
-    try:
-        # not `read_table(path)`, which would take `run=x` in a folder's name for a partition and
-        # add a column
-        with fs.open_input_file(inner) as stream:
-            table = pq.ParquetFile(stream).read()
-    except pa.ArrowException as error:
-        raise UserError(f"{name} is not readable as Parquet: {first_line(error)}") from error
+    table = parquet.parse(storage.read_bytes(path, limit=parquet.MAX_TABLE_BYTES), name)
     if strict and not table.schema.equals(columns):
         raise UserError(f"{name}: columns are {_columns(table.schema)}, not {_columns(columns)}")
     if table.column_names != columns.names:
@@ -265,7 +257,7 @@ def _columns(columns: pa.Schema) -> str:
     return ", ".join(f"{field.name} {field.type}" for field in columns)
 
 
-def _check_rows(table: pa.Table, rows: int) -> None:
+def _check_rows(table: pa.Table, rows: int, labels: Sequence[str]) -> None:
     if table.num_rows != rows:
         raise UserError(f"{table.num_rows:,} rows instead of {rows:,}")
     ids = table["image_id"]
@@ -275,6 +267,13 @@ def _check_rows(table: pa.Table, rows: int) -> None:
         counts = pc.value_counts(ids).to_pylist()
         duplicates = [pair["values"] for pair in counts if pair["counts"] > 1]
         raise UserError(f"{len(duplicates):,} images more than once, such as {duplicates[0]!r}")
+    predicted = table.filter(pc.is_null(table["error"]))
+    for name in ("confidence", *map(probability_column, labels)):
+        values = predicted[name]
+        # a comparison with NaN is false
+        allowed = pc.and_(pc.greater_equal(values, 0.0), pc.less_equal(values, MAX_PROBABILITY))
+        if wrong := len(values) - (pc.sum(allowed).as_py() or 0):
+            raise UserError(f"{name} is no number between 0 and 1 in {wrong:,} rows")
 
 
 def _constant(table: pa.Table, column: str) -> str:

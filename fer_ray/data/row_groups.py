@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fer_ray import storage
-from fer_ray.data.dataset import DatasetInfo, mismatch_error
-from fer_ray.errors import UserError, first_line
+from fer_ray.data import dataset, parquet
+from fer_ray.data.dataset import DatasetInfo
+from fer_ray.data.integrity import check_size
+from fer_ray.data.json_values import damaged
+from fer_ray.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,26 +34,36 @@ def row_group_slices(info: DatasetInfo, split: str) -> list[RowGroupSlice]:
     """Returns all row groups of a split, whole and in order; only the files' footers are read.
 
     Raises:
-        UserError: when a file cannot be read, or when the number of rows is not the one in
-            ``dataset.json``.
+        UserError: when a file cannot be read, or has another size, other columns or another
+            number of rows than ``dataset.json`` says.
     """
-    fs, root = storage.filesystem(info.path)
     slices, first = [], 0
     for file in info.split(split).files:
-        try:
-            metadata = pq.read_metadata(storage.join(root, file), filesystem=fs)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{info.path}: {file} cannot be read: {first_line(error)}") from error
         path = storage.join(info.path, file)
+        metadata = _read_metadata(path, info.split(split).parts[file])
         for number in range(metadata.num_row_groups):
             rows = metadata.row_group(number).num_rows
             slices.append(
                 RowGroupSlice(file=path, row_group=number, begin=0, end=rows, first=first)
             )
             first += rows
-    if first != info.split(split).rows:
-        raise mismatch_error(info, split, first)
     return slices
+
+
+def _read_metadata(path: str, part: dataset.Part) -> pq.FileMetaData:
+    try:
+        check_size(path, part, advice=dataset.ADVICE)
+        fs, inner = storage.filesystem(path)
+        metadata = pq.read_metadata(inner, filesystem=fs)
+        parquet.check_metadata(metadata, path, columns=dataset.SCHEMA, advice=dataset.ADVICE)
+    except UserError:
+        raise
+    except parquet.ERRORS as error:
+        raise dataset.cannot_be_read(path, error) from error
+    if metadata.num_rows != part.rows:
+        reason = f"it has {metadata.num_rows:,} rows, {dataset.INFO_NAME} says {part.rows:,}"
+        raise damaged(path, reason, dataset.ADVICE)
+    return metadata
 
 
 def take_rows(slices: list[RowGroupSlice], begin: int, end: int) -> list[RowGroupSlice]:

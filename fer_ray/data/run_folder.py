@@ -9,6 +9,7 @@ last. Three files serve one session or the next: ``failure.json``, why the worke
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import pyarrow.fs as pafs
 
 from fer_ray import storage
 from fer_ray.data.history import read_history, write_history
+from fer_ray.data.json_values import Record
 
 CONFIG = "config.json"
 HISTORY = "history.parquet"
@@ -49,7 +51,10 @@ class RunFolder:
     @property
     def config(self) -> dict[str, Any] | None:
         """The content of ``config.json``; None for a run that has not begun."""
-        return self._read(CONFIG)
+        if (record := self._read(CONFIG)) is None:
+            return None
+        record.record("config"), record.text("data_sha256"), record.text("loading")
+        return record.value
 
     def write_config(self, config: Mapping[str, Any], *, data_sha256: str, loading: str) -> None:
         """Writes ``config.json``.
@@ -65,7 +70,16 @@ class RunFolder:
     @property
     def result(self) -> dict[str, Any] | None:
         """The content of ``run.json``; None for a run that has not finished."""
-        return self._read(RESULT)
+        record = self._read(RESULT)
+        return record.value if record else None
+
+    @property
+    def best_checkpoint(self) -> tuple[str, str] | None:
+        """Path and `Checkpoint.sha256` of the best checkpoint; None without ``run.json``."""
+        if (record := self._read(RESULT)) is None:
+            return None
+        path = storage.join(self.path, record.name("best_checkpoint"))
+        return path, record.sha256("checkpoint_sha256")
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes ``run.json``, which marks the run as finished."""
@@ -91,14 +105,16 @@ class RunFolder:
     @property
     def failure(self) -> str | None:
         """Why the workers failed, where one of them knew it."""
-        value = self._read(_FAILURE)
-        return value["reason"] if value else None
+        record = self._read(_FAILURE)
+        return record.text("reason") if record else None
 
     @property
     def failed_node(self) -> str | None:
         """Ray's id of the node whose GPU failed, where that is why the workers failed."""
-        value = self._read(_FAILURE)
-        return value.get("node") if value else None
+        record = self._read(_FAILURE)
+        if record is None or "node" not in record.value:
+            return None
+        return record.get("node", "a text or null", _is_text_or_null)
 
     def write_failure(self, reason: str, node: str | None = None) -> None:
         """Records why this worker fails; `node`: as `failed_node`."""
@@ -111,7 +127,8 @@ class RunFolder:
     @property
     def row_groups(self) -> dict[str, list[int]] | None:
         """By split, the last row of each row group that a stream reads; None without a stream."""
-        return self._read(_ROW_GROUPS)
+        record = self._read(_ROW_GROUPS)
+        return {split: record.list(split) for split in record.value} if record else None
 
     def write_row_groups(self, rows: Mapping[str, list[int]]) -> None:
         """Records the row groups: a resumed stream needs the same ones."""
@@ -120,8 +137,8 @@ class RunFolder:
     @property
     def placement_group(self) -> str | None:
         """Id, in hexadecimal, of the placement group of the workers that were started last."""
-        value = self._read(_PLACEMENT_GROUP)
-        return value["id"] if value else None
+        record = self._read(_PLACEMENT_GROUP)
+        return record.get("id", "hexadecimal", _is_hexadecimal) if record else None
 
     def write_placement_group(self, group_id: str) -> None:
         """Records the workers' placement group, so that another process can remove it."""
@@ -158,12 +175,20 @@ class RunFolder:
             if name.lstrip(".").startswith(_CHECKPOINT) and name not in kept:
                 storage.remove(storage.join(self.path, name))
 
-    def _read(self, name: str) -> Any:
+    def _read(self, name: str) -> Record | None:
         path = storage.join(self.path, name)
-        return storage.read_json(path) if storage.exists(path) else None
+        return Record(path, storage.read_json(path)) if storage.exists(path) else None
 
     def _write(self, name: str, value: Any) -> None:
         storage.write_json(storage.join(self.path, name), value)
+
+
+def _is_text_or_null(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_hexadecimal(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch("([0-9a-f]{2})+", value))
 
 
 def _checkpoint_name(epoch: int) -> str:

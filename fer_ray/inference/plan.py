@@ -6,11 +6,13 @@ size. Neither the number of actors nor their order therefore changes a bit of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from fer_ray import storage
 from fer_ray.data import dataset, image_source, predictions, row_groups, sources
+from fer_ray.data.dataset import DatasetInfo
 from fer_ray.errors import UserError
 from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
@@ -34,8 +36,10 @@ class Plan:
     source: sources.FileSource | None
     """Where loose images are; None for a prepared data set."""
     tasks: list[dict[str, Any]]
-    """One for each part: its name (``part``), and either its Parquet file (``file``) or its
-    images (``path``, ``at``, ``reason``)."""
+    """One for each part: its name (``part``), and either its Parquet file within `data` (``file``)
+    or its images (``path``, ``at``, ``reason``)."""
+    data: DatasetInfo | None
+    """The prepared data set; None for loose images."""
     rows: int
     """Number of images."""
     input: dict[str, Any]
@@ -55,6 +59,8 @@ def plan(
     split: str,
     output: str,
     run: str | None = None,
+    allow_fallback: bool = False,
+    log: Callable[[str], None] = print,
 ) -> Plan:
     """Checks the input and lists the images.
 
@@ -65,20 +71,21 @@ def plan(
         split: the split, or for loose images the name to give them.
         output: the folder of all predictions.
         run: the name to predict under; by default that of the run that trained.
+        allow_fallback: as for `checkpoint.find`, as is `log`.
 
     Raises:
         UserError: where the checkpoint, the input or a name cannot be used.
     """
     if (data is None) == (images is None):
         raise UserError("--data or --images: exactly one of the two is needed")
-    chosen = checkpoint.find(checkpoint_path)
-    chosen.load_tensors(checkpoint.MODEL)  # damaged weights are refused here, not by workers
+    chosen = checkpoint.find(checkpoint_path, allow_fallback=allow_fallback, log=log)
     name = storage.check_name("--run", run or chosen.run)
     storage.check_name("--split", split)
     storage.check_bucket("--output", storage.absolute(output))
-    source = None
+    info = source = None
     if data is not None:
-        tasks, rows, described = _prepared_tasks(data, split, chosen.labels)
+        info = dataset.read_info(data)
+        tasks, rows, described = _prepared_tasks(info, split, chosen.labels)
     else:
         assert images is not None
         source = image_source.open_files(images)
@@ -89,6 +96,7 @@ def plan(
         split=split,
         output=storage.absolute(output),
         source=source,
+        data=info,
         tasks=tasks,
         rows=rows,
         input=described,
@@ -96,10 +104,9 @@ def plan(
 
 
 def _prepared_tasks(
-    data: str, split: str, labels: tuple[str, ...]
+    info: DatasetInfo, split: str, labels: tuple[str, ...]
 ) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
     """The tasks of a prepared split, its number of images, and what to record about it."""
-    info = dataset.read_info(data)
     if unknown := set(info.labels) - set(labels):
         raise UserError(
             f"--data: {info.path} has labels that the checkpoint does not know: "
@@ -108,11 +115,10 @@ def _prepared_tasks(
     part = info.split(split)
     if not part.rows:
         raise UserError(f"--split: {split} of {info.path} has no images")
-    row_groups.row_group_slices(
-        info, split
-    )  # missing and damaged files are refused here, not by workers
+    # missing and cut files are refused here; the content is checked by the worker that reads it
+    row_groups.row_group_slices(info, split)
     tasks = [
-        {"part": predictions.part_name(number), "file": storage.join(info.path, file)}
+        {"part": predictions.part_name(number), "file": file}
         for number, file in enumerate(part.files)
     ]
     return tasks, part.rows, {"data": info.path, "data_sha256": info.data_sha256}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -12,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 
 from fer_ray import storage
-from fer_ray.data import decoding, parquet, predictions, sources
+from fer_ray.data import dataset, decoding, parquet, predictions, sources
+from fer_ray.data.dataset import DatasetInfo
 from fer_ray.data.labels import probability_column
-from fer_ray.errors import UserError, first_line
+from fer_ray.errors import UserError
 from fer_ray.inference.plan import Plan
 from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
@@ -49,8 +48,7 @@ def predict(
 
     Args:
         plan: from `inference.plan`.
-        num_actors: number of predicting processes; 0: one per GPU with `use_gpu`, else per CPU, and
-            more as an autoscaler adds nodes.
+        num_actors: predicting processes; 0: one per GPU or CPU, more as an autoscaler adds nodes.
         use_gpu: whether each has a GPU.
         local: whether to predict in this process, without Ray; the rows are the same.
         log: receives lines of progress.
@@ -72,8 +70,7 @@ def predict(
     )
     if skipped := plan.input.get("skipped"):
         log(f"skipping {len(skipped)} files that are not images; the manifest lists them")
-    # the unfinished folder lies beside the output, not below it, where readers of all predictions
-    # would meet it
+    # the unfinished folder lies beside the output: readers of all predictions search below it
     with storage.staged_directory(plan.folder, staging=_staging(plan.output)) as staging:
         errors = _write_parts(plan, staging, actors=actors, use_gpu=use_gpu, log=log)
         predictions.write_manifest(
@@ -84,8 +81,8 @@ def predict(
             checkpoint=plan.checkpoint.sha256,
             config=_manifest_config(plan),
         )
-    seconds = time.perf_counter() - start
-    log(f"wrote {plan.rows:,} rows, {errors:,} of them with an error, in {seconds:.1f} s")
+    spent = f"in {time.perf_counter() - start:.1f} s"
+    log(f"wrote {plan.rows:,} rows, {errors:,} of them with an error, {spent}")
     return plan.folder
 
 
@@ -159,6 +156,7 @@ def _write_parts(
             "predicted_at": datetime.datetime.now(datetime.UTC),
         },
         source=plan.source,
+        data=plan.data,
         staging=staging,
         # as requested: Ray does not hide the GPUs from actors that requested none
         device="cuda" if use_gpu else "cpu",
@@ -202,11 +200,12 @@ class _Predictor:
         path: str,
         row: dict[str, Any],
         source: sources.FileSource | None,
+        data: DatasetInfo | None,
         staging: str,
         device: str,
     ) -> None:
         self._path, self._device = path, torch.device(device)
-        self._row, self._source, self._staging = row, source, staging
+        self._row, self._source, self._data, self._staging = row, source, data, staging
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
@@ -224,10 +223,12 @@ class _Predictor:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Predicts the part that one of `Plan.tasks` describes, and writes it."""
         (task,) = batch.to_pylist()
-        if self._source is None:
-            rows, images = _read_prepared(task["file"], self._checkpoint.image_size)
+        size = self._checkpoint.image_size
+        if self._data is not None:
+            rows, images = _read_prepared(self._data, self._row["split"], task["file"], size)
         else:
-            rows, images = _read_loose(self._source, task, self._checkpoint.image_size)
+            assert self._source is not None
+            rows, images = _read_loose(self._source, task, size)
         table = self._table(rows, self._probabilities(images))
         parquet.write_table(table, self._staging, task["part"])
         errors = sum(row["error"] is not None for row in rows)
@@ -240,7 +241,13 @@ class _Predictor:
         for start in range(0, len(images), BATCH_SIZE):
             batch = torch.from_numpy(images[start : start + BATCH_SIZE]).to(self._device)
             batches.append(forward.probabilities(self._model, batch).cpu().numpy())
-        return np.concatenate(batches)
+        probabilities = np.concatenate(batches)
+        if not ((probabilities >= 0) & (probabilities <= predictions.MAX_PROBABILITY)).all():
+            raise UserError(
+                f"{self._path}: the network gives probabilities that are no numbers between 0 and "
+                "1: this checkpoint cannot predict"
+            )
+        return probabilities
 
     def _table(self, rows: list[dict[str, Any]], probabilities: np.ndarray) -> pa.Table:
         """The part's rows as the contract has them; `probabilities` skip rows with an error."""
@@ -261,22 +268,17 @@ class _Predictor:
         return pa.Table.from_pylist(complete_rows, predictions.schema(labels))
 
 
-def _read_prepared(file: str, size: int) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Rows and (N, size, size) uint8 images of a prepared Parquet file."""
-    fs, path = storage.filesystem(file)
-    try:
-        with fs.open_input_file(path) as stream:
-            table = pq.ParquetFile(stream).read()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"--data: {file} cannot be read: {first_line(error)}") from error
+def _read_prepared(
+    info: DatasetInfo, split: str, file: str, size: int
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Rows and (N, size, size) uint8 images of a part of a prepared split, which is checked."""
+    table = dataset.read_part(info, split, file)
     columns = table.select(["image_id", "pixel_sha256", "label"])
     rows = [{**row, "error": None} for row in columns.to_pylist()]
-    fit = functools.partial(decoding.fit, size=size)
-    shapes = zip(
-        table["image"].to_pylist(), table["height"].to_pylist(), table["width"].to_pylist()
-    )
-    images = [fit(np.frombuffer(pixels, np.uint8).reshape(h, w)) for pixels, h, w in shapes]
-    return rows, np.stack(images)
+    images = dataset.stack(table["image"], info.image_size)
+    if info.image_size != size and len(images):
+        images = np.stack([decoding.fit(image, size) for image in images])
+    return rows, images.reshape(-1, size, size)
 
 
 def _read_loose(

@@ -1,8 +1,8 @@
 """A checkpoint: a folder with all that inference and a resumed run need, without pickle.
 
 ``model.safetensors`` holds the averaged weights, which are evaluated; ``training.safetensors`` the
-weights that train and the optimizer's tensors; ``checkpoint.json`` the rest, and the hashes of the
-two.
+weights that train and the optimizer's tensors; ``checkpoint.json`` the rest, the hashes of the two,
+and the hash of its own content, which therefore stands for the whole checkpoint.
 """
 
 from __future__ import annotations
@@ -10,30 +10,42 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
 from fer_ray import storage
 from fer_ray.config.model import ModelConfig, model_config
+from fer_ray.config.schema import TrainConfig, differences
+from fer_ray.data.dataset import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
+from fer_ray.data.integrity import FileRecord, check_hash, read_file, with_hash
+from fer_ray.data.json_values import Record, is_finite
 from fer_ray.data.run_folder import CHECKPOINT_INDEX, RunFolder
-from fer_ray.errors import UserError
-from fer_ray.models import precision, registry
+from fer_ray.errors import UserError, first_line
+from fer_ray.models import precision, registry, tensor_files
 from fer_ray.models.forward import Forward
 from fer_ray.transforms.normalization import Normalizer
 
-FORMAT = 1
+FORMAT = 2
+"""``format`` in ``checkpoint.json``. Format 1 had no hash of its own content."""
 SCORE = "validation_accuracy"
 """The metric whose highest value makes the best checkpoint."""
 
 INDEX = CHECKPOINT_INDEX
 MODEL = "model.safetensors"
 _TRAINING = "training.safetensors"
+
+_SPARE_PARAMETERS = 2**26
+"""Numbers that building a network may take beyond those of its checkpoint: layers it replaces."""
+
+
+class OtherSettings(UserError):
+    """A checkpoint was trained with other settings than the run that would resume from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +76,8 @@ class Checkpoint:
     """One dict for each epoch: the rows of ``history.parquet``."""
     config: dict[str, Any]
     """The whole configuration of the run."""
-    files: dict[str, str]
-    """SHA-256 of each tensor file."""
+    files: dict[str, FileRecord]
+    """Size and hash of each tensor file."""
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -75,13 +87,13 @@ class Checkpoint:
     @property
     def score(self) -> float:
         """The value whose maximum makes a checkpoint the best one."""
-        return float(self.metrics[SCORE])
+        return float(self.metrics[SCORE]) if self.history else -math.inf
 
     @property
     def sha256(self) -> str:
         """Identifies what the checkpoint predicts: a hash of its weights, model and transforms."""
         rest = [self.model.to_dict(), self.labels, self.image_size, asdict(self.normalizer)]
-        text = json.dumps([self.files[MODEL], *rest, self.flip_at_test, self.precision])
+        text = json.dumps([self.files[MODEL].sha256, *rest, self.flip_at_test, self.precision])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def forward(self, device: torch.device) -> Forward:
@@ -102,37 +114,81 @@ class Checkpoint:
         """The network with the evaluated weights, in evaluation mode.
 
         Raises:
-            UserError: where the file of the weights does not have the recorded hash.
+            UserError: where the file of the weights does not have the recorded hash, or does not
+                hold finite weights of this network.
         """
+        tensors = self.load_tensors(MODEL)
         config = self.model.with_fresh_weights()
-        network = registry.build(config, num_classes=len(self.labels), image_size=self.image_size)
-        network.load_state_dict(self.load_tensors(MODEL))
+        limit = sum(tensor.numel() for tensor in tensors.values()) + _SPARE_PARAMETERS
+        try:
+            with registry.at_most_parameters(limit):
+                network = registry.build(
+                    config, num_classes=len(self.labels), image_size=self.image_size
+                )
+            network.load_state_dict(tensors)
+        except (RuntimeError, UserError) as error:
+            raise self._does_not_fit(MODEL, error) from error
         return network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """A tensor file's content, checked against its hash."""
-        content = storage.read_bytes(storage.join(self.path, name))
-        if hashlib.sha256(content).hexdigest() != self.files[name]:
-            raise UserError(f"{self.path}: {name} is damaged: its hash is not the recorded one")
-        return safetensors.torch.load(content)
+        """A tensor file's content, checked against its hash; all numbers are finite.
+
+        Raises:
+            UserError: for a file that is missing or damaged, or numbers that are not finite.
+        """
+        path = storage.join(self.path, name)
+        try:
+            content = read_file(path, self.files[name], advice="")
+        except FileNotFoundError as error:
+            raise _incomplete(self.path, name) from error
+        return tensor_files.parse(content, path)
 
     def restore(self, model: nn.Module, average: nn.Module, optimizer: Any) -> None:
-        """Restores the tensors of a training run as they were after `epoch`."""
+        """Restores the tensors of a training run as they were after `epoch`.
+
+        Raises:
+            UserError: where they are damaged, or those of another network or optimizer.
+        """
         tensors = self.load_tensors(_TRAINING)
+        weights = self.load_tensors(MODEL)
         own = {key: value for key, value in tensors.items() if key.startswith("model.")}
-        model.load_state_dict({key.removeprefix("model."): own[key] for key in own})
-        average.load_state_dict(self.load_tensors(MODEL))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for key in tensors.keys() - own.keys():
-            _, index, name = key.split(".", 2)
-            value, parameter = tensors[key], parameters[int(index)]
-            if value.shape == parameter.shape:
-                # fused optimizers go through the memory of parameter and state side by side
-                value = torch.empty_like(parameter, device="cpu").copy_(value)
-            state.setdefault(int(index), {})[name] = value
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        try:
+            model.load_state_dict({key.removeprefix("model."): own[key] for key in own})
+            average.load_state_dict(weights)
+            for key in tensors.keys() - own.keys():
+                _, index, name = key.split(".", 2)
+                value, parameter = tensors[key], parameters[int(index)]
+                if value.shape == parameter.shape:
+                    # fused optimizers go through the memory of parameter and state side by side
+                    value = torch.empty_like(parameter, device="cpu").copy_(value)
+                state.setdefault(int(index), {})[name] = value
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        except (RuntimeError, ValueError, LookupError) as error:
+            raise self._does_not_fit(_TRAINING, error) from error
+
+    def _does_not_fit(self, name: str, error: Exception) -> UserError:
+        return UserError(
+            f"{self.path}: {name} does not fit the network of {INDEX}: {first_line(error)}"
+        )
+
+    def check_config(self, config: TrainConfig) -> None:
+        """Checks that a run with these settings may resume from it.
+
+        Raises:
+            OtherSettings: where the two differ in more than where the work runs.
+        """
+        try:
+            changes = differences(TrainConfig.from_dict(self.config).to_dict(), config.to_dict())
+        except (UserError, TypeError) as error:
+            changes = [first_line(error)]
+        if changes:
+            raise OtherSettings(
+                f"{self.path} was trained with other settings than this run "
+                f"({'; '.join(changes)}): remove this checkpoint, or give another --run"
+            )
 
 
 def save(
@@ -142,7 +198,7 @@ def save(
 
     Args:
         folder: the checkpoint's folder.
-        values: the fields of `Checkpoint` but for `place` and `files`.
+        values: the fields of `Checkpoint` but for `path` and `files`.
         model: the network that trains.
         average: the network that is evaluated.
         optimizer: its state may only hold tensors.
@@ -154,96 +210,179 @@ def save(
             training[f"optimizer.{index}.{name}"] = value
     files = {}
     for name, tensors in ((MODEL, average.state_dict()), (_TRAINING, training)):
-        content = safetensors.torch.save(_on_cpu(tensors))
+        content = tensor_files.to_bytes(tensors)
         (folder / name).write_bytes(content)
-        files[name] = hashlib.sha256(content).hexdigest()
+        files[name] = FileRecord.of(content).to_dict()
     index = {"format": FORMAT, **_plain(values), "files": files}
-    storage.write_json(str(folder / INDEX), index)
-
-
-def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous copies in the CPU's memory, in one transfer for each dtype.
-
-    EfficientNet-B2 has about two thousand tensors with its average and its optimizer's state: one
-    by one, each copy would wait for the GPU.
-    """
-    copies: dict[str, torch.Tensor] = {}
-    for dtype in {value.dtype for value in tensors.values()}:
-        same = {key: value.detach() for key, value in tensors.items() if value.dtype == dtype}
-        flat = torch.cat([value.contiguous().flatten() for value in same.values()]).cpu()
-        parts = flat.split([value.numel() for value in same.values()])
-        copies |= {key: part.view(same[key].shape) for key, part in zip(same, parts)}
-    return {key: copies[key] for key in tensors}
+    storage.write_json(str(folder / INDEX), with_hash(index))
 
 
 def read(path: str) -> Checkpoint:
-    """Reads a checkpoint folder.
+    """Reads a checkpoint folder's index and checks it against its own hash.
 
     Raises:
-        UserError: where it is not a checkpoint, or a file is missing.
+        UserError: where it is not a checkpoint, damaged, or of another format, or where a file is
+            missing.
     """
+    index = storage.join(path, INDEX)
     try:
-        value = storage.read_json(storage.join(path, INDEX))
-        if value.pop("format") != FORMAT:
-            raise UserError(f"{path}: this checkpoint was written by another version of fer_ray")
-        for name in value["files"]:
-            if not storage.exists(storage.join(path, name)):
-                raise UserError(f"{path}: the checkpoint is incomplete: {name} is missing")
-        value["model"] = model_config(**value["model"])
-        value["normalizer"] = Normalizer(**value["normalizer"])
-        value["labels"] = tuple(value["labels"])
-        return Checkpoint(path=path, **value)
+        record = Record(index, storage.read_json(index))
     except FileNotFoundError as error:
         raise UserError(f"{path}: not a checkpoint: {INDEX} is missing") from error
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not UTF-8
-        raise UserError(f"{path}: {INDEX} is damaged: {error}") from error
+    if (version := record.integer("format")) != FORMAT:
+        raise UserError(
+            f"{path}: this checkpoint has format {version}, this version of fer_ray reads format "
+            f"{FORMAT}: train again"
+        )
+    check_hash(record)
+    files = {name: FileRecord.parse(file) for name, file in record.record("files").records()}
+    if files.keys() != {MODEL, _TRAINING}:
+        raise record.error(f"files are not {MODEL} and {_TRAINING}")
+    for name in files:
+        if not storage.exists(storage.join(path, name)):
+            raise _incomplete(path, name)
+    return _parse(path, record, files)
 
 
-def find(path: str) -> Checkpoint:
+def _parse(path: str, record: Record, files: dict[str, FileRecord]) -> Checkpoint:
+    history = record.list("history")
+    if not all(isinstance(row, dict) and is_finite(row.get(SCORE)) for row in history):
+        raise record.error(f"a row of history has no {SCORE}")
+    normalizer = record.record("normalizer")
+    model = record.record("model")
+    model.text("name")
+    try:
+        return Checkpoint(
+            path=path,
+            run=record.text("run"),
+            environment=record.record("environment").value,
+            model=model_config(**model.value),
+            labels=record.texts("labels"),
+            image_size=record.integer("image_size", MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
+            normalizer=Normalizer(
+                normalization=normalizer.text("normalization"),
+                mean=normalizer.number("mean"),
+                std=normalizer.number("std"),
+            ),
+            flip_at_test=record.boolean("flip_at_test"),
+            precision=record.get("precision", "an arithmetic", lambda v: v in precision.ORDER),
+            epoch=record.integer("epoch", len(history), len(history)),
+            history=history,
+            config=record.record("config").value,
+            files=files,
+        )
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: {first_line(error)}") from error
+
+
+def _incomplete(path: str, name: str) -> UserError:
+    return UserError(f"{path}: the checkpoint is incomplete: {name} is missing")
+
+
+def find(
+    path: str, *, allow_fallback: bool = False, log: Callable[[str], None] = print
+) -> Checkpoint:
     """The checkpoint of a path: the folder itself, or the best one of a run's folder.
 
-    Of equally good ones it is the latest. One whose weights are damaged is passed over.
+    Of equally good ones it is the latest. Its weights have been read and are undamaged.
+
+    Args:
+        path: local path or URI of a checkpoint or of a run.
+        allow_fallback: whether a run whose best checkpoint is damaged, or may be the damaged one,
+            stands for the best of the others.
+        log: receives a line where that is done.
 
     Raises:
-        UserError: where there is no undamaged checkpoint.
+        UserError: where there is no undamaged checkpoint, or only with `allow_fallback`.
     """
     path = storage.absolute(path)
     if not storage.is_directory(path):
         raise UserError(f"{path}: no checkpoint: the folder does not exist")
     if storage.exists(storage.join(path, INDEX)):
-        return read(path)
-    checkpoints = in_run(path)
-    ranked = sorted(checkpoints, key=lambda kept: (kept.score, kept.epoch, kept.path), reverse=True)
-    if best := _first_undamaged(ranked, MODEL):
-        return best
-    raise UserError(f"{path}: no checkpoint: give the folder of a checkpoint or of a run")
+        single = read(path)
+        single.load_tensors(MODEL)
+        return single
+    problems: list[str] = []
+    ranked = sorted(
+        _readable(path, problems),
+        key=lambda kept: (kept.score, kept.epoch, kept.path),
+        reverse=True,
+    )
+    best = _first_undamaged(ranked, (MODEL,), problems)
+    if best is None and problems:
+        raise UserError(f"{path}: no checkpoint can be used: {problems[0]}")
+    if best is None:
+        raise UserError(f"{path}: no checkpoint: give the folder of a checkpoint or of a run")
+    try:
+        recorded = RunFolder(path).best_checkpoint
+        if recorded == (best.path, best.sha256):
+            problems.clear()  # the damaged ones are not the best
+        elif recorded and not problems:
+            problems.append(f"{path}: the best checkpoint is not the one that its result records")
+    except UserError as error:
+        problems.append(str(error))
+    if problems and not allow_fallback:
+        raise UserError(
+            f"{problems[0]}; to use {storage.name_of(best.path)} instead (epoch {best.epoch}, "
+            f"{SCORE} {best.score:.4f}), give --allow-fallback"
+        )
+    if problems:
+        log(f"warning: {problems[0]}; using {storage.name_of(best.path)} instead")
+    return best
 
 
-def latest(path: str) -> Checkpoint | None:
-    """The latest undamaged checkpoint of a run, from which it resumes; None where there is none."""
-    ranked = sorted(in_run(path), key=lambda kept: (kept.epoch, kept.path), reverse=True)
-    return _first_undamaged(ranked, MODEL, _TRAINING)
+def latest(path: str, *, log: Callable[[str], None] | None = None) -> Checkpoint | None:
+    """The latest undamaged checkpoint of a run, from which it resumes; None where there is none.
+
+    Args:
+        path: the run's folder.
+        log: optional; receives a line for each damaged checkpoint that is passed over.
+    """
+    problems: list[str] = []
+    ranked = sorted(
+        _readable(path, problems), key=lambda kept: (kept.epoch, kept.path), reverse=True
+    )
+    last = _first_undamaged(ranked, (MODEL, _TRAINING), problems)
+    for problem in problems if log else ():
+        log(f"warning: passing over a checkpoint: {problem}")  # type: ignore[misc]
+    return last
 
 
-def _first_undamaged(candidates: Sequence[Checkpoint], *names: str) -> Checkpoint | None:
+def in_run(path: str) -> list[Checkpoint]:
+    """The checkpoints of a run's folder; those with a damaged index are passed over."""
+    return _readable(path, [])
+
+
+def _readable(path: str, problems: list[str]) -> list[Checkpoint]:
+    """The checkpoints of a run whose index is undamaged; adds to `problems` those of the others."""
+    checkpoints = []
+    for folder in RunFolder(path).checkpoint_paths():
+        with _noting(problems, folder):
+            checkpoints.append(read(folder))
+    return checkpoints
+
+
+def _first_undamaged(
+    candidates: Sequence[Checkpoint], names: Sequence[str], problems: list[str]
+) -> Checkpoint | None:
+    """The first whose tensor files are undamaged; adds to `problems` those before it."""
     for candidate in candidates:
-        # another process may remove it meanwhile
-        with contextlib.suppress(UserError, FileNotFoundError):
+        with _noting(problems, candidate.path):
             for name in names:
                 candidate.load_tensors(name)
             return candidate
     return None
 
 
-def in_run(path: str) -> list[Checkpoint]:
-    """The checkpoints of a run's folder; incomplete ones are passed over."""
-    checkpoints = []
-    for folder in RunFolder(path).checkpoint_paths():
-        with contextlib.suppress(UserError):
-            checkpoints.append(read(folder))
-    return checkpoints
+@contextlib.contextmanager
+def _noting(problems: list[str], folder: str) -> Iterator[None]:
+    """Passes over a checkpoint that cannot be used, and notes why."""
+    try:
+        yield
+    except (UserError, FileNotFoundError) as error:
+        # the training that is going on may have removed it meanwhile
+        if storage.exists(storage.join(folder, INDEX)):
+            problems.append(first_line(error))
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

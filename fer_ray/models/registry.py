@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +43,28 @@ def build(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Modul
         UserError: for a weights file that is missing or does not fit.
     """
     return config.build(num_classes=num_classes, input_size=config.input_size or image_size)
+
+
+@contextlib.contextmanager
+def at_most_parameters(limit: int) -> Iterator[None]:
+    """Refuses, in its block, networks with more parameters, before memory for them is filled.
+
+    Raises:
+        UserError: as soon as more than `limit` parameters have been created.
+    """
+    total = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        total += 0 if parameter is None else parameter.numel()
+        if total > limit:
+            raise UserError(f"the network has more than {limit:,} parameters")
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def check(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Module:

@@ -52,12 +52,14 @@ RESULTS = pa.schema(
         ("row_sha256", pa.binary()),
         ("pixel_sum", pa.int64()),
         ("pixel_sum_squares", pa.int64()),
+        ("shard_bytes", pa.int64()),
+        ("shard_sha256", pa.string()),
     ]
 )
 """Columns of the table ``results``: one row for each file that a worker has tried to decode.
 
-`reason` is null where the file is an image of the dataset; `shard` is the file that holds it, and
-`split` the split that it shall belong to.
+`reason` is null where the file is an image of the dataset; `shard` is the file that holds it (with
+its size and hash in every row), and `split` the split that it shall belong to.
 """
 
 KEPT = "results WHERE reason IS NULL"
@@ -122,9 +124,10 @@ class Inventory:
         self.insert("INSERT INTO results SELECT * FROM new_rows", table)
 
     def update_shards(self, table: pa.Table) -> None:
-        """Records the new shards of some images; columns `path`, `shard` and `row_sha256`."""
+        """Records the new shards of some images; columns as in `shards.REWRITTEN`."""
+        changed = [name for name in table.column_names if name != "path"]
         self.insert(
-            "UPDATE results SET shard = new_rows.shard, row_sha256 = new_rows.row_sha256 "
+            f"UPDATE results SET {', '.join(f'{name} = new_rows.{name}' for name in changed)} "
             "FROM new_rows WHERE results.path = new_rows.path AND results.reason IS NULL",
             table,
         )

@@ -72,9 +72,9 @@ def prepare(
             _check_train(inventory)
             _verify_shards(inventory, staging, plan.output)
             statistics.write_quarantine(inventory, staging)
-            info = _summarize(plan)
+            summary = _summarize(plan)
             statistics.write_duplicates(inventory, staging)
-            storage.write_json(storage.join(staging, dataset.INFO_NAME), info)
+            info = dataset.write_info(staging, summary)
         for line in (*statistics.describe(info, inventory), *_warnings(plan, info)):
             log(line)
         rows = sum(split["rows"] for split in info["splits"].values())
@@ -152,26 +152,28 @@ def _split(plan: Plan, staging: str, log: Callable[[str], None]) -> None:
 
 
 def _verify_shards(inventory: Inventory, staging: str, output: str) -> None:
-    """Checks that every shard exists and has as many rows as its worker has reported."""
+    """Checks that every shard exists, as large and with as many rows as its worker has reported."""
     fs, root = storage.filesystem(staging)
-    for shard, count in inventory.rows(f"SELECT shard, count(*) FROM {KEPT} GROUP BY shard"):
+    query = f"SELECT shard, count(*), any_value(shard_bytes) FROM {KEPT} GROUP BY shard"
+    for shard, count, size in inventory.rows(query):
         try:
+            written = storage.file_size(storage.join(staging, shard))
             num_rows = pq.read_metadata(storage.join(root, shard), filesystem=fs).num_rows
         except FileNotFoundError as error:
             raise parquet.output_not_shared_error(output) from error
         assert num_rows == count, f"{shard} has {num_rows} rows, {count} were written"
+        assert written == size, f"{shard} has {written} bytes, {size} were written"
     query = f"SELECT count(*) FROM {KEPT} AND split <> split_part(shard, '/', 1)"
     (misplaced,) = inventory.row(query)
     assert not misplaced, f"{misplaced} rows are in another split's shard"
 
 
 def _summarize(plan: Plan) -> dict[str, Any]:
-    """Returns the content of ``dataset.json``."""
+    """Returns what ``dataset.json`` describes."""
     inventory = plan.inventory
     mean, std = statistics.pixel_moments(inventory, plan.image_size)
     held_out = {"fraction": plan.held_out, "seed": plan.seed} if plan.held_out else None
     return {
-        "format": dataset.FORMAT,
         "labels": list(plan.labels),
         "image_size": plan.image_size,
         "source": {"kind": plan.source_type, **plan.images.describe(inventory.listing())},

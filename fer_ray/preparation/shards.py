@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from fer_ray import storage
 from fer_ray.data import dataset, decoding
 from fer_ray.data.image_source import ImageSource
+from fer_ray.data.integrity import FileRecord
 from fer_ray.data.labels import SPLITS
 from fer_ray.data.parquet import output_not_shared_error, write_table
 from fer_ray.data.sources.files import ReadError
@@ -35,7 +36,9 @@ _COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
 
 _TASK_FILES = pa.schema([("path", pa.string()), ("label", pa.string()), ("at", pa.binary())])
 _TASK_ROWS = pa.schema([("path", pa.string()), ("split", pa.string())])
-REWRITTEN = pa.schema([("shard", pa.string()), ("path", pa.string()), ("row_sha256", pa.binary())])
+REWRITTEN = pa.schema(
+    [RESULTS.field(name) for name in ("shard", "path", "row_sha256", "shard_bytes", "shard_sha256")]
+)
 """Columns of `rewrite_shard`'s result: where each row is now, and its new hash."""
 
 
@@ -139,9 +142,8 @@ def write_shard(batch: pa.Table, *, images: ImageSource, staging: str, size: int
         pixel_sha256=[digests[i].hex() for i in decoded],  # type: ignore[union-attr]
         images=pixels[: len(decoded)],
     )
-    if decoded:
-        rows.write(staging, task["shard"])
-    return _results(task, files, reasons, digests, decoded, rows)
+    shard = rows.write(staging, task["shard"]) if decoded else None
+    return _results(task, files, reasons, digests, decoded, rows, shard)
 
 
 def _results(
@@ -151,6 +153,7 @@ def _results(
     digests: list[bytes | None],
     decoded: list[int],
     rows: _Rows,
+    shard: FileRecord | None,
 ) -> pa.Table:
     count = len(reasons)
     sums: list[Any] = [None] * count
@@ -160,9 +163,16 @@ def _results(
     columns = [
         *([task["shard"]] * count, files["path"], [task["split"]] * count, files["label"]),
         *(reasons, digests, row_digests, sums, squares),
+        *_shard_columns(shard, count),
     ]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, RESULTS)]
     return pa.Table.from_arrays(arrays, schema=RESULTS)
+
+
+def _shard_columns(shard: FileRecord | None, count: int) -> list[list[Any]]:
+    """Size and hash of a shard, once for each row; null where none was written."""
+    values = (shard.num_bytes, shard.sha256) if shard else (None, None)
+    return [[value] * count for value in values]
 
 
 def rewrite_shard(batch: pa.Table, *, staging: str) -> pa.Table:
@@ -196,8 +206,9 @@ def rewrite_shard(batch: pa.Table, *, staging: str) -> pa.Table:
             continue
         rows = _Rows.of(table.take(selected), split)
         shard = f"{split}/{name}"
-        rows.write(staging, shard)
-        columns = [[shard] * len(selected), rows.paths, rows.hash()]
+        written = rows.write(staging, shard)
+        count = len(selected)
+        columns = [[shard] * count, rows.paths, rows.hash(), *_shard_columns(written, count)]
         rewritten.append(pa.table(columns, schema=REWRITTEN))
     return pa.concat_tables(rewritten)
 
@@ -229,8 +240,8 @@ class _Rows:
             images=dataset.stack(table["image"], size),
         )
 
-    def write(self, staging: str, shard: str) -> None:
-        """Writes them as a Parquet file."""
+    def write(self, staging: str, shard: str) -> FileRecord:
+        """Writes them as a Parquet file; returns its size and hash."""
         count, size = len(self.images), self.images.shape[1]
         offsets = np.arange(count + 1, dtype=np.int32) * (size * size)
         pixels = pa.Array.from_buffers(
@@ -243,7 +254,7 @@ class _Rows:
             pa.array(self.labels, pa.string()),
             *(pixels, side, side, pa.array(self.pixel_sha256, pa.string())),
         ]
-        write_table(
+        return write_table(
             pa.Table.from_arrays(columns, schema=dataset.SCHEMA),
             staging,
             shard,

@@ -34,11 +34,19 @@ def count_splits(labels: Sequence[str], inventory: Inventory) -> dict[str, Any]:
     for split in SPLITS:
         query = f"SELECT label, count(*) FROM {KEPT} AND split = ? GROUP BY label"
         counts = Counter(dict(inventory.rows(query, split)))
-        query = f"SELECT DISTINCT shard FROM {KEPT} AND split = ? ORDER BY shard"
+        query = (
+            "SELECT shard, count(*), any_value(shard_bytes), any_value(shard_sha256) "
+            f"FROM {KEPT} AND split = ? GROUP BY shard ORDER BY shard"
+        )
         if counts:
+            parts = {
+                shard: dataset.Part(rows=rows, num_bytes=size, sha256=sha256).to_dict()
+                for shard, rows, size, sha256 in inventory.rows(query, split)
+            }
             splits[split] = {
                 "rows": counts.total(),
-                "files": [shard for (shard,) in inventory.rows(query, split)],
+                "files": list(parts),
+                "parts": parts,
                 "classes": {label: counts[label] for label in labels},
                 "unlabelled": counts[None],
             }

@@ -12,7 +12,6 @@ is killed at any moment leaves each trial either over or ready to resume.
 from __future__ import annotations
 
 import contextlib
-import io
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +26,10 @@ from fer_ray import storage
 from fer_ray.config import overrides
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data import history as histories
+from fer_ray.data import parquet
+from fer_ray.data.json_values import Record
 from fer_ray.data.run_folder import RunFolder
-from fer_ray.errors import UserError
+from fer_ray.errors import UserError, first_line
 from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
 
@@ -137,16 +138,18 @@ class TrialFolder:
 
     def read(self) -> Trial:
         """The trial as its folder records it."""
-        value = storage.read_json(self._file(_TRIAL))
-        end: dict[str, Any] = {"status": UNFINISHED, "reason": None}
+        record = Record(self._file(_TRIAL), storage.read_json(self._file(_TRIAL)))
+        end = Record("", {"status": UNFINISHED, "reason": None, "ran_on": {}})
         if storage.exists(self._file(_END)):
-            end = storage.read_json(self._file(_END))
+            end = Record(self._file(_END), storage.read_json(self._file(_END)))
         return Trial(
-            **value,
+            number=record.integer("number", self.number, self.number),
+            arm=record.get("arm", "a text or null", _is_text_or_null),
+            options=record.record("options").value,
             history=self._history(),
-            status=end["status"],
-            reason=end["reason"],
-            ran_on=end.get("ran_on", {}),
+            status=end.text("status"),
+            reason=end.get("reason", "a text or null", _is_text_or_null),
+            ran_on=end.record("ran_on").value if "ran_on" in end.value else {},
         )
 
     def save(self, history: list[dict[str, Any]], write: Callable[[Path], None]) -> None:
@@ -254,10 +257,21 @@ class SweepFolder:
         Raises:
             UserError: where the folder is not a sweep's, or of another version.
         """
-        value = storage.read_json(self._checked(SWEEP))
-        if value.get("format") != FORMAT:
+        path = self._checked(SWEEP)
+        record = Record(path, storage.read_json(path))
+        if record.integer("format") != FORMAT:
             raise UserError(f"{self.path}: this sweep was written by another version of fer_ray")
-        return value
+        for name in ("sweep", "run", "data", "data_sha256", "method"):
+            record.text(name)
+        for name in ("parameters", "multiply_adds", "train_images", "validation_images"):
+            record.integer(name)
+        record.integer("num_trials", 1), record.number("train_fraction", 0.0, 1.0)
+        record.list("seeds"), record.list("fewer_seeds_before")
+        try:
+            TrainConfig.from_dict(record.record("config").value)
+        except (UserError, TypeError) as error:
+            raise record.error(f"config: {first_line(error)}") from error
+        return record.value
 
     def write_table(self, base: TrainConfig) -> list[Trial]:
         """Writes ``trials.parquet`` from the trials' folders, and returns the trials.
@@ -277,8 +291,8 @@ class SweepFolder:
         Raises:
             UserError: where the folder is not a sweep's.
         """
-        content = storage.read_bytes(self._checked(TRIALS))
-        frame = pq.read_table(io.BytesIO(content)).to_pandas()
+        path = self._checked(TRIALS)
+        frame = parquet.parse(storage.read_bytes(path), path).to_pandas()
         missing = [name for name in schema().names if name not in frame]
         frame = frame.reindex(columns=[*frame.columns, *missing])
         return frame.sort_values(["trial", "epoch"], ignore_index=True)
@@ -304,6 +318,10 @@ class SweepFolder:
                 "of a run of jobs/tune.py"
             )
         return path
+
+
+def _is_text_or_null(value: Any) -> bool:
+    return value is None or isinstance(value, str)
 
 
 def table(trials: Sequence[Trial], base: TrainConfig) -> pa.Table:

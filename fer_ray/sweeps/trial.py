@@ -96,6 +96,9 @@ def _train_here(
     images = [Images.known(*ray.get(settings["images"][name])) for name in worker.SPLITS]
     feed = MemoryFeed(config, info, *images, group=group)
 
+    if (resume := folder.resume(_log)) is not None:
+        resume.check_config(config)
+
     def report(history: list[dict[str, Any]], save: Callable[[Path], None]) -> None:
         folder.save(history, save)
         row = history[-1]
@@ -109,7 +112,7 @@ def _train_here(
         run=folder.run,
         report=report,
         environment=environment.describe(device),
-        resume=folder.resume(_log),
+        resume=resume,
         until=until,
         log=None,
         callback=Telemetry(run=folder.run, rank=0, device=device),

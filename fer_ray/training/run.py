@@ -19,8 +19,8 @@ from fer_ray.data import object_store, row_groups
 from fer_ray.data.dataset import DatasetInfo, load_split, read_info
 from fer_ray.data.row_groups import RowGroupSlice
 from fer_ray.data.run_folder import RunFolder
-from fer_ray.errors import JobFailed, UserError
-from fer_ray.models import registry
+from fer_ray.errors import JobFailed, UserError, first_line
+from fer_ray.models import checkpoint, registry
 from fer_ray.runtime import environment, resources
 from fer_ray.training import batch_norm, local_worker, ray_trainer, worker
 from fer_ray.training.worker import SPLITS
@@ -118,7 +118,13 @@ def _check_same(config: TrainConfig, info: DatasetInfo, folder: str) -> bool:
     saved = RunFolder(folder).config
     if saved is None:
         return False
-    changes = differences(TrainConfig.from_dict(saved["config"]).to_dict(), config.to_dict())
+    try:
+        changes = differences(TrainConfig.from_dict(saved["config"]).to_dict(), config.to_dict())
+    except (UserError, TypeError) as error:
+        raise UserError(
+            f"--run: the settings in {folder} cannot be read ({first_line(error)}): give another "
+            "name"
+        ) from error
     if saved["data_sha256"] != info.data_sha256:
         changes.append(f"data: {saved['config']['data']} -> {config.data} (other images)")
     if changes:
@@ -126,6 +132,8 @@ def _check_same(config: TrainConfig, info: DatasetInfo, folder: str) -> bool:
             f"--run: {folder} exists with other settings ({'; '.join(changes)}): give another "
             "name, or the same settings to resume it"
         )
+    for saved_checkpoint in checkpoint.in_run(folder):
+        saved_checkpoint.check_config(config)
     return True
 
 
@@ -167,7 +175,7 @@ def fit(plan: Plan, *, log: Callable[[str], None] = print) -> dict[str, Any]:
     if not plan.local:
         log(f"starting {plan.config.scaling.num_workers} worker(s)")
     _run_workers(plan, feed)
-    result = _result(plan, wall_s=time.perf_counter() - start)
+    result = _result(plan, wall_s=time.perf_counter() - start, log=log)
     files.write_result(result)
     return result
 
@@ -247,6 +255,7 @@ def _feed_settings(plan: Plan, streams: bool) -> dict[str, Any]:
     if streams:
         slices = {name: row_groups.row_group_slices(plan.info, name) for name in SPLITS}
         _check_row_groups(plan, slices)
+        object_store.verify_parts(plan.info, SPLITS)
         return {"slices": slices, "spare_cpus": _spare_cpus(plan.config.scaling)}
     if plan.local:
         splits = {name: load_split(plan.info, name) for name in SPLITS}
@@ -284,14 +293,12 @@ def _run_workers(plan: Plan, feed: dict[str, Any]) -> None:
         raise JobFailed(reason)
 
 
-def _result(plan: Plan, *, wall_s: float) -> dict[str, Any]:
+def _result(plan: Plan, *, wall_s: float, log: Callable[[str], None]) -> dict[str, Any]:
     """The content of ``run.json``, from the checkpoints."""
-    from fer_ray.models import checkpoint
-
     last = checkpoint.latest(plan.folder)
     if last is None:
         raise JobFailed(f"{plan.folder}: the run ended without a checkpoint")
-    best = checkpoint.find(plan.folder)
+    best = checkpoint.find(plan.folder, allow_fallback=True, log=log)
     files = plan.files
     files.write_history(last.history)
     config = files.config

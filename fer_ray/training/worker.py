@@ -17,7 +17,7 @@ from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import UserError, first_line
 from fer_ray.metrics import training_metrics
 from fer_ray.models import checkpoint
-from fer_ray.models.checkpoint import Checkpoint
+from fer_ray.models.checkpoint import Checkpoint, OtherSettings
 from fer_ray.runtime import environment
 from fer_ray.runtime.process import (
     gpu_failure_here,
@@ -96,13 +96,15 @@ def train(
     folder = RunFolder(settings["folder"])
     if group.rank == 0:
         _prepare_folder(folder, note_group=settings.get("note_group", False))
-    resume = _latest_checkpoint(folder, group)  # all workers wait here for the first
+    resume = _latest_checkpoint(folder, group, log)  # all workers wait here for the first
     if resume and log:
         log(f"resuming after epoch {resume.epoch}")
     if resume and group.rank == 0:  # a crash may have come between a checkpoint and its row
         folder.write_history(resume.history)
     info, feed = _open_data(settings, config, group, folder, fetch)
     with _recording_failure(folder, group.rank):
+        if resume:
+            resume.check_config(config)
         loop.train(
             config,
             info,
@@ -139,9 +141,11 @@ def _prepare_folder(folder: RunFolder, *, note_group: bool) -> None:
             folder.write_placement_group(placement_group.id.hex())
 
 
-def _latest_checkpoint(folder: RunFolder, group: ProcessGroup) -> Checkpoint | None:
+def _latest_checkpoint(
+    folder: RunFolder, group: ProcessGroup, log: Callable[[str], None] | None
+) -> Checkpoint | None:
     """The run's latest undamaged checkpoint, on every worker the one that worker 0 finds."""
-    latest = checkpoint.latest(folder.path) if group.rank == 0 else None
+    latest = checkpoint.latest(folder.path, log=log) if group.rank == 0 else None
     path = group.broadcast(latest.path if latest else "")
     return checkpoint.read(path) if path else None
 
@@ -172,7 +176,7 @@ def _recording_failure(folder: RunFolder, rank: int) -> Iterator[None]:
     """Records why the training failed, where a worker knows it better than its peers."""
     try:
         yield
-    except loop.NotFinite as error:
+    except (loop.NotFinite, OtherSettings) as error:
         # all workers raise it alike, and a retry would end in the same way: so there is none
         if rank == 0:
             folder.write_failure(str(error))
