@@ -102,7 +102,7 @@ def test_an_epoch_repeats_and_another_differs(data):
 def test_workers_share_an_epoch_without_overlap(data):
     config = settings(transforms={"augmentation": "none"}, schedule={"global_batch_size": 33})
     parts = [list(feed(config, data, rank, 2).train(0)) for rank in (0, 1)]
-    assert [len(part[0].targets) for part in parts] == [16, 17]
+    assert [len(part[0].targets) for part in parts] == [11, 22]  # groups of batch norm have 11
     assert len(parts[0]) == len(parts[1])
     images = np.concatenate([seen(part) for part in parts])
     assert len({image.tobytes() for image in images}) == len(images)
