@@ -15,6 +15,8 @@ from fer_ray.sweeps.plan import Limits, SweepPlan, plan_sweep
 def config(data: str, **sections) -> TrainConfig:
     values = small.config(**sections).to_dict()
     values["schedule"]["global_batch_size"] = 16
+    if values["model"]["name"] == "sequential_cnn":
+        del values["schedule"]["batch_norm_group"]  # it has no batch norm
     return TrainConfig.from_dict({**values, "data": data})
 
 

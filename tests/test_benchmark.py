@@ -175,7 +175,7 @@ def test_the_plain_loop_has_the_requested_memory_layout():
             here.info,
             batches,
             ProcessGroup().device,
-            bfloat16=False,
+            precision="float32",
             channels_last=channels_last,
         )
         kernels = [p for p in loop._model.parameters() if p.ndim == 4 and p.shape[1] > 1]

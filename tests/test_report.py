@@ -204,7 +204,7 @@ def test_figures_are_well_formed_whatever_the_runs(tmp_path: Path):
 def test_a_file_that_is_no_history_is_refused(tmp_path: Path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "history.parquet").write_text("no Parquet")
-    with pytest.raises(UserError, match="not a training history"):
+    with pytest.raises(UserError, match="is damaged: it cannot be read as Parquet"):
         report.read_trainings(str(tmp_path), ["one"], [])
     pq.write_table(pa.table({"epoch": [1]}), tmp_path / "one" / "history.parquet")
     with pytest.raises(UserError, match="not a training history"):

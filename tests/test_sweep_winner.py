@@ -91,5 +91,5 @@ def test_a_sweep_without_a_winner_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="no trial of this sweep has finished"):
         summary.read_winner(str(folder))
     (folder / store.SUMMARY).write_text("[]")
-    with pytest.raises(UserError, match="not the summary of a sweep"):
+    with pytest.raises(UserError, match="not a JSON object but a list"):
         summary.read_winner(str(folder))
