@@ -9,13 +9,12 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fer_ray import storage
 from fer_ray.config import overrides
-from fer_ray.config.schema import TrainConfig
+from fer_ray.config.schema import ScalingConfig, TrainConfig
 from fer_ray.preparation.plan import plan_preparation
 from fer_ray.preparation.run import prepare
 from fer_ray.sweeps import store
@@ -130,8 +129,8 @@ def _outcome(sweep: str) -> dict[str, Any]:
 
 
 def _config(data: str, *, width: int, epochs: int) -> TrainConfig:
-    config = overrides.changed(
-        TrainConfig(data=data),
+    return overrides.changed(
+        TrainConfig(data=data, scaling=ScalingConfig(num_workers=1)),
         {
             "model.width": width,
             "schedule.epochs": epochs,
@@ -139,7 +138,6 @@ def _config(data: str, *, width: int, epochs: int) -> TrainConfig:
             "optimizer.optimizer": "adamw",
         },
     )
-    return replace(config, scaling=replace(config.scaling, num_workers=1))
 
 
 def _synthetic_faces(folder: str, num_images: int) -> str:
