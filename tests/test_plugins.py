@@ -101,15 +101,15 @@ def halving(step, total_steps, warmup_steps, peak):
 FORBIDDEN = {"duckdb", "matplotlib", "jinja2", "optuna"}
 LOADED = {
     "training": {
-        "data": "dataset history labels row_groups run_folder",
+        "data": "dataset history integrity json_values labels parquet row_groups run_folder",
         "runtime": "data_tasks environment process ray_compat",
         "training": "backend batch_norm data_parallel feed loop lr_schedules memory_feed "
         "optimization process_group stream_feed telemetry worker",
     },
     "predicting": {
-        "data": "dataset decoding history image_source labels parquet predictions row_groups "
-        "run_folder sources",
-        "runtime": "data_tasks ray_compat resources",
+        "data": "dataset decoding history image_source integrity json_values labels parquet "
+        "predictions row_groups run_folder sources",
+        "runtime": "data_tasks process ray_compat resources",
         "inference": "plan run",
     },
 }
