@@ -137,6 +137,7 @@ def test_unreadable_images_are_rows_with_an_error(run, loose, tmp_path):
     assert tables[0].equals(tables[1])
 
 
+@pytest.mark.slow
 def test_the_number_of_actors_does_not_change_a_bit(run, loose, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "IMAGES_PER_PART", 4)
     tables = [
@@ -327,6 +328,7 @@ def test_the_pool_grows_with_the_cluster_within_bounds(
     assert inference._count_actors(plan, requested, True, lambda line: None) == expected
 
 
+@pytest.mark.slow
 def test_a_pool_that_may_grow_predicts_every_image_once(run, loose, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "IMAGES_PER_PART", 4)
     images = {"images": str(loose[0]), "split": "x"}

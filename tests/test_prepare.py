@@ -422,6 +422,7 @@ def test_all_other_user_errors_are_raised_by_the_plan(hostile, tmp_path):
     assert (occupied / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_a_terminated_job_leaves_nothing_and_the_next_one_works(ray_cluster, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(JOB), "--source", "synthetic", "--output", str(out)]
