@@ -64,7 +64,7 @@ class Counts:
     blocking_copies: list[str] = field(default_factory=list)
     """Copies to the GPU that are not from pinned memory, or that the host waits for."""
     copies: int = 0
-    """Copies to the GPU that nobody waits for."""
+    """Copies to the GPU that the host does not wait for."""
     collectives: list[tuple[str, str, int]] = field(default_factory=list)
     """Communication in the order in which it starts: the name with the type of the numbers,
     ``forward`` or ``backward``, and the number of them."""

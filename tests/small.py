@@ -16,6 +16,10 @@ from fer_ray.training.process_group import ProcessGroup
 
 LABELS = ("angry", "happy", "sad")
 
+FLAGS = ["--width", "4", "--global-batch-size", "8", "--batch-norm-group", "4"]
+FLAGS += ["--precision", "float32"]
+"""A job's flags for the network and the batches of `config`."""
+
 
 def split(count: int, *, seed: int = 0, size: int = 12) -> Split:
     """Images whose class shows: a bright band at a height that the label decides, and noise."""

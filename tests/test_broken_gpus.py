@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import small
 import torch
 from processes import printed_by_jobs
 from sweeping import TWO, grid
@@ -24,19 +25,8 @@ cli.start_ray(num_cpus=3, num_gpus=2)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Runs a job on a machine of which Ray was told that it has two GPUs."""
-SMALL = [
-    "--width",
-    "4",
-    "--epochs",
-    "2",
-    "--global-batch-size",
-    "8",
-    "--batch-norm-group",
-    "4",
-    "--precision",
-    "float32",
-]
+"""Runs a job on a machine where Ray is set to two GPUs, which are not there."""
+SMALL = [*small.FLAGS, "--epochs", "2"]
 
 
 def run_job(name: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess:

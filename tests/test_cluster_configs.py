@@ -246,7 +246,7 @@ def test_a_machine_of_ones_own_without_a_driver_joins_with_its_cpus():
 
 
 def stated_maximum(name: str) -> str:
-    """What jobs are told of how far the cluster may grow; the head's environment has it."""
+    """The maximum of the cluster, as jobs read it; the head's environment has it."""
     commands = " ".join(read(name)["head_start_ray_commands"])
     (maximum,) = re.findall(rf"export RAY_AUTH_MODE=token {resources.MAXIMUM}=(\S+) ", commands)
     return maximum

@@ -234,18 +234,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(data, undistur
 @pytest.mark.slow
 def test_a_broken_off_job_goes_on_by_the_same_command(data, undisturbed, tmp_path):
     """The driver and its whole cluster are killed; the same command then finishes the run."""
-    flags = [
-        "--width",
-        "4",
-        "--epochs",
-        "4",
-        "--global-batch-size",
-        "8",
-        "--batch-norm-group",
-        "4",
-        "--precision",
-        "float32",
-    ]
+    flags = [*small.FLAGS, "--epochs", "4"]
     flags += ["--warmup-epochs", "0.5", "--learning-rate", "0.05", "--num-workers", "2"]
     command = [sys.executable, str(ROOT / "jobs/train.py"), "--data", data, *flags]
     command += ["--run", "tried", "--storage", str(tmp_path)]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import small
 from processes import descendants, kill_with_descendants, killing, wait_for
 from sweeping import TWO, config, grid, plan, rows, same_results
 
@@ -25,17 +26,8 @@ def data(drawn_faces):
     return drawn_faces
 
 
-COMMAND = [sys.executable, str(ROOT / "jobs/tune.py"), "--width", "4", "--seeds", "2"]
-COMMAND += [
-    "--epochs",
-    "10",
-    "--global-batch-size",
-    "8",
-    "--batch-norm-group",
-    "4",
-    "--precision",
-    "float32",
-]
+COMMAND = [sys.executable, str(ROOT / "jobs/tune.py"), *small.FLAGS]
+COMMAND += ["--seeds", "2", "--epochs", "10"]
 COMMAND += ["--warmup-epochs", "0.5", "--learning-rate", "0.05", "--sweep", "tried.toml"]
 
 

@@ -343,8 +343,9 @@ def latest(path: str, *, log: Callable[[str], None] | None = None) -> Checkpoint
         _readable(path, problems), key=lambda kept: (kept.epoch, kept.path), reverse=True
     )
     last = _first_undamaged(ranked, (MODEL, _TRAINING), problems)
-    for problem in problems if log else ():
-        log(f"warning: passing over a checkpoint: {problem}")  # type: ignore[misc]
+    if log:
+        for problem in problems:
+            log(f"warning: passing over a checkpoint: {problem}")
     return last
 
 
