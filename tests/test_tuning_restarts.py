@@ -26,9 +26,11 @@ def data(drawn_faces):
     return drawn_faces
 
 
-COMMAND = [sys.executable, str(ROOT / "jobs/tune.py"), *small.FLAGS]
-COMMAND += ["--seeds", "2", "--epochs", "10"]
-COMMAND += ["--warmup-epochs", "0.5", "--learning-rate", "0.05", "--sweep", "tried.toml"]
+TUNE = [sys.executable, str(ROOT / "jobs/tune.py"), *small.FLAGS]
+TUNE += ["--warmup-epochs", "0.5", "--learning-rate", "0.05"]
+COMMAND = [*TUNE, "--seeds", "2", "--epochs", "10", "--sweep", "tried.toml"]
+SEARCHING = [*TUNE, "--epochs", "9", "--num-trials", "6", "--max-concurrent", "1"]
+SEARCHING += ["--sweep", "searched.toml"]
 
 
 def job(data: str, folder: Path, *more: str) -> subprocess.Popen:
@@ -171,10 +173,6 @@ def test_a_search_stops_trials_and_goes_on_with_more(data, tmp_path):
     kept = more[more["trial"] < 8].reset_index(drop=True)
     assert kept.equals(found.reset_index(drop=True))
     assert summary["winner"]["settings"]["schedule.epochs"] == 9
-
-
-SEARCHING = [*COMMAND[:4], *("--epochs", "9", "--num-trials", "6", "--max-concurrent", "1")]
-SEARCHING += [*COMMAND[8:-1], "searched.toml"]
 
 
 def search_job(data: str, folder: Path) -> subprocess.Popen:
