@@ -152,16 +152,27 @@ def test_layers_that_cannot_be_computed_in_groups_are_refused():
         batch_norm.check(nn.Sequential(nn.BatchNorm1d(2, momentum=None)), use_gpu=False)
 
 
-@pytest.mark.parametrize("momentum", [0.1, 0.9, 1.0])
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_updates_in_turn_have_equal_weights(momentum, count):
-    old, weights = 1.0, []
-    for index in range(count):
-        share = batch_norm.equal_share(momentum, index, count)
-        old *= 1 - share
-        weights = [weight * (1 - share) for weight in weights] + [share]
-    assert old == pytest.approx(1 - momentum)
-    assert weights == pytest.approx([momentum / count] * count)
+def test_running_statistics_follow_the_average_over_the_groups_of_each_batch():
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.BatchNorm1d(3, momentum=0.3)
+    grouped = batch_norm.in_groups(layer, size=4, device=CPU)
+    mean, var = torch.zeros(3), torch.ones(3)
+    for groups in (1, 5, 2):
+        x = torch.randn(4 * groups, 3, generator=generator) * 3 + 1
+        grouped(x)
+        parts = x.split(4)
+        mean = 0.7 * mean + 0.3 * torch.stack([part.mean(0) for part in parts]).mean(0)
+        var = 0.7 * var + 0.3 * torch.stack([part.var(0) for part in parts]).mean(0)
+        assert torch.allclose(layer.running_mean, mean) and torch.allclose(layer.running_var, var)
+    assert int(layer.num_batches_tracked) == 3
+
+
+def test_a_batch_that_fails_leaves_the_layers_as_they_were():
+    layer = nn.BatchNorm1d(3)
+    grouped = batch_norm.in_groups(nn.Sequential(layer, nn.Linear(4, 2)), size=4, device=CPU)
+    with pytest.raises(RuntimeError):
+        grouped(torch.rand(8, 3))
+    assert layer.momentum == 0.1 and torch.equal(layer.running_mean, torch.zeros(3))
 
 
 def test_the_default_group_divides_the_batch():

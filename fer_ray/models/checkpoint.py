@@ -70,6 +70,8 @@ class Checkpoint:
     """Whether its probabilities average each image and its mirror image."""
     precision: str
     """In which arithmetic it was trained and validated, one of `precision.ORDER`."""
+    compiled: bool
+    """Whether the network was compiled for training."""
     epoch: int
     """Number of finished epochs."""
     history: list[dict[str, Any]]
@@ -88,6 +90,11 @@ class Checkpoint:
     def score(self) -> float:
         """The value whose maximum makes a checkpoint the best one."""
         return float(self.metrics[SCORE]) if self.history else -math.inf
+
+    @property
+    def computed_in(self) -> str:
+        """How training computed: its arithmetic, and whether the network was compiled."""
+        return f"{self.precision}, compiled" if self.compiled else self.precision
 
     @property
     def sha256(self) -> str:
@@ -266,6 +273,7 @@ def _parse(path: str, record: Record, files: dict[str, FileRecord]) -> Checkpoin
             ),
             flip_at_test=record.boolean("flip_at_test"),
             precision=record.get("precision", "an arithmetic", lambda v: v in precision.ORDER),
+            compiled=record.boolean("compiled"),
             epoch=record.integer("epoch", len(history), len(history)),
             history=history,
             config=record.record("config").value,

@@ -210,7 +210,7 @@ class TrialFolder:
         device = hardware.get("gpu") or f"{hardware['processor']}, {hardware['cores']} cores"
         return {
             "hardware": f"{device}, {hardware['threads_per_worker']} thread(s) a worker",
-            "computed_in": last.precision,
+            "computed_in": last.computed_in,
             "versions": f"torch {versions['torch']}, ray {versions['ray']}",
         }
 

@@ -19,6 +19,7 @@ from fer_ray.sweeps import store
 from fer_ray.sweeps.losses import GpuFailed, WorkersLost
 from fer_ray.sweeps.store import SweepFolder, TrialFolder
 from fer_ray.training import loop, ray_trainer, worker
+from fer_ray.training.compilation import CannotCompile
 from fer_ray.training.feed import Images
 from fer_ray.training.loop import StopReason
 from fer_ray.training.memory_feed import MemoryFeed
@@ -58,7 +59,7 @@ def run(config: dict[str, Any], *, settings: dict[str, Any]) -> None:
         _end_unless_paused(folder, train_config)
     except WorkersLost:
         raise
-    except (loop.NotFinite, JobFailed) as error:
+    except (loop.NotFinite, CannotCompile, JobFailed) as error:
         folder.end(store.FAILED, first_line(error))
     except Exception as error:
         if failure := process.gpu_failure_here(error):

@@ -105,35 +105,66 @@ class GroupsInTurn(nn.Module):
         """Takes the network and the number of images in a group."""
         super().__init__()
         self.network, self._size = network, size
-        self._momenta = [(layer, layer.momentum) for _, layer in _layers(network)]
+        self._tracking = [_Tracking(layer) for _, layer in _layers(network) if _tracks(layer)]
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """What the network returns for each group of (N, ...), joined again."""
         groups = batch.split(self._size)
+        if not self.network.training or len(groups) == 1:
+            return torch.cat([self.network(group) for group in groups])
         results = []
         try:
-            for index, group in enumerate(groups):
-                for layer, momentum in self._momenta:
-                    layer.momentum = equal_share(momentum, index, len(groups))
+            for tracking in self._tracking:
+                tracking.begin()
+            for group in groups:
                 results.append(self.network(group))
+                for tracking in self._tracking:
+                    tracking.add()
+            for tracking in self._tracking:
+                tracking.finish(len(groups))
         finally:
-            for layer, momentum in self._momenta:
-                layer.momentum = momentum
-        if self.network.training:
-            for layer, _ in self._momenta:
-                if layer.num_batches_tracked is not None:  # counts steps, not groups
-                    layer.num_batches_tracked.sub_(len(groups) - 1)
+            for tracking in self._tracking:
+                tracking.end()
         return torch.cat(results)
 
 
-def equal_share(momentum: float, index: int, count: int) -> float:
-    """The momentum with which update `index` of `count` gets the same weight as the others.
+def _tracks(layer: Any) -> bool:
+    return layer.running_mean is not None
 
-    Together they keep 1 - `momentum` of the old value, and each adds `momentum` / `count` of its
-    own: the shares m_i solve m_i (1 - m_(i+1)) ... (1 - m_(count-1)) = momentum / count.
+
+class _Tracking:
+    """Has a layer follow the average over the groups of a batch, as if that were one group.
+
+    During the batch the layer has another buffer and a momentum of 1, so that the buffer holds the
+    moments of the last group. The same momentum for all groups lets a network be compiled once.
     """
-    share = momentum / count
-    return share / (1.0 - share * (count - 1 - index))
+
+    def __init__(self, layer: Any) -> None:
+        self._layer, self._buffers = layer, (layer.running_mean, layer.running_var)
+        self._momentum = layer.momentum
+        # only the layer itself writes to these: backward passes refuse tensors that others changed
+        self._moments = tuple(torch.zeros_like(buffer) for buffer in self._buffers)
+        self._sums = tuple(torch.zeros_like(buffer) for buffer in self._buffers)
+
+    def begin(self) -> None:
+        self._layer.momentum = 1.0
+        self._layer.running_mean, self._layer.running_var = self._moments
+        for total in self._sums:
+            total.zero_()
+
+    def add(self) -> None:
+        for total, moments in zip(self._sums, self._moments):
+            total.add_(moments)
+
+    def finish(self, count: int) -> None:
+        with torch.no_grad():
+            for buffer, total in zip(self._buffers, self._sums):
+                buffer.lerp_(total.div_(count), self._momentum)
+        self._layer.num_batches_tracked.sub_(count - 1)  # counts steps, not groups
+
+    def end(self) -> None:
+        self._layer.momentum = self._momentum
+        self._layer.running_mean, self._layer.running_var = self._buffers
 
 
 class _GroupedBatchNorm:

@@ -24,7 +24,7 @@ from fer_ray.metrics import training_metrics
 from fer_ray.models import checkpoint, precision, registry
 from fer_ray.models.checkpoint import Checkpoint
 from fer_ray.models.forward import Forward
-from fer_ray.training import batch_norm, optimization
+from fer_ray.training import batch_norm, compilation, optimization
 from fer_ray.training.data_parallel import data_parallel
 from fer_ray.training.feed import Batch, Feed, own_part
 from fer_ray.training.process_group import ProcessGroup
@@ -78,8 +78,16 @@ def train(
         callback: optional; is notified of every step and epoch.
     """
     labels = {"run": run, "environment": environment or {}}
-    trainer = Trainer(config, info, feed, group=group, labels=labels, resume=resume)
-    trainer.log, trainer.callback = log, callback
+    trainer = Trainer(
+        config,
+        info,
+        feed,
+        group=group,
+        labels=labels,
+        resume=resume,
+        log=log,
+        callback=callback,
+    )
     trainer.fit(report, until)
 
 
@@ -95,10 +103,11 @@ class Trainer:
         group: ProcessGroup,
         labels: dict[str, Any],
         resume: Checkpoint | None,
+        log: Callable[[str], None] | None = None,
+        callback: Callback | None = None,
     ) -> None:
         self.config, self.info, self.group, self.labels = config, info, group, labels
-        self.log: Callable[[str], None] | None = None
-        self.callback: Callback | None = None
+        self.log, self.callback = log, callback
         self.feed, self.steps_per_epoch = feed, feed.steps_per_epoch
         self.history = list(resume.history) if resume else []
         self.forward = Forward(
@@ -143,6 +152,12 @@ class Trainer:
         if resume:
             resume.restore(model, self.average.model, self.optimizer)
         self.model: nn.Module = model
+        self.compiled = resume.compiled if resume else self._decides_to_compile()
+        if self.compiled:
+            self._check_compiler()
+            if self.log:
+                self.log("compiling the network, which takes minutes when it is the first time")
+            model = compilation.compiled(model)
         unit = self.config.images_per_unit
         self.parallel = batch_norm.in_groups(model, size=unit, device=self.group.device)
         if self.group.size > 1:
@@ -150,6 +165,22 @@ class Trainer:
             example = torch.zeros(unit, 1, size, size, device=self.group.device)
             layout = example.contiguous(memory_format=torch.channels_last)
             self.parallel = data_parallel(self.parallel, layout)
+
+    def _decides_to_compile(self) -> bool:
+        """All workers decide alike: one that cannot compile decides for all."""
+        schedule, device = self.config.schedule, self.group.device
+        if schedule.compile != "auto":
+            return schedule.compile == "on"
+        images = schedule.epochs * self.steps_per_epoch * schedule.global_batch_size
+        size = self.forward.input_size
+        pays = compilation.pays(self.model, size=size, images=images, device=device)
+        return not self.group.maximum(not pays)
+
+    def _check_compiler(self) -> None:
+        """Raises `CannotCompile` on every worker where one of them cannot compile."""
+        reason = compilation.problem()
+        if self.group.maximum(reason is not None):
+            raise compilation.CannotCompile(reason)
 
     def fit(self, report: Report, until: int | None = None) -> None:
         """Runs the remaining epochs and reports each; raises `NotFinite` on every worker."""
@@ -279,6 +310,7 @@ class Trainer:
             "normalizer": self.forward.normalizer,
             "flip_at_test": self.forward.flip_at_test,
             "precision": self.forward.precision,
+            "compiled": self.compiled,
             "epoch": len(self.history),
             "history": self.history,
             "config": self.config.to_dict(),

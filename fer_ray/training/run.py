@@ -315,7 +315,7 @@ def _result(plan: Plan, *, wall_s: float, log: Callable[[str], None]) -> dict[st
         "wall_s": wall_s,
         "images_per_s": statistics.median(row["images_per_s"] for row in last.history),
         "loading": config["loading"],
-        "computed_in": last.precision,
+        "computed_in": last.computed_in,
         "seed": plan.config.schedule.seed,
         "num_workers": plan.config.scaling.num_workers,
         "data_sha256": plan.info.data_sha256,

@@ -26,6 +26,7 @@ from fer_ray.runtime.process import (
     out_of_memory,
 )
 from fer_ray.training import loop
+from fer_ray.training.compilation import CannotCompile
 from fer_ray.training.feed import Feed, Images
 from fer_ray.training.memory_feed import MemoryFeed
 from fer_ray.training.process_group import ProcessGroup
@@ -176,7 +177,7 @@ def _recording_failure(folder: RunFolder, rank: int) -> Iterator[None]:
     """Records why the training failed, where a worker knows it better than its peers."""
     try:
         yield
-    except (loop.NotFinite, OtherSettings) as error:
+    except (loop.NotFinite, OtherSettings, CannotCompile) as error:
         # all workers raise it alike, and a retry would end in the same way: so there is none
         if rank == 0:
             folder.write_failure(str(error))
