@@ -68,43 +68,44 @@ def test_a_training_without_a_driver_ends_in_one_line(drawn_faces, tmp_path):
 
 
 BROKEN_NODE = """
+import os
 import sys
 from pathlib import Path
 
 import ray
 from ray.cluster_utils import Cluster
 
+import small
 import sweeping
 from fer_ray import cli
 from fer_ray.sweeps.run import run_sweep
+from fer_ray.training import run
 
-data, folder, file = sys.argv[1:]
+data, folder = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 cluster.add_node(num_cpus=1)
 cluster.wait_for_nodes()
 cli.start_ray(address=cluster.address)
-Path(file).write_text(ray.nodes()[0]["NodeID"])
 run_sweep(sweeping.plan(data, Path(folder), num_seeds=2), log=cli.log)
+Path(os.environ["BROKEN_NODE"]).unlink()
+values = small.config(scaling={"max_failures": 0}).to_dict() | {"data": data}
+config = run.TrainConfig.from_dict(values)
+run.fit(run.plan(config, storage_path=folder, run="plain"), log=cli.log)
 ray.shutdown()
 cluster.shutdown()
 """
 
 
 @pytest.mark.slow
-def test_trials_avoid_a_node_whose_driver_is_broken(drawn_faces, tmp_path):
+def test_a_node_whose_driver_is_broken_is_avoided(drawn_faces, tmp_path):
     """Without that, the node would fail all trials while the other one trains its first."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     environment |= {"FER_RAY_PLUGINS": "broken_node", "BROKEN_NODE": str(tmp_path / "node")}
-    command = [
-        sys.executable,
-        "-c",
-        BROKEN_NODE,
-        drawn_faces,
-        str(tmp_path),
-        str(tmp_path / "node"),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-c", BROKEN_NODE, drawn_faces, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert 1 <= done.stdout.count("was interrupted: the GPU of node ") <= 2
     trials = SweepFolder(str(tmp_path / "tried")).trials()
     assert [(trial.status, len(trial.history)) for trial in trials] == [(FINISHED, 2)] * 4
+    assert done.stdout.count(": going on without this node") == 1
+    assert (tmp_path / "plain/run.json").exists() and not (tmp_path / "plain/failure.json").exists()

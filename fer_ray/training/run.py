@@ -22,6 +22,7 @@ from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import JobFailed, UserError, first_line
 from fer_ray.models import checkpoint, registry
 from fer_ray.runtime import environment, resources
+from fer_ray.runtime.process import is_kernel_fault
 from fer_ray.training import batch_norm, local_worker, ray_trainer, worker
 from fer_ray.training.worker import SPLITS
 from fer_ray.transforms import albumentations_engine
@@ -174,7 +175,7 @@ def fit(plan: Plan, *, log: Callable[[str], None] = print) -> dict[str, Any]:
     log(_announcement(plan, streams))
     if not plan.local:
         log(f"starting {plan.config.scaling.num_workers} worker(s)")
-    _run_workers(plan, feed)
+    _run_workers(plan, feed, log)
     result = _result(plan, wall_s=time.perf_counter() - start, log=log)
     files.write_result(result)
     return result
@@ -200,12 +201,17 @@ def _check_resources(config: TrainConfig, log: Callable[[str], None]) -> None:
     """Refuses what this cluster can never provide, instead of waiting for ever."""
     scaling = config.scaling
     demand = resources.Demand(
-        each={"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {}),
+        each=_reserved(scaling),
         count=scaling.num_workers,
         flags={"CPU": "--num-workers", "GPU": "--use-gpu"},
         hint="fewer workers or a lower --cpus-per-worker fit",
     )
     resources.check(demand, log=log)
+
+
+def _reserved(scaling: ScalingConfig) -> dict[str, float]:
+    """What each worker reserves."""
+    return {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
 
 
 def decide_loading(plan: Plan) -> bool:
@@ -275,8 +281,20 @@ def _check_row_groups(plan: Plan, slices: dict[str, list[RowGroupSlice]]) -> Non
     files.write_row_groups(rows)
 
 
-def _run_workers(plan: Plan, feed: dict[str, Any]) -> None:
+def _run_workers(plan: Plan, feed: dict[str, Any], log: Callable[[str], None]) -> None:
+    """Trains to the end; nodes whose GPU cannot be used are left out where others are enough."""
     settings = {"config": plan.config.to_dict(), "run": plan.run, "folder": plan.folder, **feed}
+    avoided: set[str] = set()
+    while failure := _try_workers(plan, settings, avoided):
+        reason, node = plan.files.failure, plan.files.failed_node
+        if not (reason and node and _fits_without(node, avoided, reason, plan.config.scaling)):
+            raise failure
+        avoided.add(node)
+        log(f"{reason}: going on without this node")
+
+
+def _try_workers(plan: Plan, settings: dict[str, Any], avoided: set[str]) -> JobFailed | None:
+    """Trains on nodes that are not avoided; returns what ended it before the end, if anything."""
     files, scaling = plan.files, plan.config.scaling
     files.clear_failure()
     failed = f"run {plan.run} failed (the same command resumes it)"
@@ -284,13 +302,20 @@ def _run_workers(plan: Plan, feed: dict[str, Any]) -> None:
         if plan.local:
             local_worker.run_worker(settings, use_gpu=scaling.use_gpu, failed=failed)
         else:
-            ray_trainer.run_trainer(worker.work, settings, scaling, run=plan.run, failed=failed)
+            ray_trainer.run_trainer(
+                worker.work, settings, scaling, run=plan.run, failed=failed, avoid=avoided
+            )
     except JobFailed as error:
-        if reason := files.failure:
-            raise JobFailed(f"{error} ({reason})") from error
-        raise
-    if reason := files.failure:
-        raise JobFailed(reason)
+        reason = files.failure
+        return JobFailed(f"{error} ({reason})") if reason else error
+    return JobFailed(reason) if (reason := files.failure) else None
+
+
+def _fits_without(node: str, avoided: set[str], reason: str, scaling: ScalingConfig) -> bool:
+    """Whether the workers fit other nodes than one whose GPU failed, and not by a computation."""
+    if node in avoided or is_kernel_fault(reason):
+        return False
+    return resources.fits_beside(_reserved(scaling), {*avoided, node}, count=scaling.num_workers)
 
 
 def _result(plan: Plan, *, wall_s: float, log: Callable[[str], None]) -> dict[str, Any]:
