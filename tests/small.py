@@ -96,5 +96,5 @@ def write_checkpoint(described: DatasetInfo, path: Path) -> Path:
         resume=None,
     )
     path.mkdir(parents=True)
-    trainer.save(path)
+    trainer.snapshot()(path)
     return path

@@ -242,10 +242,10 @@ def train(config: TrainConfig, folder: Path, group: ProcessGroup, *, epochs: int
     labels = {"run": "x", "environment": {}}
     built = Trainer(config, info, feed, group=group, labels=labels, resume=resume)
 
-    def report(history, save):
+    def report(history, snapshot):
         if group.rank == 0 and len(history) == 1:
             folder.mkdir()
-            save(folder)
+            snapshot()(folder)
 
     built.fit(report, epochs)
     return {"model": built.model.state_dict(), "average": built.average.model.state_dict()}

@@ -14,7 +14,7 @@ import torch
 
 from fer_ray.data.integrity import FileRecord
 from fer_ray.errors import UserError
-from fer_ray.models import checkpoint
+from fer_ray.models import checkpoint, run_checkpoints
 from fer_ray.training import loop
 from fer_ray.training.process_group import ProcessGroup
 
@@ -34,10 +34,10 @@ def saved(tmp_path_factory):
         resume=None,
     )
 
-    def report(history, save):
+    def report(history, snapshot):
         path = folder / f"checkpoint_{len(history)}"
         path.mkdir()
-        save(path)
+        snapshot()(path)
 
     trainer.fit(report)
     return folder, trainer
@@ -70,8 +70,8 @@ def test_the_normalization_travels_exactly(saved):
 
 def test_a_run_stands_for_its_best_checkpoint_and_of_equals_the_latest(saved, tmp_path):
     folder, _ = saved
-    found = checkpoint.find(str(folder))
-    kept = checkpoint.in_run(str(folder))
+    found = run_checkpoints.find(str(folder))
+    kept = run_checkpoints.in_run(str(folder))
     assert sorted(one.epoch for one in kept) == [1, 2, 3]
     best = max(one.score for one in kept)
     assert found.score == best
@@ -82,7 +82,7 @@ def test_a_run_stands_for_its_best_checkpoint_and_of_equals_the_latest(saved, tm
 def two(saved, tmp_path):
     """A run with a best checkpoint, ``checkpoint_b``, and one that is as good, ``checkpoint_a``."""
     folder, _ = saved
-    best = checkpoint.find(str(folder))
+    best = run_checkpoints.find(str(folder))
     for name in ("checkpoint_a", "checkpoint_b"):
         shutil.copytree(best.path, tmp_path / name)
     return tmp_path
@@ -94,9 +94,9 @@ def test_a_damaged_best_checkpoint_is_replaced_only_on_request_and_said_so(two, 
     file = two / "checkpoint_b" / name
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match=f"^{file} is damaged: .*checkpoint_a.*--allow-fallback$"):
-        checkpoint.find(str(two))
+        run_checkpoints.find(str(two))
     lines: list[str] = []
-    kept = checkpoint.find(str(two), allow_fallback=True, log=lines.append)
+    kept = run_checkpoints.find(str(two), allow_fallback=True, log=lines.append)
     assert kept.path.endswith("checkpoint_a")
     (line,) = lines
     assert line.startswith(f"warning: {file} is damaged") and line.endswith(
@@ -104,41 +104,43 @@ def test_a_damaged_best_checkpoint_is_replaced_only_on_request_and_said_so(two, 
     )
     shutil.rmtree(two / "checkpoint_a")
     with pytest.raises(UserError, match=f"no checkpoint can be used: {file} is damaged"):
-        checkpoint.find(str(two), allow_fallback=True)
+        run_checkpoints.find(str(two), allow_fallback=True)
 
 
 def test_a_result_tells_which_checkpoint_is_the_best(two):
-    best = checkpoint.find(str(two))
+    best = run_checkpoints.find(str(two))
     assert best.path.endswith("checkpoint_b")
     result = {"best_checkpoint": "checkpoint_b", "checkpoint_sha256": best.sha256}
     (two / "run.json").write_text(json.dumps(result))
     (two / "checkpoint_a" / "checkpoint.json").write_text("{")
-    assert checkpoint.find(str(two)).path == best.path, "another one is damaged"
+    assert run_checkpoints.find(str(two)).path == best.path, "another one is damaged"
     shutil.rmtree(two / "checkpoint_a")
     for changes in ({"best_checkpoint": "checkpoint_a"}, {"checkpoint_sha256": "0" * 64}):
         (two / "run.json").write_text(json.dumps(result | changes))
         with pytest.raises(UserError, match="not the one that its result records"):
-            checkpoint.find(str(two))
+            run_checkpoints.find(str(two))
     (two / "run.json").write_text(json.dumps(result | {"best_checkpoint": "../victim"}))
     with pytest.raises(UserError, match=r"best_checkpoint is '\.\./victim', not a plain name"):
-        checkpoint.find(str(two))
-    assert checkpoint.find(str(two), allow_fallback=True, log=lambda line: None).path == best.path
+        run_checkpoints.find(str(two))
+    assert (
+        run_checkpoints.find(str(two), allow_fallback=True, log=lambda line: None).path == best.path
+    )
 
 
 @pytest.mark.parametrize("damaged", ["model.safetensors", "training.safetensors"])
 def test_a_run_goes_on_from_its_latest_checkpoint_that_is_undamaged(saved, tmp_path, damaged):
     """Ray Train copies the files one by one: a crash leaves any of them short."""
     folder, _ = saved
-    assert checkpoint.latest(str(tmp_path)) is None
+    assert run_checkpoints.latest(str(tmp_path)) is None
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    assert checkpoint.latest(str(tmp_path)).epoch == 3
+    assert run_checkpoints.latest(str(tmp_path)).epoch == 3
     file = tmp_path / "checkpoint_3" / damaged
     file.write_bytes(file.read_bytes()[:-100])
     lines: list[str] = []
-    assert checkpoint.latest(str(tmp_path), log=lines.append).epoch == 2
+    assert run_checkpoints.latest(str(tmp_path), log=lines.append).epoch == 2
     assert len(lines) == 1 and f"passing over a checkpoint: {file} is damaged" in lines[0]
     (tmp_path / "checkpoint_2" / "checkpoint.json").unlink()
-    assert checkpoint.latest(str(tmp_path)).epoch == 1
+    assert run_checkpoints.latest(str(tmp_path)).epoch == 1
 
 
 def test_restoring_gives_the_optimizer_back(saved):
@@ -188,15 +190,15 @@ def test_what_is_not_whole_is_refused_and_passed_over(saved, tmp_path):
     (copy / "training.safetensors").unlink()
     with pytest.raises(UserError, match=r"training\.safetensors is missing"):
         checkpoint.read(str(copy))
-    assert checkpoint.in_run(str(tmp_path)) == []
+    assert run_checkpoints.in_run(str(tmp_path)) == []
     with pytest.raises(UserError, match="no checkpoint"):
-        checkpoint.find(str(tmp_path))
+        run_checkpoints.find(str(tmp_path))
     for content in (b"{", b"\xff\xfe", b"[]"):
         (copy / "checkpoint.json").write_bytes(content)
         with pytest.raises(UserError, match="damaged"):
             checkpoint.read(str(copy))
     with pytest.raises(UserError, match="the folder does not exist"):
-        checkpoint.find(str(copy / "checkpoint.json"))
+        run_checkpoints.find(str(copy / "checkpoint.json"))
 
 
 @pytest.fixture
@@ -292,7 +294,7 @@ def test_a_malformed_index_is_one_line_that_names_it(copy, changes, message):
     assert str(copy) in str(caught.value) and "\n" not in str(caught.value)
     shutil.copytree(copy, copy.parent / "checkpoint_2")
     rewriting.hash_again(copy / "checkpoint.json")
-    assert checkpoint.in_run(str(copy.parent)) == []
+    assert run_checkpoints.in_run(str(copy.parent)) == []
 
 
 @pytest.mark.parametrize(
@@ -305,8 +307,8 @@ def test_an_index_that_is_no_json_object_does_not_block_other_checkpoints(saved,
     with pytest.raises(UserError, match=f"{index} is damaged") as caught:
         checkpoint.read(str(copy))
     assert "\n" not in str(caught.value)
-    assert [kept.epoch for kept in checkpoint.in_run(str(copy.parent))] == [2]
-    assert checkpoint.latest(str(copy.parent)).epoch == 2
+    assert [kept.epoch for kept in run_checkpoints.in_run(str(copy.parent))] == [2]
+    assert run_checkpoints.latest(str(copy.parent)).epoch == 2
 
 
 @pytest.mark.parametrize("name", ["checkpoint.json", "model.safetensors"])
@@ -335,7 +337,7 @@ def test_weights_that_are_not_finite_are_refused(copy, value):
     weights["classifier.weight"][0, 0] = value
     replace_weights(copy, safetensors.torch.save(weights))
     with pytest.raises(UserError, match=r"'classifier\.weight' has values that are infinite or no"):
-        checkpoint.find(str(copy))
+        run_checkpoints.find(str(copy))
 
 
 def header(text: bytes, length: int | None = None) -> bytes:

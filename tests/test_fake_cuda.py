@@ -144,7 +144,7 @@ def test_a_run_of_each_network(name, tmp_path):
         # its loss and its metrics, once
         assert not evaluated.blocking_copies and len(evaluated.waits) <= 2
         if not is_large:
-            built.save(tmp_path)
+            built.snapshot()(tmp_path)
             assert len(recorder.take().waits) <= 4  # two files of two types of numbers
     if name == "custom_cnn":
         check_resumed(settings, tmp_path)

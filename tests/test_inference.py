@@ -23,7 +23,7 @@ from fer_ray.data.labels import probability_column
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.inference import plan as planning
 from fer_ray.inference import run as inference
-from fer_ray.models import checkpoint
+from fer_ray.models import run_checkpoints
 from fer_ray.preparation.plan import plan_preparation
 from fer_ray.preparation.run import prepare
 from fer_ray.runtime import resources
@@ -55,10 +55,10 @@ def run(data, tmp_path_factory):
         resume=None,
     )
 
-    def report(history, save):
+    def report(history, snapshot):
         path = folder / "checkpoint_1"
         path.mkdir(parents=True)
-        save(path)
+        snapshot()(path)
 
     trainer.fit(report)
     return folder
@@ -72,7 +72,7 @@ def predict(folder: Path, output: Path, *, actors: int = 1, **given) -> predicti
 
 
 def direct(run: Path, images: np.ndarray) -> np.ndarray:
-    found = checkpoint.find(str(run))
+    found = run_checkpoints.find(str(run))
     model = found.load_model(torch.device("cpu"))
     return found.forward(torch.device("cpu")).probabilities(model, torch.from_numpy(images)).numpy()
 
@@ -96,7 +96,7 @@ def test_predictions_are_those_of_direct_calls_by_id(data, run, tmp_path):
     assert table["correct"].to_pylist() == (expected.argmax(1) == split.labels).tolist()
     assert table["confidence"].to_pylist() == pytest.approx(expected.max(1).tolist(), rel=1e-5)
     assert table["pixel_sha256"].to_pylist() == split.pixel_sha256
-    assert found.checkpoint == checkpoint.find(str(run)).sha256
+    assert found.checkpoint == run_checkpoints.find(str(run)).sha256
 
 
 def picture(seed: int, size: int = 48) -> bytes:

@@ -19,7 +19,7 @@ from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import JobFailed, UserError
 from fer_ray.inference import plan as planning
 from fer_ray.inference import run as inference
-from fer_ray.models import checkpoint
+from fer_ray.models import run_checkpoints
 from fer_ray.training import run as training
 from fer_ray.training import worker
 
@@ -42,7 +42,7 @@ def fit(config: TrainConfig, folder: Path, *, local: bool = True) -> dict:
 
 def weights(folder: Path) -> dict[str, bytes]:
     """The tensor files of a run's last checkpoint."""
-    return dict(max(checkpoint.in_run(str(folder / "tried")), key=lambda one: one.epoch).files)
+    return dict(max(run_checkpoints.in_run(str(folder / "tried")), key=lambda one: one.epoch).files)
 
 
 @pytest.fixture(scope="module")

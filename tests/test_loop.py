@@ -36,11 +36,11 @@ def fit(built: loop.Trainer, folder: Path | None = None, stop_after: int | None 
     class Crash(Exception):
         pass
 
-    def report(history, save):
+    def report(history, snapshot):
         if folder:
             path = folder / f"checkpoint_{len(history)}"
             path.mkdir(parents=True, exist_ok=True)
-            save(path)
+            snapshot()(path)
         if stop_after == len(history):
             raise Crash
 

@@ -24,7 +24,7 @@ from fer_ray.evaluation import report
 from fer_ray.evaluation import run as evaluation
 from fer_ray.inference import run as inference
 from fer_ray.inference.plan import plan as plan_prediction
-from fer_ray.models import checkpoint
+from fer_ray.models import run_checkpoints
 from fer_ray.preparation.plan import plan_preparation
 from fer_ray.preparation.run import prepare
 from fer_ray.sweeps import store
@@ -69,7 +69,7 @@ def run(bucket, data) -> str:
         training.fit(wanted, log=quiet)
 
     def has_a_checkpoint() -> bool:
-        return bool(checkpoint.in_run(f"{bucket}/runs/tried"))
+        return bool(run_checkpoints.in_run(f"{bucket}/runs/tried"))
 
     with (
         killing("ray::RayTrainWorker", has_a_checkpoint) as killed,
@@ -79,7 +79,7 @@ def run(bucket, data) -> str:
     assert killed
     left = storage.list_names(f"{bucket}/runs/tried")
     assert "run.json" not in left
-    assert checkpoint.in_run(f"{bucket}/runs/tried"), "there is nothing to resume from"
+    assert run_checkpoints.in_run(f"{bucket}/runs/tried"), "there is nothing to resume from"
     fit()
     return f"{bucket}/runs/tried"
 
@@ -90,9 +90,9 @@ def test_a_run_resumes_from_the_store(run, data):
     assert result["epochs"] == EPOCHS
     assert result["data_sha256"] == dataset.read_info(data).data_sha256
     assert pd.read_parquet(f"{run}/history.parquet")["epoch"].tolist() == list(range(1, EPOCHS + 1))
-    best = checkpoint.find(run)
+    best = run_checkpoints.find(run)
     assert best.sha256 == result["checkpoint_sha256"]
-    assert {EPOCHS, best.epoch} <= {one.epoch for one in checkpoint.in_run(run)}
+    assert {EPOCHS, best.epoch} <= {one.epoch for one in run_checkpoints.in_run(run)}
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def train(callback: loop.Callback | None, **sections) -> list[dict]:
     described, images = small.info(24), small.split(24)
     rows: list[dict] = []
 
-    def report(history, save) -> None:
+    def report(history, snapshot) -> None:
         rows[:] = history
 
     loop.train(

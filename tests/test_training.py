@@ -21,7 +21,7 @@ from fer_ray.data import history
 from fer_ray.data.dataset import read_info
 from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import JobFailed, UserError
-from fer_ray.models import checkpoint
+from fer_ray.models import run_checkpoints
 from fer_ray.training import run as training
 from fer_ray.training import worker
 from fer_ray.training.process_group import ProcessGroup
@@ -126,9 +126,9 @@ def test_the_speed_of_a_run_is_the_median_of_its_epochs(data, tmp_path, monkeypa
     row = dict.fromkeys(history.SCHEMA.names, 0.5) | {"ended_at": None}
     rows = [{**row, "epoch": n, "images_per_s": s} for n, s in ((1, 654.0), (2, 262.0))]
     last = SimpleNamespace(path="checkpoint_2", epoch=2, history=rows, metrics=rows[-1])
-    last.sha256, last.precision, last.environment = "0" * 64, "float32", {}
-    monkeypatch.setattr(checkpoint, "latest", lambda path: last)
-    monkeypatch.setattr(checkpoint, "find", lambda path, **settings: last)
+    last.sha256, last.computed_in, last.environment = "0" * 64, "float32", {}
+    monkeypatch.setattr(run_checkpoints, "latest", lambda path: last)
+    monkeypatch.setattr(run_checkpoints, "find", lambda path, **settings: last)
     tried = plan(config(data), tmp_path)
     tried.files.write_config(tried.config.to_dict(), data_sha256="", loading="memory")
     assert training._result(tried, wall_s=1.0, log=print)["images_per_s"] == 458.0
@@ -167,7 +167,7 @@ def test_a_worker_that_does_not_see_the_runs_folder_says_so(tmp_path):
 
 def tensors(folder: Path) -> dict[str, bytes]:
     """The tensor files of the last checkpoint of a run."""
-    last = max(checkpoint.in_run(str(folder)), key=lambda one: one.epoch)
+    last = max(run_checkpoints.in_run(str(folder)), key=lambda one: one.epoch)
     return dict(last.files)
 
 
@@ -197,7 +197,7 @@ def test_a_run_leaves_what_the_contract_says(data, undisturbed):
     assert table["epoch"].to_pylist() == [1, 2, 3, 4]
     scores = table["validation_accuracy"].to_pylist()
     assert saved["best"]["validation_accuracy"] == max(scores)
-    kept = {one.epoch for one in checkpoint.in_run(str(folder))}
+    kept = {one.epoch for one in run_checkpoints.in_run(str(folder))}
     assert kept == {4, saved["best"]["epoch"]}
     others = {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint_0")}
     assert others == {"config.json", "history.parquet", "run.json"}, "nothing of Ray Train's own"

@@ -16,7 +16,7 @@ from fer_ray import storage
 from fer_ray.config.model import model_config
 from fer_ray.data import history
 from fer_ray.errors import JobFailed
-from fer_ray.models import checkpoint
+from fer_ray.models import checkpoint, run_checkpoints
 from fer_ray.runtime import environment, process
 from fer_ray.sweeps import store, trial
 from fer_ray.sweeps.losses import GpuFailed
@@ -152,6 +152,7 @@ def save(folder: TrialFolder, *scores: float) -> None:
         "normalizer": Normalizer(normalization="none", mean=0.0, std=1.0),
         "flip_at_test": False,
         "precision": "float32",
+        "compiled": False,
         "epoch": len(history),
         "history": history,
         "config": {},
@@ -159,9 +160,7 @@ def save(folder: TrialFolder, *scores: float) -> None:
     optimizer = torch.optim.SGD(network.parameters())
     folder.save(
         history,
-        lambda path: checkpoint.save(
-            path, values=values, model=network, average=network, optimizer=optimizer
-        ),
+        checkpoint.snapshot(values=values, model=network, average=network, optimizer=optimizer),
     )
 
 
@@ -179,7 +178,7 @@ def test_a_checkpoint_is_kept_whole_and_the_one_before_it_goes(tmp_path):
         assert storage.list_names(storage.join(folder.path, "checkpoint_000002")) == [
             *("checkpoint.json", "model.safetensors", "training.safetensors")
         ]
-        assert checkpoint.latest(folder.path).epoch == 2
+        assert run_checkpoints.latest(folder.path).epoch == 2
 
 
 def test_a_crash_between_a_checkpoint_and_its_row_loses_no_row(tmp_path):
@@ -221,7 +220,7 @@ def test_without_an_undamaged_checkpoint_a_trial_trains_from_the_start(tmp_path)
     ]
     save(folder, 0.5)
     assert storage.list_names(folder.path)[0] == "checkpoint_000001"
-    assert checkpoint.latest(folder.path).epoch == 1
+    assert run_checkpoints.latest(folder.path).epoch == 1
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def _save(
     group = ProcessGroup(device=device)
     feed = MemoryFeed(config, info, images, images, group=group)
     labels: dict[str, Any] = {"run": "benchmark", "environment": {}}
-    Trainer(config, info, feed, group=group, labels=labels, resume=None).save(path)
+    Trainer(config, info, feed, group=group, labels=labels, resume=None).snapshot()(path)
 
 
 def measure(settings: dict[str, Any], *, rounds: int, round_s: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fer_ray import storage
 from fer_ray.data import dataset, image_source, predictions, row_groups, sources
 from fer_ray.data.dataset import DatasetInfo
 from fer_ray.errors import UserError
-from fer_ray.models import checkpoint
+from fer_ray.models import run_checkpoints
 from fer_ray.models.checkpoint import Checkpoint
 
 IMAGES_PER_PART = 4096
@@ -71,14 +71,14 @@ def plan(
         split: the split, or for loose images the name to give them.
         output: the folder of all predictions.
         run: the name to predict under; by default that of the run that trained.
-        allow_fallback: as for `checkpoint.find`, as is `log`.
+        allow_fallback: as for `run_checkpoints.find`, as is `log`.
 
     Raises:
         UserError: where the checkpoint, the input or a name cannot be used.
     """
     if (data is None) == (images is None):
         raise UserError("--data or --images: exactly one of the two is needed")
-    chosen = checkpoint.find(checkpoint_path, allow_fallback=allow_fallback, log=log)
+    chosen = run_checkpoints.find(checkpoint_path, allow_fallback=allow_fallback, log=log)
     name = storage.check_name("--run", run or chosen.run)
     storage.check_name("--split", split)
     storage.check_bucket("--output", storage.absolute(output))

@@ -7,11 +7,10 @@ and the hash of its own content, which therefore stands for the whole checkpoint
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from fer_ray.config.schema import TrainConfig, differences
 from fer_ray.data.dataset import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from fer_ray.data.integrity import FileRecord, check_hash, read_file, with_hash
 from fer_ray.data.json_values import Record, is_finite
-from fer_ray.data.run_folder import CHECKPOINT_INDEX, RunFolder
+from fer_ray.data.run_folder import CHECKPOINT_INDEX
 from fer_ray.errors import UserError, first_line
 from fer_ray.models import precision, registry, tensor_files
 from fer_ray.models.forward import Forward
@@ -38,7 +37,7 @@ SCORE = "validation_accuracy"
 
 INDEX = CHECKPOINT_INDEX
 MODEL = "model.safetensors"
-_TRAINING = "training.safetensors"
+TRAINING = "training.safetensors"
 
 _SPARE_PARAMETERS = 2**26
 """Numbers that building a network may take beyond those of its checkpoint: layers it replaces."""
@@ -156,7 +155,7 @@ class Checkpoint:
         Raises:
             UserError: where they are damaged, or those of another network or optimizer.
         """
-        tensors = self.load_tensors(_TRAINING)
+        tensors = self.load_tensors(TRAINING)
         weights = self.load_tensors(MODEL)
         own = {key: value for key, value in tensors.items() if key.startswith("model.")}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -174,7 +173,7 @@ class Checkpoint:
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         except (RuntimeError, ValueError, LookupError) as error:
-            raise self._does_not_fit(_TRAINING, error) from error
+            raise self._does_not_fit(TRAINING, error) from error
 
     def _does_not_fit(self, name: str, error: Exception) -> UserError:
         return UserError(
@@ -198,30 +197,36 @@ class Checkpoint:
             )
 
 
-def save(
-    folder: Path, *, values: Mapping[str, Any], model: nn.Module, average: nn.Module, optimizer: Any
-) -> None:
-    """Writes a checkpoint into an existing local folder.
+def snapshot(
+    *, values: Mapping[str, Any], model: nn.Module, average: nn.Module, optimizer: Any
+) -> Callable[[Path], None]:
+    """Copies the state of a training run.
 
     Args:
-        folder: the checkpoint's folder.
         values: the fields of `Checkpoint` but for `path` and `files`.
         model: the network that trains.
         average: the network that is evaluated.
         optimizer: its state may only hold tensors.
+
+    Returns:
+        A function that writes the copy as a checkpoint into an existing local folder.
     """
     training = {f"model.{key}": value for key, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             assert isinstance(value, torch.Tensor), f"optimizer state {name!r} is not a tensor"
             training[f"optimizer.{index}.{name}"] = value
-    files = {}
-    for name, tensors in ((MODEL, average.state_dict()), (_TRAINING, training)):
-        content = tensor_files.to_bytes(tensors)
-        (folder / name).write_bytes(content)
-        files[name] = FileRecord.of(content).to_dict()
-    index = {"format": FORMAT, **_plain(values), "files": files}
-    storage.write_json(str(folder / INDEX), with_hash(index))
+    contents = {MODEL: average.state_dict(), TRAINING: training}
+    files = {name: tensor_files.to_bytes(tensors) for name, tensors in contents.items()}
+    index = {"format": FORMAT, **_plain(values)}
+
+    def write(folder: Path) -> None:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        records = {name: FileRecord.of(content).to_dict() for name, content in files.items()}
+        storage.write_json(str(folder / INDEX), with_hash({**index, "files": records}))
+
+    return write
 
 
 def read(path: str) -> Checkpoint:
@@ -243,8 +248,8 @@ def read(path: str) -> Checkpoint:
         )
     check_hash(record)
     files = {name: FileRecord.parse(file) for name, file in record.record("files").records()}
-    if files.keys() != {MODEL, _TRAINING}:
-        raise record.error(f"files are not {MODEL} and {_TRAINING}")
+    if files.keys() != {MODEL, TRAINING}:
+        raise record.error(f"files are not {MODEL} and {TRAINING}")
     for name in files:
         if not storage.exists(storage.join(path, name)):
             raise _incomplete(path, name)
@@ -285,113 +290,6 @@ def _parse(path: str, record: Record, files: dict[str, FileRecord]) -> Checkpoin
 
 def _incomplete(path: str, name: str) -> UserError:
     return UserError(f"{path}: the checkpoint is incomplete: {name} is missing")
-
-
-def find(
-    path: str, *, allow_fallback: bool = False, log: Callable[[str], None] = print
-) -> Checkpoint:
-    """The checkpoint of a path: the folder itself, or the best one of a run's folder.
-
-    Of equally good ones it is the latest. Its weights have been read and are undamaged.
-
-    Args:
-        path: local path or URI of a checkpoint or of a run.
-        allow_fallback: whether a run whose best checkpoint is damaged, or may be the damaged one,
-            stands for the best of the others.
-        log: receives a line where that is done.
-
-    Raises:
-        UserError: where there is no undamaged checkpoint, or only with `allow_fallback`.
-    """
-    path = storage.absolute(path)
-    if not storage.is_directory(path):
-        raise UserError(f"{path}: no checkpoint: the folder does not exist")
-    if storage.exists(storage.join(path, INDEX)):
-        single = read(path)
-        single.load_tensors(MODEL)
-        return single
-    problems: list[str] = []
-    ranked = sorted(
-        _readable(path, problems),
-        key=lambda kept: (kept.score, kept.epoch, kept.path),
-        reverse=True,
-    )
-    best = _first_undamaged(ranked, (MODEL,), problems)
-    if best is None and problems:
-        raise UserError(f"{path}: no checkpoint can be used: {problems[0]}")
-    if best is None:
-        raise UserError(f"{path}: no checkpoint: give the folder of a checkpoint or of a run")
-    try:
-        recorded = RunFolder(path).best_checkpoint
-        if recorded == (best.path, best.sha256):
-            problems.clear()  # the damaged ones are not the best
-        elif recorded and not problems:
-            problems.append(f"{path}: the best checkpoint is not the one that its result records")
-    except UserError as error:
-        problems.append(str(error))
-    if problems and not allow_fallback:
-        raise UserError(
-            f"{problems[0]}; to use {storage.name_of(best.path)} instead (epoch {best.epoch}, "
-            f"{SCORE} {best.score:.4f}), give --allow-fallback"
-        )
-    if problems:
-        log(f"warning: {problems[0]}; using {storage.name_of(best.path)} instead")
-    return best
-
-
-def latest(path: str, *, log: Callable[[str], None] | None = None) -> Checkpoint | None:
-    """The latest undamaged checkpoint of a run, from which it resumes; None where there is none.
-
-    Args:
-        path: the run's folder.
-        log: optional; receives a line for each damaged checkpoint that is passed over.
-    """
-    problems: list[str] = []
-    ranked = sorted(
-        _readable(path, problems), key=lambda kept: (kept.epoch, kept.path), reverse=True
-    )
-    last = _first_undamaged(ranked, (MODEL, _TRAINING), problems)
-    if log:
-        for problem in problems:
-            log(f"warning: passing over a checkpoint: {problem}")
-    return last
-
-
-def in_run(path: str) -> list[Checkpoint]:
-    """The checkpoints of a run's folder; those with a damaged index are passed over."""
-    return _readable(path, [])
-
-
-def _readable(path: str, problems: list[str]) -> list[Checkpoint]:
-    """The checkpoints of a run whose index is undamaged; adds to `problems` those of the others."""
-    checkpoints = []
-    for folder in RunFolder(path).checkpoint_paths():
-        with _noting(problems, folder):
-            checkpoints.append(read(folder))
-    return checkpoints
-
-
-def _first_undamaged(
-    candidates: Sequence[Checkpoint], names: Sequence[str], problems: list[str]
-) -> Checkpoint | None:
-    """The first whose tensor files are undamaged; adds to `problems` those before it."""
-    for candidate in candidates:
-        with _noting(problems, candidate.path):
-            for name in names:
-                candidate.load_tensors(name)
-            return candidate
-    return None
-
-
-@contextlib.contextmanager
-def _noting(problems: list[str], folder: str) -> Iterator[None]:
-    """Passes over a checkpoint that cannot be used, and notes why."""
-    try:
-        yield
-    except (UserError, FileNotFoundError) as error:
-        # the training that is going on may have removed it meanwhile
-        if storage.exists(storage.join(folder, INDEX)):
-            problems.append(first_line(error))
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from fer_ray.data import parquet
 from fer_ray.data.json_values import Record
 from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import UserError, first_line
-from fer_ray.models import checkpoint
+from fer_ray.models import run_checkpoints
 from fer_ray.models.checkpoint import Checkpoint
 
 SWEEP = "sweep.json"
@@ -173,7 +173,7 @@ class TrialFolder:
         Args:
             log: receives a line where epochs are trained again.
         """
-        latest = checkpoint.latest(self.path)
+        latest = run_checkpoints.latest(self.path)
         epochs = latest.history if latest else []
         lost = len(self._history()) - len(epochs)
         if lost > 0:
@@ -202,7 +202,7 @@ class TrialFolder:
 
         The index has its own file, so it does not matter here whether the tensors are damaged.
         """
-        checkpoints = checkpoint.in_run(self.path)
+        checkpoints = run_checkpoints.in_run(self.path)
         if not checkpoints:
             return {}
         last = max(checkpoints, key=lambda candidate: candidate.epoch)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,8 +99,8 @@ def _train_here(
     if (resume := folder.resume(_log)) is not None:
         resume.check_config(config)
 
-    def report(history: list[dict[str, Any]], save: Callable[[Path], None]) -> None:
-        folder.save(history, save)
+    def report(history: list[dict[str, Any]], snapshot: loop.Snapshot) -> None:
+        folder.save(history, snapshot())
         row = history[-1]
         tune.report({"epoch": row["epoch"], **store.measured(row)})
 

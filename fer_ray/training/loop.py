@@ -33,8 +33,10 @@ from fer_ray.transforms.normalization import Normalizer, histogram, moments, nee
 PROGRESS_EVERY_S = 15.0
 """Seconds between progress messages within an epoch."""
 
-Report = Callable[[list[dict[str, Any]], Callable[[Path], None]], None]
-"""Takes the history so far and a function that writes a checkpoint into a folder."""
+Snapshot = Callable[[], Callable[[Path], None]]
+"""Copies the state, and returns a function that writes the copy as a checkpoint into a folder."""
+Report = Callable[[list[dict[str, Any]], Snapshot], None]
+"""Takes the history so far, and how to copy the state that belongs to it."""
 
 
 class Callback(Protocol):
@@ -210,7 +212,7 @@ class Trainer:
             )
             if self.callback:
                 self.callback.on_epoch((epoch + 1) * self.steps_per_epoch, self.history[-1])
-            report(self.history, self.save)
+            report(self.history, self.snapshot)
 
     def _now(self) -> str:
         """The latest of the workers' clocks: the history is the same on every worker."""
@@ -300,8 +302,13 @@ class Trainer:
         values = {name: metric.value(matrix) for name, metric in training_metrics().items()}
         return {"loss": loss, **values}
 
-    def save(self, folder: Path) -> None:
-        """Writes a checkpoint of the state after the last finished epoch."""
+    def snapshot(self) -> Callable[[Path], None]:
+        """Copies the state after the last finished epoch.
+
+        Returns:
+            A function that writes the copy as a checkpoint into an existing folder, at any time
+            and in any thread.
+        """
         values = {
             **self.labels,
             "model": self.config.model,
@@ -312,11 +319,10 @@ class Trainer:
             "precision": self.forward.precision,
             "compiled": self.compiled,
             "epoch": len(self.history),
-            "history": self.history,
+            "history": list(self.history),
             "config": self.config.to_dict(),
         }
-        checkpoint.save(
-            folder,
+        return checkpoint.snapshot(
             values=values,
             model=self.model,
             average=self.average.model,

@@ -20,7 +20,7 @@ from fer_ray.data.dataset import DatasetInfo, load_split, read_info
 from fer_ray.data.row_groups import RowGroupSlice
 from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import JobFailed, UserError, first_line
-from fer_ray.models import checkpoint, registry
+from fer_ray.models import registry, run_checkpoints
 from fer_ray.runtime import environment, resources
 from fer_ray.runtime.process import is_kernel_fault
 from fer_ray.training import batch_norm, local_worker, ray_trainer, worker
@@ -133,7 +133,7 @@ def _check_same(config: TrainConfig, info: DatasetInfo, folder: str) -> bool:
             f"--run: {folder} exists with other settings ({'; '.join(changes)}): give another "
             "name, or the same settings to resume it"
         )
-    for saved_checkpoint in checkpoint.in_run(folder):
+    for saved_checkpoint in run_checkpoints.in_run(folder):
         saved_checkpoint.check_config(config)
     return True
 
@@ -320,10 +320,10 @@ def _fits_without(node: str, avoided: set[str], reason: str, scaling: ScalingCon
 
 def _result(plan: Plan, *, wall_s: float, log: Callable[[str], None]) -> dict[str, Any]:
     """The content of ``run.json``, from the checkpoints."""
-    last = checkpoint.latest(plan.folder)
+    last = run_checkpoints.latest(plan.folder)
     if last is None:
         raise JobFailed(f"{plan.folder}: the run ended without a checkpoint")
-    best = checkpoint.find(plan.folder, allow_fallback=True, log=log)
+    best = run_checkpoints.find(plan.folder, allow_fallback=True, log=log)
     files = plan.files
     files.write_history(last.history)
     config = files.config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from fer_ray.data.dataset import DatasetInfo, read_info
 from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import UserError, first_line
 from fer_ray.metrics import training_metrics
-from fer_ray.models import checkpoint
+from fer_ray.models import checkpoint, run_checkpoints
 from fer_ray.models.checkpoint import Checkpoint, OtherSettings
 from fer_ray.runtime import environment
 from fer_ray.runtime.process import (
@@ -26,6 +25,7 @@ from fer_ray.runtime.process import (
     out_of_memory,
 )
 from fer_ray.training import loop
+from fer_ray.training.checkpoint_writer import CheckpointWriter
 from fer_ray.training.compilation import CannotCompile
 from fer_ray.training.feed import Feed, Images
 from fer_ray.training.memory_feed import MemoryFeed
@@ -98,12 +98,9 @@ def train(
     if group.rank == 0:
         _prepare_folder(folder, note_group=settings.get("note_group", False))
     resume = _latest_checkpoint(folder, group, log)  # all workers wait here for the first
-    if resume and log:
-        log(f"resuming after epoch {resume.epoch}")
-    if resume and group.rank == 0:  # a crash may have come between a checkpoint and its row
-        folder.write_history(resume.history)
     info, feed = _open_data(settings, config, group, folder, fetch)
-    with _recording_failure(folder, group.rank):
+    waits = "until" in settings  # whoever pauses a run finds its checkpoint once it is reported
+    with _recording_failure(folder, group.rank), CheckpointWriter(folder, waits=waits) as writer:
         if resume:
             resume.check_config(config)
         loop.train(
@@ -112,7 +109,7 @@ def train(
             feed,
             group=group,
             run=settings["run"],
-            report=_reporter(group.rank, folder, config.schedule.epochs, notify, log),
+            report=_reporter(group.rank, writer, config.schedule.epochs, notify, log),
             environment=environment.describe(group.device),
             resume=resume,
             until=settings.get("until"),
@@ -146,7 +143,11 @@ def _latest_checkpoint(
     folder: RunFolder, group: ProcessGroup, log: Callable[[str], None] | None
 ) -> Checkpoint | None:
     """The run's latest undamaged checkpoint, on every worker the one that worker 0 finds."""
-    latest = checkpoint.latest(folder.path, log=log) if group.rank == 0 else None
+    latest = run_checkpoints.latest(folder.path, log=log) if group.rank == 0 else None
+    if latest and log:
+        log(f"resuming after epoch {latest.epoch}")
+    if latest:  # a crash may have come between a checkpoint and its row
+        folder.write_history(latest.history)
     path = group.broadcast(latest.path if latest else "")
     return checkpoint.read(path) if path else None
 
@@ -195,28 +196,21 @@ def _known_failure(error: Exception) -> tuple[str, ...] | None:
 
 def _reporter(
     rank: int,
-    folder: RunFolder,
+    writer: CheckpointWriter,
     epochs: int,
     notify: Callable[[dict[str, Any]], None],
     log: Callable[[str], None] | None,
-) -> Callable[..., None]:
+) -> loop.Report:
     """What a worker does after each epoch; worker 0 saves the checkpoint and the history."""
 
-    def report(history: list[dict[str, Any]], save: Callable[[Path], None]) -> None:
+    def report(history: list[dict[str, Any]], snapshot: loop.Snapshot) -> None:
         if rank == 0:
-            folder.save_checkpoint(len(history), save)
-            folder.write_history(history)
-            folder.remove_checkpoints(but={len(history), _best_epoch(history)})
+            writer.write(history, snapshot())
         notify(history[-1])
         if log:
             log(_epoch_line(history[-1], epochs))
 
     return report
-
-
-def _best_epoch(history: list[dict[str, Any]]) -> int:
-    """The epoch with the highest score; of equal ones the last, as `checkpoint.find` chooses."""
-    return max((row[checkpoint.SCORE], row["epoch"]) for row in history)[1]
 
 
 def _epoch_line(row: dict[str, Any], epochs: int) -> str:
