@@ -26,6 +26,7 @@ OPTIMIZERS = ("sgd", "adamw")
 CLASS_WEIGHTS = ("none", "balanced", "capped")
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
 COMPILE = ("auto", "on", "off")
+GRADIENT_EXCHANGES = ("float32", "bfloat16")
 DEFAULT_LEARNING_RATE = {"sgd": 0.1, "adamw": 0.001}
 
 _MOST_IN_GROUP = 32
@@ -159,6 +160,9 @@ class ScalingConfig(Section):
     """CPU threads of each worker; 0: its CPUs, rounded down, at least 1."""
     use_gpu: bool = False
     """Give each worker a GPU."""
+    gradient_exchange: str = choice("float32", GRADIENT_EXCHANGES)
+    """How workers send each other their gradients: `bfloat16` halves the bytes, for slow networks,
+    and rounds to 8 bits."""
     max_failures: int = number(3, 0, 1_000)
     """Maximum number of worker failures to recover from; each restarts from the last
     checkpoint."""

@@ -6,9 +6,10 @@ import warnings
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 
-def data_parallel(module: nn.Module, example: torch.Tensor) -> nn.Module:
+def data_parallel(module: nn.Module, example: torch.Tensor, *, compress: bool) -> nn.Module:
     """Wraps a module in PyTorch's `DistributedDataParallel`.
 
     That puts the gradients into buckets, and orders them anew after the first backward pass. With
@@ -19,6 +20,7 @@ def data_parallel(module: nn.Module, example: torch.Tensor) -> nn.Module:
     Args:
         module: what trains; all of its parameters take part in every backward pass.
         example: (N, 1, S, S) float32 images on the module's device, N being a group of batch norm.
+        compress: whether workers exchange gradients in bfloat16, and not in their own dtype.
     """
     with warnings.catch_warnings():
         # torch 2.15 renames this argument, and earlier releases do not have the new name
@@ -27,6 +29,8 @@ def data_parallel(module: nn.Module, example: torch.Tensor) -> nn.Module:
         parallel = nn.parallel.DistributedDataParallel(
             module, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+    if compress:
+        parallel.register_comm_hook(None, default_hooks.bf16_compress_hook)
     before = {name: value.clone() for name, value in module.named_buffers()}
     parallel.train()
     parallel(example).sum().backward()

@@ -166,7 +166,8 @@ class Trainer:
             size = self.forward.input_size
             example = torch.zeros(unit, 1, size, size, device=self.group.device)
             layout = example.contiguous(memory_format=torch.channels_last)
-            self.parallel = data_parallel(self.parallel, layout)
+            compress = self.config.scaling.gradient_exchange == "bfloat16"
+            self.parallel = data_parallel(self.parallel, layout, compress=compress)
 
     def _decides_to_compile(self) -> bool:
         """All workers decide alike: one that cannot compile decides for all."""
