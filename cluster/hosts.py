@@ -62,7 +62,7 @@ def main() -> None:
         parser.error("give a command to run on the head after --")
     storage.check_name("--name", flags.name)
     for number in (signal.SIGTERM, signal.SIGHUP):  # the cluster is ended first
-        signal.signal(number, lambda *unused: sys.exit(cli.INTERRUPTED_STATUS))
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     sys.exit(_run(command, flags.name, cpus=flags.cpus_per_node, wait_s=flags.wait_s))
 
 

@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 
 from fer_ray import storage
 from fer_ray.errors import JobFailed, UserError, unknown
+from fer_ray.runtime import termination
 
 FAILED_STATUS = 1
 USER_ERROR_STATUS = 2
-INTERRUPTED_STATUS = 130
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -124,22 +124,23 @@ def run(main: Callable[[], None], *, first_line: str = "") -> None:
             for help or a list.
 
     Status 2: `UserError`, or a bucket that does not exist or is not open to this user. Status 1:
-    `JobFailed`, or another `OSError` of the disk, the network or the storage. Status 130: an
-    interrupt. Other exceptions are defects of this project and keep their traceback.
+    `JobFailed`, or another `OSError` of the disk, the network or the storage. Status 130 or 143:
+    SIGINT or SIGTERM. Other exceptions are defects of this project and keep their traceback.
     """
     gc.set_threshold(_GC_THRESHOLD)
-    try:
-        if first_line and not _PRINTS_AND_EXITS & {*sys.argv}:
-            log(first_line)
-        main()
-    except UserError as error:
-        _end(error, USER_ERROR_STATUS)
-    except JobFailed as error:
-        _end(error, FAILED_STATUS)
-    except OSError as error:
-        _end(error, USER_ERROR_STATUS if storage.is_refusal(error) else FAILED_STATUS)
-    except KeyboardInterrupt:
-        _end("interrupted; run the same command to resume", INTERRUPTED_STATUS)
+    with termination.handling(_program()):
+        try:
+            if first_line and not _PRINTS_AND_EXITS & {*sys.argv}:
+                log(first_line)
+            main()
+        except UserError as error:
+            _end(error, USER_ERROR_STATUS)
+        except JobFailed as error:
+            _end(error, FAILED_STATUS)
+        except OSError as error:
+            _end(error, USER_ERROR_STATUS if storage.is_refusal(error) else FAILED_STATUS)
+        except KeyboardInterrupt:
+            termination.end()
 
 
 _GC_THRESHOLD = 50_000
@@ -151,11 +152,12 @@ _PRINTS_AND_EXITS = {"-h", "--help", "--list-models"}
 
 def _end(reason: object, status: int) -> NoReturn:
     sys.stdout.flush()
-    print(
-        f"{Path(sys.argv[0]).name}: {(str(reason) or repr(reason)).splitlines()[0]}",
-        file=sys.stderr,
-    )
+    print(f"{_program()}: {(str(reason) or repr(reason)).splitlines()[0]}", file=sys.stderr)
     sys.exit(status)
+
+
+def _program() -> str:
+    return Path(sys.argv[0]).name
 
 
 def log(message: str) -> None:
@@ -226,8 +228,15 @@ def start_ray(**settings: Any) -> None:
         settings = {"address": "local", "include_dashboard": False, **settings}
     from fer_ray.runtime import ray_compat
 
-    with contextlib.nullcontext() if address else ray_compat.any_agent_port():
-        ray.init(log_to_driver=True, logging_level=logging.ERROR, **settings)
+    if not address:
+        termination.own_ray()
+    try:
+        with contextlib.nullcontext() if address else ray_compat.any_agent_port():
+            ray.init(log_to_driver=True, logging_level=logging.ERROR, **settings)
+    except SystemExit as error:  # what Ray makes of SIGTERM
+        termination.terminated()
+        raise KeyboardInterrupt from error
+    termination.install()
     _started.append(True)
     resources = ray.cluster_resources()
     log(

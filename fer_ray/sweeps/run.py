@@ -7,18 +7,15 @@ trial from its checkpoint when it is promoted.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import signal
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fer_ray.errors import JobFailed
-from fer_ray.runtime import resources
+from fer_ray.runtime import resources, termination
 from fer_ray.sweeps import store
 from fer_ray.sweeps.halving import Halving, rungs
 from fer_ray.sweeps.losses import Losses
@@ -168,33 +165,12 @@ def _run_trials(
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
+        raise_again = termination.defer(display.interrupt)
         try:
-            with _deferred_interrupt(display.interrupt):
-                tuner.fit()
+            tuner.fit()
         finally:
+            raise_again()
             display.close()
-
-
-@contextlib.contextmanager
-def _deferred_interrupt(notify: Callable[[], None]) -> Iterator[None]:
-    """Reports the first interrupt to a function instead of raising `KeyboardInterrupt`.
-
-    Raised while Python runs a finalizer, the exception would be printed and lost. A second
-    interrupt is raised as usual.
-    """
-
-    def handle(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, previous)
-        notify()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _quieten_tune() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 from typing import Any
 
@@ -41,6 +42,7 @@ class Config(TorchConfig):
 
         class Backend(base):
             def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                worker_group.execute(_quieten)
                 worker_group.execute(choose_interface)
                 if backend_config.backend == "nccl":
                     failures = filter(None, worker_group.execute(_try_gpu))
@@ -50,6 +52,11 @@ class Config(TorchConfig):
                 super().on_start(worker_group, backend_config)
 
         return Backend
+
+
+def _quieten() -> None:
+    """Ray Train's lines about its process group are of no use to a person."""
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 
 def _try_gpu() -> tuple[str, str] | None:

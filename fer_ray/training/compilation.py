@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fer_ray.errors import UserError, first_line
 
-FLOPS_THAT_PAY = 2 * 3600 * 20e9
+FLOPS_THAT_PAY = 2 * 3600 * 50e9
 """Floating-point operations of a training from which ``auto`` compiles: two hours of a core at
-20e9 operations a second. Compiling takes one to three minutes on each worker and saves about a
+50e9 operations a second. Compiling takes one to three minutes on each worker and saves about a
 tenth of the time, so that it pays for up to about four workers at once. What decides is neither
 the speed of the machine nor the number of workers: the same settings give the same result."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,7 +57,6 @@ def _train(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
     context = ray.train.get_context()
     group = ProcessGroup(
         rank=context.get_world_rank(),
