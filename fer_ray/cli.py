@@ -226,12 +226,14 @@ def start_ray(**settings: Any) -> None:
         # this machine is not preempted: saves a process
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         settings = {"address": "local", "include_dashboard": False, **settings}
-    from fer_ray.runtime import ray_compat
+    from fer_ray.runtime import ray_compat, token
 
-    if not address:
-        termination.own_ray()
     try:
-        with contextlib.nullcontext() if address else ray_compat.any_agent_port():
+        with contextlib.ExitStack() as stack:
+            if settings.get("address") == "local":
+                termination.own_ray()
+                stack.enter_context(token.private())
+                stack.enter_context(ray_compat.any_agent_port())
             ray.init(log_to_driver=True, logging_level=logging.ERROR, **settings)
     except SystemExit as error:  # what Ray makes of SIGTERM
         termination.terminated()
