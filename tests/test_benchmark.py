@@ -128,9 +128,9 @@ def test_rounds_have_a_size():
     assert steps_for(0.1, 3.0, 128) == 30
     assert steps_for(60.0, 3.0, 128) == 2
     assert steps_for(1e-9, 3.0, 128) * 128 <= 2**18
-    assert predict.parts_for(50.0, 3.0) == (3, 256)
-    assert predict.parts_for(400.0, 3.0) == (4, 512)
-    assert predict.parts_for(1e9, 3.0) == (64, 2048)
+    assert predict.parts_for(50.0, 3.0, 256) == (3, 256)
+    assert predict.parts_for(400.0, 3.0, 256) == (4, 512)
+    assert predict.parts_for(1e9, 3.0, 1024) == (64, 2048)
 
 
 def context(count: int = 40, **sections) -> WorkerContext:
