@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fer_ray import storage
 from fer_ray.benchmarks import peaks, trace
-from fer_ray.benchmarks.loops import WorkerContext, now, rate, steps_for
+from fer_ray.benchmarks.loops import WorkerContext, for_measuring, now, rate, steps_for
 from fer_ray.benchmarks.peaks import Peaks
 from fer_ray.benchmarks.workers import RESULT
 from fer_ray.runtime import environment
@@ -57,8 +58,9 @@ def report(context: WorkerContext, *, rounds: int, round_s: float, path: Path) -
 
     Returns:
         ``images_per_s``, ``step_s``, ``precision``, what `fractions` and `trace.summarize` return,
-        ``validation_s`` of the whole validation split, ``checkpoint_s`` of writing one to a local
-        disk, and ``peak_gpu_memory_mib``, null without a GPU.
+        ``validation_s`` of the whole validation split, ``checkpoint_copy_s`` and
+        ``checkpoint_write_s`` of a checkpoint on a local disk, and ``peak_gpu_memory_mib``, null
+        without a GPU.
     """
     device, config = context.group.device, context.config
     batch_size = config.schedule.global_batch_size
@@ -137,10 +139,16 @@ class _Steps:
         return statistics.median(rate(self._epoch, device) for _ in range(rounds))
 
     def counts(self) -> tuple[int, int]:
-        """FLOPs of a step's convolutions and matrix products, and the bytes that it moves."""
-        flops, moved = FlopCounterMode(display=False), ByteCounter(self._context.group.device)
+        """FLOPs of a step's convolutions and matrix products, and the bytes that it moves.
+
+        They are those of the network as it is written: a compiled one hides its operations.
+        """
+        context = self._context
+        config = for_measuring(context.config, compile="off")
+        trainer = replace(context, config=config).trainer(context.feed(1))
+        flops, moved = FlopCounterMode(display=False), ByteCounter(context.group.device)
         with flops, moved:
-            self._epoch(1)
+            trainer.train_epoch(0)
         return flops.get_total_flops(), moved.num_bytes
 
     def profile(self, path: Path) -> None:
@@ -150,18 +158,24 @@ class _Steps:
         trace.record(self.trainer, next(self._epochs), path)
 
     def pauses(self) -> dict[str, float]:
-        """Seconds between two epochs: ``validation_s`` and ``checkpoint_s``."""
+        """Seconds between two epochs; a checkpoint is written beside the training."""
         context, device = self._context, self._context.group.device
         images = (context.train, context.validation)
         self.trainer.feed = MemoryFeed(context.config, context.info, *images, group=context.group)
         start = now(device)
         self.trainer.evaluate()
         validated = now(device)
+        write = self.trainer.snapshot()
+        copied = now(device)
         with tempfile.TemporaryDirectory() as folder:
-            saving = now(device)
-            self.trainer.save(Path(folder))
-            saved = now(device)
-        return {"validation_s": validated - start, "checkpoint_s": saved - saving}
+            writing = now(device)
+            write(Path(folder))
+            written = now(device)
+        return {
+            "validation_s": validated - start,
+            "checkpoint_copy_s": copied - validated,
+            "checkpoint_write_s": written - writing,
+        }
 
 
 class ByteCounter(TorchDispatchMode):

@@ -252,10 +252,9 @@ def _steps(result: Mapping[str, Any]) -> list[str]:
             f"{step['pageable_copies']:g} copies of pageable memory",
             f"  at most {step['peak_gpu_memory_mib']:,.0f} MiB of GPU memory",
         ]
-    return [
-        *lines,
-        f"  validation {step['validation_s']:.2f} s, a checkpoint {step['checkpoint_s']:.3f} s",
-    ]
+    checkpoint = [f"{step[f'checkpoint_{part}_s']:.3f} s to {part}" for part in ("copy", "write")]
+    pauses = f"  validation {step['validation_s']:.2f} s, a checkpoint {' and '.join(checkpoint)}"
+    return [*lines, pauses]
 
 
 def _of(limit: str, fraction: float | None) -> str:

@@ -10,7 +10,8 @@ from fer_ray.benchmarks.loops import WorkerContext, now
 from fer_ray.benchmarks.workers import RESULT
 from fer_ray.data.run_folder import RunFolder
 from fer_ray.runtime import environment
-from fer_ray.training.loop import Trainer, stop_reason
+from fer_ray.training.checkpoint_writer import CheckpointWriter
+from fer_ray.training.loop import Snapshot, Trainer, stop_reason
 from fer_ray.training.memory_feed import MemoryFeed
 
 
@@ -43,23 +44,22 @@ def train(
     Args:
         trainer: before its first epoch.
         percentages: accuracies on the validation split, above 0 and at most 100.
-        run: where the checkpoint of each epoch is written, as in a run.
+        run: where the checkpoints are written, as in a run.
         log: receives a line after each epoch.
 
     Returns:
         ``reached``: by percentage, null where it was never reached, the ``epoch`` after which it
-        was, and the seconds until then: ``train_s``, ``validation_s``, ``checkpoint_s``, and
-        ``seconds``, their sum. ``epochs``: the number of those that were trained; ``best``: the
-        highest accuracy, from 0 to 1.
+        was, and the seconds until then: ``train_s``, ``validation_s``, ``checkpoint_s``, in which
+        training waits for checkpoints, and ``seconds``, their sum. ``epochs``: the number of those
+        that were trained; ``best``: the highest accuracy, from 0 to 1.
     """
     device, schedule = trainer.group.device, trainer.config.schedule
     seconds = {"train_s": 0.0, "validation_s": 0.0, "checkpoint_s": 0.0}
     reached: dict[str, dict[str, Any] | None] = {f"{value:g}": None for value in percentages}
 
-    def report(history: list[dict[str, Any]], save: Callable[..., None]) -> None:
+    def report(history: list[dict[str, Any]], snapshot: Snapshot) -> None:
         row, start = history[-1], now(device)
-        run.save_checkpoint(len(history), save)
-        run.remove_checkpoints(but={len(history)})
+        writer.write(history, snapshot())
         train_s = trainer.steps_per_epoch * schedule.global_batch_size / row["images_per_s"]
         seconds["train_s"] += train_s
         seconds["validation_s"] += row["seconds"] - train_s
@@ -73,7 +73,8 @@ def train(
             f"{total:,.1f} s"
         )
 
-    while not all(reached.values()) and stop_reason(schedule, trainer.history) is None:
-        trainer.fit(report, until=len(trainer.history) + 1)
+    with CheckpointWriter(run, waits=False) as writer:
+        while not all(reached.values()) and stop_reason(schedule, trainer.history) is None:
+            trainer.fit(report, until=len(trainer.history) + 1)
     best = max(row["validation_accuracy"] for row in trainer.history)
     return {"reached": reached, "epochs": len(trainer.history), "best": best}
