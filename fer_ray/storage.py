@@ -212,7 +212,7 @@ def write_bytes(path: str, content: bytes) -> None:
     fs, inner = filesystem(path)
     fs.create_dir(parent_of(inner), recursive=True)
     target = f"{inner}.{uuid.uuid4().hex[:8]}.tmp" if _is_local(fs) else inner
-    with fs.open_output_stream(target) as stream:
+    with fs.open_output_stream(target, compression=None) as stream:
         stream.write(content)
     if target != inner:
         fs.move(target, inner)

@@ -18,13 +18,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", default="", metavar="DIR", help="prepared dataset; without it, synthetic faces")
     add("--output", default="", metavar="FILE.json", help="file or URI to write the result to")
-    add(
-        "--only",
-        nargs="+",
-        default=[],
-        metavar="KEY",
-        help="numbers to measure; without it, all that describe the model",
-    )
+    only = "numbers to measure; default: all of the model, or none with one of the next two flags"
+    add("--only", nargs="+", default=[], metavar="KEY", help=only)
+    trace = "write a trace of training steps, which Perfetto opens; gzipped if the name ends in .gz"
+    add("--profile", default="", metavar="FILE.json", help=trace)
+    accuracy = "validation accuracies to time a training to, in percent"
+    percent = cli.number(0.0, 100.0)
+    add("--to-accuracy", nargs="+", type=percent, default=[], metavar="PERCENT", help=accuracy)
     add("--rounds", type=cli.integer(1), default=5, help="number of rounds of each series")
     add("--round-s", type=cli.number(0.0), default=3.0, help="seconds of a round, approximately")
     add("--show-augmentations", metavar="FILE.html", help="only write this page of examples")
@@ -43,12 +43,15 @@ def main() -> None:
         cli.log(augmentation_page.write(path))
         return
 
+    from fer_ray.benchmarks import plan as planning
     from fer_ray.benchmarks import run, targets
 
-    plan = run.plan(
+    plan = planning.plan(
         config,
         output=arguments.output and cli.lasting("--output", arguments.output),
         only=arguments.only,
+        profile=arguments.profile and cli.lasting("--profile", arguments.profile),
+        to_accuracy=arguments.to_accuracy,
         rounds=arguments.rounds,
         round_s=arguments.round_s,
     )

@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     actors = "predicting processes; 0: one per CPU, or per GPU with --use-gpu"
     add("--num-actors", type=cli.integer(0), default=0, help=actors)
     add("--use-gpu", action="store_true", help="give each process a GPU")
+    add("--batch-size", type=cli.integer(0), default=0, help="images at a time; 0: by the device")
     add("--local", action="store_true", help="predict in this process, without starting Ray")
     return parser
 
@@ -35,12 +36,11 @@ def main() -> None:
     """Parses the flags, checks the input, predicts, and prints the path of the predictions."""
     flags = build_parser().parse_args()
 
-    from fer_ray.inference import plan as planning
-    from fer_ray.inference import run as inference
+    from fer_ray.inference import plan, run
 
     cli.lasting("--output", flags.output)
     plans = [
-        planning.plan(
+        plan.plan(
             checkpoint_path=flags.checkpoint,
             data=flags.data,
             images=flags.images,
@@ -55,9 +55,10 @@ def main() -> None:
     if not flags.local:
         cli.start_ray()
     settings = {"num_actors": flags.num_actors, "use_gpu": flags.use_gpu, "local": flags.local}
-    for plan in plans[:-1]:
-        cli.log(inference.predict(plan, **settings, log=cli.log))
-    cli.conclude(inference.predict(plans[-1], **settings, log=cli.log))
+    settings["batch_size"] = flags.batch_size
+    for planned in plans[:-1]:
+        cli.log(run.predict(planned, **settings, log=cli.log))
+    cli.conclude(run.predict(plans[-1], **settings, log=cli.log))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from test_jobs import job
 
 from fer_ray.benchmarks import input as input_path
 from fer_ray.benchmarks import loops, predict, prepare, processes, run, sweeps, workers
+from fer_ray.benchmarks import plan as planning
 from fer_ray.benchmarks.loops import PlainLoop, WorkerContext, in_turn, rate, spread, steps_for
 from fer_ray.benchmarks.targets import KEYS, numbers, table
 from fer_ray.config.schema import TrainConfig
@@ -83,6 +84,7 @@ def test_the_default_precision_has_its_own_rounds_where_another_is_configured():
 def test_the_table_shows_which_targets_are_met_and_which_are_missed():
     result = {
         **WORKED_BY_HAND,
+        "targets": {name: key.target for name, key in KEYS.items()},
         "images_per_s": {"train": 110.0},
         "startup_s": {"imports": 1.5, "data": 2.0},
         "peak_memory_mib": {"driver": 100.0},
@@ -128,9 +130,9 @@ def test_rounds_have_a_size():
     assert steps_for(0.1, 3.0, 128) == 30
     assert steps_for(60.0, 3.0, 128) == 2
     assert steps_for(1e-9, 3.0, 128) * 128 <= 2**18
-    assert predict.parts_for(50.0, 3.0) == (3, 256)
-    assert predict.parts_for(400.0, 3.0) == (4, 512)
-    assert predict.parts_for(1e9, 3.0) == (64, 2048)
+    assert predict.parts_for(50.0, 3.0, 256) == (3, 256)
+    assert predict.parts_for(400.0, 3.0, 256) == (4, 512)
+    assert predict.parts_for(1e9, 3.0, 1024) == (64, 2048)
 
 
 def context(count: int = 40, **sections) -> WorkerContext:
@@ -270,6 +272,8 @@ WRONG = {
     "model": (["--model", "resnet"], "custom_cnn"),
     "range": (["--rotation", "500"], "from 0 to 180"),
     "no end": (["--round-s", "inf"], "'inf' is not a number above 0"),
+    "accuracy": (["--to-accuracy", "60", "101"], "'101' is not a number above 0, at most 100"),
+    "profile": (["--profile", "."], "is a folder; give the path of a file"),
 }
 
 
@@ -286,18 +290,20 @@ def test_errors_end_in_one_line_and_status_2(case, tmp_path):
 def test_a_plan_refuses_wrong_settings(tmp_path):
     def refused(message: str, settings: TrainConfig | None = None, **arguments) -> None:
         with pytest.raises(UserError, match=message):
-            run.plan(settings or on_synthetic_faces(num_workers=2), **arguments)
+            planning.plan(settings or on_synthetic_faces(num_workers=2), **arguments)
 
     refused("above 0", round_s=-1.0)
     refused("and finite", round_s=float("inf"))
     refused("and finite", round_s=float("nan"))
     refused("above 0", rounds=0)
     refused("--num-workers: workers_over_limit", on_synthetic_faces(num_workers=1))
-    refused("is a folder", output=str(tmp_path))
+    refused("--output: .* is a folder", output=str(tmp_path))
+    refused("--profile: .* is a folder", profile=str(tmp_path))
+    refused("--profile: .* is not a writable folder", profile="/dev/null/x.json")
     refused("not a writable folder", output="/dev/null/x.json")
     refused("is not a prepared dataset", small.config(scaling={"num_workers": 2}))
     only = ["train_over_plain", "input_us_per_image"]
-    plan = run.plan(on_synthetic_faces(num_workers=1), only=reversed(only))
+    plan = planning.plan(on_synthetic_faces(num_workers=1), only=reversed(only))
     assert list(plan.keys) == only and plan.output == ""
     with pytest.raises(UserError, match="is a folder"):
         augmentation_page.write(str(tmp_path))
@@ -315,7 +321,7 @@ def test_resources_that_the_machine_lacks_are_refused(ray_cluster):
         ({"cpus_per_worker": 1.5}, "workers_over_limit", "3 CPUs requested"),
         ({"use_gpu": True}, "input_us_per_image", "1 GPUs requested, the cluster has 0"),
     ):
-        plan = run.plan(on_synthetic_faces(**{"num_workers": 2, **flags}), only=[only])
+        plan = planning.plan(on_synthetic_faces(**{"num_workers": 2, **flags}), only=[only])
         with pytest.raises(UserError, match=message):
             run.measure(plan, start_ray=lambda: None, log=logged.append)
     assert not logged
@@ -342,7 +348,7 @@ def small_sweeps(monkeypatch):
 def test_sweeps_are_measured_without_a_data_set(ray_cluster, small_sweeps):
     """The benchmark's synthetic faces and those of its sweeps lie in separate folders."""
     only = ["sweep_overhead_s", "asha_saving", "asha_loss"]
-    plan = run.plan(on_synthetic_faces(num_workers=1), only=only)
+    plan = planning.plan(on_synthetic_faces(num_workers=1), only=only)
     result = run.measure(plan, start_ray=lambda: None, log=lambda line: None)
     assert 0 < result["sweep_overhead_s"] < 60 and 0 < result["asha_saving"] <= 1
     assert result["asha"]["full"]["epochs"] == 12 >= result["asha"]["halved"]["epochs"] > 4
@@ -357,7 +363,7 @@ def test_preparation_is_measured_on_request(ray_cluster, monkeypatch, capfd):
     monkeypatch.setattr(prepare, "_MANY", 60)
     only = [name for name, key in KEYS.items() if key.needs.startswith("prepare")]
     only = ["input_us_per_image", *only]  # without any training beside it
-    plan = run.plan(on_synthetic_faces(num_workers=1), only=only, rounds=1, round_s=0.1)
+    plan = planning.plan(on_synthetic_faces(num_workers=1), only=only, rounds=1, round_s=0.1)
     result = run.measure(plan, start_ray=lambda: None, log=lambda line: None)
     assert list(result["targets"]) == only and all(result[name] > 0 for name in only)
     few, many = result["prepare_growth"]["peak_mib"]
@@ -378,7 +384,7 @@ def test_a_whole_benchmark(ray_cluster, tmp_path):
     sections = {"schedule": {"global_batch_size": 32}, "scaling": {"num_workers": 2}}
     config = TrainConfig.from_dict({**small.config(**sections).to_dict(), "data": data})
     output = str(tmp_path / "out" / "benchmark.json")
-    plan = run.plan(config, output=output, rounds=1, round_s=0.1)
+    plan = planning.plan(config, output=output, rounds=1, round_s=0.1)
     before = set(Path(tmp_path).iterdir())
     returned = run.measure(plan, start_ray=lambda: None, log=lambda line: None)
     assert {path.name for path in set(Path(tmp_path).iterdir()) - before} == {"out"}

@@ -24,6 +24,7 @@ from fer_ray.errors import JobFailed, UserError
 from fer_ray.inference import plan as planning
 from fer_ray.inference import run as inference
 from fer_ray.models import run_checkpoints
+from fer_ray.models.forward import Forward
 from fer_ray.preparation.plan import plan_preparation
 from fer_ray.preparation.run import prepare
 from fer_ray.runtime import resources
@@ -278,6 +279,30 @@ def test_the_manifest_says_what_predicted_what(data, run, tmp_path):
     assert config["config"]["data_sha256"] == data.data_sha256
     assert config["config"]["training"]["model"]["width"] == 4
     assert config["rows"] == data.split("validation").rows
+
+
+def test_the_batch_size_that_is_requested_is_used_and_recorded(data, run, tmp_path):
+    plan = planning.plan(
+        checkpoint_path=str(run), data=data.path, split="validation", output=str(tmp_path)
+    )
+    for requested, recorded in ((0, 256), (2, 2)):
+        inference.predict(plan, batch_size=requested, local=True, log=lambda line: None)
+        manifest = json.loads((tmp_path / "tried" / "validation" / "_manifest.json").read_text())
+        assert manifest["config"]["batch_size"] == recorded
+
+
+def test_memory_that_runs_out_is_one_line_and_leaves_nothing(data, run, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(Forward, "probabilities", fails)
+    output = tmp_path / "predictions"
+    plan = planning.plan(
+        checkpoint_path=str(run), data=data.path, split="validation", output=str(output)
+    )
+    with pytest.raises(UserError, match=r"--batch-size: 256 images .* out of memory") as caught:
+        inference.predict(plan, local=True, log=lambda line: None)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from fer_ray.data.dataset import read_info
 from fer_ray.data.run_folder import RunFolder
 from fer_ray.errors import UserError
 from fer_ray.inference import plan as planning
-from fer_ray.inference import run as inference
+from fer_ray.inference.predictor import Predictor
 from fer_ray.models import checkpoint
 from fer_ray.sweeps.store import SweepFolder, Trial
 from fer_ray.training import run as training
@@ -197,9 +197,8 @@ def test_probabilities_that_are_none_are_not_evaluated(folder, column, value):
 def test_probabilities_that_are_none_are_not_predicted(drawn_faces, tmp_path, monkeypatch, value):
     """Such as of finite weights whose sums are not."""
     path = small.write_checkpoint(read_info(drawn_faces), tmp_path / "checkpoint")
-    predictor = inference._Predictor(
-        path=str(path), row={}, source=None, data=None, staging="", device="cpu"
-    )
+    settings = {"path": str(path), "row": {}, "source": None, "data": None, "staging": ""}
+    predictor = Predictor(**settings, device=torch.device("cpu"), batch_size=256)
     forward = SimpleNamespace(probabilities=lambda model, images: torch.full((2, 7), value))
     monkeypatch.setattr(checkpoint.Checkpoint, "forward", lambda saved, device: forward)
     with pytest.raises(UserError, match=f"^{path}: the network gives probabilities that are no"):

@@ -110,7 +110,7 @@ LOADED = {
         "data": "dataset decoding history image_source integrity json_values labels parquet "
         "predictions row_groups run_folder sources",
         "runtime": "data_tasks process ray_compat resources",
-        "inference": "plan run",
+        "inference": "plan predictor run",
     },
 }
 """By process, the modules of the package that it has loaded, folder by folder."""

@@ -48,6 +48,14 @@ def test_files_and_folders_through_a_uri(tmp_path):
         storage.write_json(path, float("nan"))
 
 
+def test_bytes_are_written_as_they_are_whatever_the_name(tmp_path, monkeypatch):
+    """In an object store pyarrow would compress what is named so, once more."""
+    monkeypatch.setattr(storage, "_is_local", lambda fs: False)
+    for name in ("trace.json.gz", "x.zst"):
+        storage.write_bytes(str(tmp_path / name), b"content")
+        assert (tmp_path / name).read_bytes() == b"content"
+
+
 def test_a_link_stays_and_leads_to_what_is_new(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")

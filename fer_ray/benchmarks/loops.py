@@ -108,7 +108,7 @@ def threads_of(config: TrainConfig) -> int:
 
 
 def for_measuring(config: TrainConfig, **schedule: Any) -> TrainConfig:
-    """A configuration for a short run whose weights stay finite.
+    """A configuration for a short run whose weights stay finite; compiled only where required.
 
     Args:
         config: what is measured.
@@ -116,7 +116,14 @@ def for_measuring(config: TrainConfig, **schedule: Any) -> TrainConfig:
     """
     values = config.to_dict()
     values["optimizer"] |= {"learning_rate": _LEARNING_RATE}
-    short = {"warmup_epochs": 1.0, "epochs": EPOCHS, "patience": 0, "time_limit_s": 0.0}
+    short: dict[str, Any] = {
+        "warmup_epochs": 1.0,
+        "epochs": EPOCHS,
+        "patience": 0,
+        "time_limit_s": 0.0,
+    }
+    if config.schedule.compile == "auto":
+        short["compile"] = "off"
     values["schedule"] |= {**short, **schedule}
     return TrainConfig.from_dict(values)
 

@@ -21,6 +21,7 @@ from fer_ray.data.dataset import DatasetInfo, load_split, read_info, read_part
 from fer_ray.errors import JobFailed
 from fer_ray.inference import plan as planning
 from fer_ray.inference import run as inference
+from fer_ray.inference.predictor import default_batch_size
 from fer_ray.models import checkpoint
 from fer_ray.models.precision import autocast
 from fer_ray.preparation.shards import ROWS_PER_SHARD
@@ -45,7 +46,7 @@ class ForwardLoop:
         """
         torch.set_num_threads(1)  # as the predicting actor has
         config = TrainConfig.from_dict(settings["config"])
-        device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
+        device = _device(config)
         info = read_info(config.data)
         split = load_split(info, "train")
         images = Images.known(split.images, split.labels)
@@ -54,12 +55,13 @@ class ForwardLoop:
         _save(config, info, images, device, path)
         saved = checkpoint.read(str(path))
         self._device, self._forward = device, saved.forward(device)
+        batch_size = default_batch_size(saved, device)
         self._model = saved.load_model(device)
         self._batches = float_batches(
             images,
             self._forward,
-            batch_size=inference.BATCH_SIZE,
-            steps=ROWS_PER_SHARD // inference.BATCH_SIZE,
+            batch_size=batch_size,
+            steps=ROWS_PER_SHARD // batch_size,
             device=device,
         )
         self._run(2)
@@ -78,6 +80,11 @@ class ForwardLoop:
                     result = (result + self._model(images.flip(3)).float().softmax(1)) / 2
             num_images += len(result)
         return num_images
+
+
+def _device(config: TrainConfig) -> torch.device:
+    """Where both sides predict."""
+    return torch.device("cuda" if config.scaling.use_gpu else "cpu")
 
 
 def _save(
@@ -99,7 +106,8 @@ def measure(settings: dict[str, Any], *, rounds: int, round_s: float) -> dict[st
         round_s: about the seconds of a round.
 
     Returns:
-        ``rounds`` of ``predict`` and ``predict_plain`` in images/s, and ``predict_parts``.
+        ``rounds`` of ``predict`` and ``predict_plain`` in images/s, ``predict_parts``,
+        ``predict_rows_per_part``, and ``predict_batch``, the images in a forward pass.
     """
     import ray
 
@@ -107,8 +115,10 @@ def measure(settings: dict[str, Any], *, rounds: int, round_s: float) -> dict[st
     config = TrainConfig.from_dict(settings["config"])
     loop: Any = ray.remote(num_cpus=0)(ForwardLoop).remote(settings)
     speed = ray.get(loop.rate.remote(1))
-    batches = max(round(speed * round_s / inference.BATCH_SIZE), 2)
-    parts, rows = parts_for(speed, round_s)
+    saved = checkpoint.read(storage.join(settings["folder"], "checkpoint"))
+    batch_size = default_batch_size(saved, _device(config))
+    batches = max(round(speed * round_s / batch_size), 2)
+    parts, rows = parts_for(speed, round_s, batch_size)
     data = _write_dataset(
         read_info(config.data), storage.join(settings["folder"], "parts"), parts, rows
     )
@@ -118,10 +128,15 @@ def measure(settings: dict[str, Any], *, rounds: int, round_s: float) -> dict[st
         time.sleep(_SETTLE_S)
         rates["predict_plain"].append(ray.get(loop.rate.remote(batches)))
     ray.kill(loop)
-    return {"rounds": rates, "predict_parts": parts, "predict_rows_per_part": rows}
+    return {
+        "rounds": rates,
+        "predict_parts": parts,
+        "predict_rows_per_part": rows,
+        "predict_batch": batch_size,
+    }
 
 
-def parts_for(speed: float, round_s: float) -> tuple[int, int]:
+def parts_for(speed: float, round_s: float, batch_size: int) -> tuple[int, int]:
     """The number of parts to predict and the rows of each.
 
     The clock starts when the first part is written; at least two more take about `round_s`.
@@ -129,9 +144,10 @@ def parts_for(speed: float, round_s: float) -> tuple[int, int]:
     Args:
         speed: images/s of the bare loop.
         round_s: seconds of a round.
+        batch_size: number of images in a forward pass.
     """
-    batches = max(round(speed * round_s / 2 / inference.BATCH_SIZE), 1)
-    rows = min(batches * inference.BATCH_SIZE, ROWS_PER_SHARD)
+    batches = max(round(speed * round_s / 2 / batch_size), 1)
+    rows = min(batches * batch_size, ROWS_PER_SHARD)
     return min(1 + max(math.ceil(speed * round_s / rows), 2), _MAX_PARTS), rows
 
 

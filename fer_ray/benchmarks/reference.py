@@ -200,7 +200,7 @@ def benchmarks(reference: Path) -> str:
     Args:
         reference: what `collect` wrote.
     """
-    records = _read(reference, "benchmarks/*.json")
+    records = [r for r in _read(reference, "benchmarks/*.json") if r["targets"]]
     models = [record for record in records if _is_of_model(record)]
     of_model = [name for name, key in targets.KEYS.items() if key.of_model]
     groups = [(models, of_model)] if models else []

@@ -1,129 +1,36 @@
 """How fast this machine trains and predicts, as ratios to baselines measured in the same run.
 
-`plan` checks the settings without Ray; `measure` runs the benchmark. A ratio divides the medians
-of two series of rounds that alternate (A B A B …), so that a change of the machine's speed affects
-both alike. Nothing is compiled on either side.
+`measure` runs what `benchmarks.plan` has checked. A ratio divides the medians of two series of
+rounds that alternate (A B A B …), so that a change of the machine's speed affects both alike.
+Nothing is compiled, unless `--compile on` is given, and the plain loops never are.
 """
 
 from __future__ import annotations
 
-import math
-import os
+import gzip
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fer_ray import storage
-from fer_ray.benchmarks import predict, prepare, processes, sweeps, workers
+from fer_ray.benchmarks import predict, prepare, processes, steps, sweeps, to_accuracy, workers
 from fer_ray.benchmarks.loops import for_measuring
+from fer_ray.benchmarks.plan import IMAGE_SIZE, Plan
 from fer_ray.benchmarks.targets import KEYS, numbers
 from fer_ray.config.schema import TrainConfig
 from fer_ray.data.dataset import DatasetInfo, read_info
-from fer_ray.data.labels import FER2013_LABELS
-from fer_ray.errors import UserError, unknown
+from fer_ray.errors import UserError
 from fer_ray.models import registry
 from fer_ray.preparation.plan import plan_preparation
 from fer_ray.preparation.run import prepare as prepare_dataset
 from fer_ray.runtime import environment, resources
 from fer_ray.training import ray_trainer
-
-ROUNDS = 5
-ROUND_S = 3.0
-_IMAGE_SIZE = 48  # of synthetic faces
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The valid settings of a benchmark, as `plan` returns them."""
-
-    config: TrainConfig
-    """What is measured. Its `data` is an absolute path or URI; empty: synthetic faces."""
-    keys: tuple[str, ...]
-    """The numbers to measure, of `KEYS`."""
-    rounds: int
-    """Number of rounds of each series."""
-    round_s: float
-    """Seconds of a round, approximately."""
-    output: str
-    """Absolute path or URI of the JSON file; empty: none is written."""
-
-
-def plan(
-    config: TrainConfig,
-    *,
-    output: str = "",
-    only: Iterable[str] = (),
-    rounds: int = ROUNDS,
-    round_s: float = ROUND_S,
-) -> Plan:
-    """Checks the settings, without Ray.
-
-    Args:
-        config: what to measure; without `data`, on synthetic faces.
-        output: path or URI of the JSON file; empty: none is written.
-        only: names of `KEYS` to measure; empty: all that describe the model.
-        rounds: of each series, 1 or more.
-        round_s: seconds of a round, above 0.
-
-    Raises:
-        UserError: if a setting is wrong.
-    """
-    keys = _selected(set(only))
-    if rounds < 1 or not 0 < round_s < math.inf:
-        raise UserError(
-            f"--rounds {rounds}, --round-s {round_s:g}: both must be above 0 and finite"
-        )
-    if "workers_over_limit" in keys and config.scaling.num_workers < 2:
-        raise UserError(
-            "--num-workers: workers_over_limit needs 2 or more workers; list other numbers "
-            "with --only"
-        )
-    labels, size = len(FER2013_LABELS), _IMAGE_SIZE
-    if config.data:
-        info = read_info(config.data)
-        _check_data(info, keys)
-        config, labels, size = replace(config, data=info.path), len(info.labels), info.image_size
-    config = replace(config, model=config.model.with_absolute_files())
-    registry.check(config.model, num_classes=labels, image_size=size)
-    output = storage.absolute(output) if output else ""
-    _check_output(output)
-    return Plan(config=config, keys=keys, rounds=rounds, round_s=round_s, output=output)
-
-
-def _selected(only: set[str]) -> tuple[str, ...]:
-    for key in only:
-        if key not in KEYS:
-            raise unknown("--only", key, KEYS)
-    return tuple(key for key in KEYS if key in only or (KEYS[key].of_model and not only))
-
-
-def _check_data(info: DatasetInfo, keys: Sequence[str]) -> None:
-    for name in ("train", "validation"):
-        split = info.split(name)
-        if split.rows == split.unlabelled:
-            raise UserError(f"--data: {info.path} has no labelled images in its {name} split")
-        if split.unlabelled and "stream_over_naive" in keys:
-            raise UserError(
-                f"--data: {split.unlabelled} images of {name} have no label and cannot be "
-                "streamed; list numbers other than stream_over_naive with --only"
-            )
-
-
-def _check_output(output: str) -> None:
-    if not output or storage.is_uri(output):
-        storage.check_bucket("--output", output)
-        return
-    if Path(output).is_dir():
-        raise UserError(f"--output: {output} is a folder; give the path of a file")
-    above = next(path for path in Path(output).parents if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--output: {above} is not a writable folder; give another path")
 
 
 def measure(
@@ -206,6 +113,10 @@ class _Run:
         parts = []
         if names := self._needs & set(workers.MEASURED_ALONE):
             parts.append(self._alone(sorted(names)))
+        if self._plan.reports_steps:
+            parts.append(self._steps())
+        if self._plan.to_accuracy:
+            parts.append(self._to_accuracy())
         parts += [measure() for need, measure in measurements.items() if need in self._needs]
         measured: dict[str, Any] = {"rounds": {}}
         for part in parts:
@@ -255,6 +166,24 @@ class _Run:
         settings = self._settings("together")
         return _fit(workers.measure_together, settings, self.config, num_workers=num_workers)
 
+    def _steps(self) -> dict[str, Any]:
+        self._log("measuring and profiling training steps")
+        settings = self._settings("steps")
+        measured = _fit(steps.measure, settings, self.config, num_workers=1)
+        if profile := self._plan.profile:
+            trace = Path(settings["folder"], steps.TRACE).read_bytes()
+            storage.write_bytes(profile, gzip.compress(trace) if _is_gzip(profile) else trace)
+            measured["profile"] = profile
+        return measured
+
+    def _to_accuracy(self) -> dict[str, Any]:
+        percentages = self._plan.to_accuracy
+        self._log(f"training to {', '.join(f'{value:g} %' for value in percentages)} accuracy")
+        config = replace(self._plan.config, data=self.config.data)
+        settings = self._settings("to_accuracy", percentages=percentages)
+        settings["config"] = config.to_dict()
+        return _fit(to_accuracy.measure, settings, config, num_workers=1)
+
     def _predict(self) -> dict[str, Any]:
         self._log("measuring prediction")
         rounds, round_s = self._plan.rounds, self._plan.round_s
@@ -265,9 +194,13 @@ class _Run:
         return prepare.against_pillow(self.info, folder=folder, rounds=rounds, log=self._log)
 
 
+def _is_gzip(path: str) -> bool:
+    return storage.name_of(path).endswith(".gz")
+
+
 def _synthetic_faces(folder: str) -> str:
     path = storage.join(folder, "faces")
-    plan = plan_preparation(source="synthetic", output=path, image_size=_IMAGE_SIZE)
+    plan = plan_preparation(source="synthetic", output=path, image_size=IMAGE_SIZE)
     prepare_dataset(plan, log=lambda line: None)
     return path
 
@@ -307,7 +240,7 @@ def _details(plan: Plan, measured: dict[str, Any], info: DatasetInfo) -> dict[st
         "model": {**vars(model), "pixels": size, **vars(cost)},
         "batch": plan.config.schedule.global_batch_size,
         "num_workers": plan.config.scaling.num_workers,
-        "compiled": False,
+        "compiled": plan.config.schedule.compile == "on",
         "data": plan.config.data or "synthetic faces",
         "images": info.split("train").rows,
         "settings": for_measuring(plan.config).to_dict(),

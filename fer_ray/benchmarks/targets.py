@@ -193,13 +193,13 @@ def numbers(keys: Sequence[str], measured: Mapping[str, Any]) -> dict[str, float
 
 def table(result: Mapping[str, Any]) -> list[str]:
     """The numbers as lines of text (name, value, target, met or MISSED), then the details."""
-    lines = [f"{'':28}{'measured':>10}{'target':>10}"]
+    lines = [f"{'':28}{'measured':>10}{'target':>10}"] if result["targets"] else []
     for name, key in KEYS.items():
         if name in result:
             verdict = "met" if key.is_met(result[name]) else "MISSED"
             sign = "<=" if key.at_most else ">="
             lines.append(f"{name:28}{result[name]:>10.3f}{sign:>5}{key.target:>5g}  {verdict}")
-    return lines + _details(result)
+    return lines + _details(result) + _steps(result) + _accuracies(result)
 
 
 def _details(result: Mapping[str, Any]) -> list[str]:
@@ -227,3 +227,54 @@ def _details(result: Mapping[str, Any]) -> list[str]:
             f"fraction of the time in which the GPU computes: {result['gpu_busy_share']:.1%}"
         )
     return lines
+
+
+def _steps(result: Mapping[str, Any]) -> list[str]:
+    """What was measured of training steps; what is not known is left out."""
+    step = result.get("step")
+    if step is None:
+        return []
+    ranges = ", ".join(f"{name} {ms:.2f}" for name, ms in step["range_ms"].items())
+    lines = [
+        "",
+        f"a training step in {step['precision']}: {1e3 * step['step_s']:.2f} ms, "
+        f"{step['images_per_s']:,.0f} images/s",
+        f"  computes {step['flops_per_step'] / 1e9:,.1f} GFLOP"
+        + _of("the peak", step["fraction_of_peak_flops"]),
+        f"  moves about {step['bytes_per_step'] / 2**20:,.0f} MiB in memory"
+        + _of("the bandwidth", step["fraction_of_bandwidth"]),
+        f"  the host's ms in a profiled step: {ranges}",
+    ]
+    if step["kernels"] is not None:
+        lines += [
+            f"  the GPU is busy {step['device_busy']:.1%} of the time, in {step['kernels']:,.0f} "
+            f"kernels; {step['host_synchronizations']:g} host synchronizations, "
+            f"{step['pageable_copies']:g} copies of pageable memory",
+            f"  at most {step['peak_gpu_memory_mib']:,.0f} MiB of GPU memory",
+        ]
+    checkpoint = [f"{step[f'checkpoint_{part}_s']:.3f} s to {part}" for part in ("copy", "write")]
+    pauses = f"  validation {step['validation_s']:.2f} s, a checkpoint {' and '.join(checkpoint)}"
+    return [*lines, pauses]
+
+
+def _of(limit: str, fraction: float | None) -> str:
+    return "" if fraction is None else f", {fraction:.1%} of {limit}"
+
+
+def _accuracies(result: Mapping[str, Any]) -> list[str]:
+    """When a training reached each accuracy."""
+    if "to_accuracy" not in result:
+        return []
+    measured = result["to_accuracy"]
+    lines = ["", "seconds to a validation accuracy: training + validation + checkpoints"]
+    for name, reached in measured["reached"].items():
+        if reached is None:
+            lines.append(f"  {name} %: not reached")
+            continue
+        parts = " + ".join(f"{reached[f'{part}_s']:,.1f}" for part in _PARTS)
+        lines.append(f"  {name} %: {reached['seconds']:,.1f} = {parts}, epoch {reached['epoch']}")
+    return [*lines, f"  best of {measured['epochs']} epochs: {measured['best']:.2%}"]
+
+
+_PARTS = ("train", "validation", "checkpoint")
+"""Of the seconds to an accuracy."""

@@ -5,35 +5,23 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
 
 from fer_ray import storage
-from fer_ray.data import dataset, decoding, parquet, predictions, sources
-from fer_ray.data.dataset import DatasetInfo
-from fer_ray.data.labels import probability_column
+from fer_ray.data import predictions
 from fer_ray.errors import UserError
 from fer_ray.inference.plan import Plan
-from fer_ray.models import checkpoint
-from fer_ray.models.checkpoint import Checkpoint
-from fer_ray.models.forward import Forward
+from fer_ray.inference.predictor import COUNTS, Predictor, default_batch_size
 from fer_ray.runtime import resources
 from fer_ray.runtime.data_tasks import map_here, map_tasks
 from fer_ray.runtime.process import check_gpu
 
-BATCH_SIZE = 256
-"""Images in a forward pass."""
-
 _PROGRESS_S = 5.0
 """Seconds between lines of progress."""
-_COUNTS = pa.schema([("rows", pa.int64()), ("errors", pa.int64())])
-"""What an actor returns for each part: its rows, and how many of them have an error."""
 
 
 def predict(
@@ -41,6 +29,7 @@ def predict(
     *,
     num_actors: int = 0,
     use_gpu: bool = False,
+    batch_size: int = 0,
     local: bool = False,
     log: Callable[[str], None] = print,
 ) -> str:
@@ -50,6 +39,7 @@ def predict(
         plan: from `inference.plan`.
         num_actors: predicting processes; 0: one per GPU or CPU, more as an autoscaler adds nodes.
         use_gpu: whether each has a GPU.
+        batch_size: number of images in a forward pass; 0: `default_batch_size`.
         local: whether to predict in this process, without Ray; the rows are the same.
         log: receives lines of progress.
 
@@ -57,41 +47,49 @@ def predict(
         The folder of the predictions; it replaces older ones.
 
     Raises:
-        UserError: where workers do not see the prepared input or the output, or it is damaged. A
-            loose image that a worker does not see becomes a row with an error.
+        UserError: where workers do not see the prepared input or the output, or it is damaged, or
+            memory runs out. A loose image that a worker does not see becomes a row with an error.
         JobFailed: where a worker cannot read or write.
     """
     start = time.perf_counter()
     count = _no_actors if local else _count_actors
     actors = count(plan, num_actors, use_gpu, log)
-    log(
-        f"predicting {plan.rows:,} images of {plan.split} with {plan.run} "
-        f"({plan.checkpoint.model.name}, epoch {plan.checkpoint.epoch}) {_where(*actors)}"
-    )
-    if skipped := plan.input.get("skipped"):
-        log(f"skipping {len(skipped)} files that are not images; the manifest lists them")
+    # as requested: Ray does not hide the GPUs from actors that requested none
+    device = torch.device("cuda" if use_gpu else "cpu")
+    batch_size = batch_size or default_batch_size(plan.checkpoint, device)
+    _announce(plan, actors, log)
     # the unfinished folder lies beside the output: readers of all predictions search below it
     with storage.staged_directory(plan.folder, staging=_staging(plan.output)) as staging:
-        errors = _write_parts(plan, staging, actors=actors, use_gpu=use_gpu, log=log)
+        predictor = _predictor(plan, staging, device=device, batch_size=batch_size)
+        errors = _write_parts(plan, predictor, actors=actors, use_gpu=use_gpu, log=log)
         predictions.write_manifest(
             staging,
             rows=plan.rows,
             files=[task["part"] for task in plan.tasks],
             labels=plan.checkpoint.labels,
             checkpoint=plan.checkpoint.sha256,
-            config=_manifest_config(plan),
+            config=_manifest_config(plan, batch_size),
         )
     spent = f"in {time.perf_counter() - start:.1f} s"
     log(f"wrote {plan.rows:,} rows, {errors:,} of them with an error, {spent}")
     return plan.folder
 
 
-def _manifest_config(plan: Plan) -> dict[str, Any]:
+def _announce(plan: Plan, actors: tuple[int, int], log: Callable[[str], None]) -> None:
+    log(
+        f"predicting {plan.rows:,} images of {plan.split} with {plan.run} "
+        f"({plan.checkpoint.model.name}, epoch {plan.checkpoint.epoch}) {_where(*actors)}"
+    )
+    if skipped := plan.input.get("skipped"):
+        log(f"skipping {len(skipped)} files that are not images; the manifest lists them")
+
+
+def _manifest_config(plan: Plan, batch_size: int) -> dict[str, Any]:
     """What the manifest records about the checkpoint, the input and the computation."""
     return {
         "checkpoint": plan.checkpoint.path,
         "epoch": plan.checkpoint.epoch,
-        "batch_size": BATCH_SIZE,
+        "batch_size": batch_size,
         "flip_at_test": plan.checkpoint.flip_at_test,
         "training": plan.checkpoint.config,
         **plan.input,
@@ -139,16 +137,8 @@ def _where(fewest: int, most: int) -> str:
     return f"on {fewest} actor(s)" if fewest == most else f"on {fewest} to {most} actors"
 
 
-def _write_parts(
-    plan: Plan,
-    staging: str,
-    *,
-    actors: tuple[int, int],
-    use_gpu: bool,
-    log: Callable[[str], None],
-) -> int:
-    """Writes every part, on actors or (0) in this process; returns how many rows have an error."""
-    predictor = _Predictor(
+def _predictor(plan: Plan, staging: str, *, device: torch.device, batch_size: int) -> Predictor:
+    return Predictor(
         path=plan.checkpoint.path,
         row={
             "run": plan.run,
@@ -158,13 +148,24 @@ def _write_parts(
         source=plan.source,
         data=plan.data,
         staging=staging,
-        # as requested: Ray does not hide the GPUs from actors that requested none
-        device="cuda" if use_gpu else "cpu",
+        device=device,
+        batch_size=batch_size,
     )
+
+
+def _write_parts(
+    plan: Plan,
+    predictor: Predictor,
+    *,
+    actors: tuple[int, int],
+    use_gpu: bool,
+    log: Callable[[str], None],
+) -> int:
+    """Writes every part, on actors or (0) in this process; returns how many rows have an error."""
     if actors[1]:
         results = _on_actors(plan.tasks, predictor, actors=actors, use_gpu=use_gpu)
     else:
-        results = map_here(plan.tasks, predictor, _COUNTS)
+        results = map_here(plan.tasks, predictor, COUNTS)
     rows = errors = 0
     logged_at = time.monotonic()
     for table in results:
@@ -177,125 +178,15 @@ def _write_parts(
 
 
 def _on_actors(
-    tasks: list[dict[str, Any]], predictor: _Predictor, *, actors: tuple[int, int], use_gpu: bool
+    tasks: list[dict[str, Any]], predictor: Predictor, *, actors: tuple[int, int], use_gpu: bool
 ) -> Iterator[pa.Table]:
     import ray
 
     return map_tasks(
         tasks,
         predictor,
-        _COUNTS,
+        COUNTS,
         compute=ray.data.ActorPoolStrategy(min_size=actors[0], max_size=actors[1]),
         num_cpus=0 if use_gpu else 1,
         num_gpus=1 if use_gpu else None,
     )
-
-
-class _Predictor:
-    """Predicts and writes parts, in an actor; loads the network with the first part."""
-
-    def __init__(
-        self,
-        *,
-        path: str,
-        row: dict[str, Any],
-        source: sources.FileSource | None,
-        data: DatasetInfo | None,
-        staging: str,
-        device: str,
-    ) -> None:
-        self._path, self._device = path, torch.device(device)
-        self._row, self._source, self._data, self._staging = row, source, data, staging
-
-    @cached_property
-    def _checkpoint(self) -> Checkpoint:
-        return checkpoint.read(self._path)
-
-    @cached_property
-    def _model(self) -> nn.Module:
-        torch.set_num_threads(1)  # one actor per CPU: more threads would only compete
-        return self._checkpoint.load_model(self._device)
-
-    @cached_property
-    def _forward(self) -> Forward:
-        return self._checkpoint.forward(self._device)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Predicts the part that one of `Plan.tasks` describes, and writes it."""
-        (task,) = batch.to_pylist()
-        size = self._checkpoint.image_size
-        if self._data is not None:
-            rows, images = _read_prepared(self._data, self._row["split"], task["file"], size)
-        else:
-            assert self._source is not None
-            rows, images = _read_loose(self._source, task, size)
-        table = self._table(rows, self._probabilities(images))
-        parquet.write_table(table, self._staging, task["part"])
-        errors = sum(row["error"] is not None for row in rows)
-        return pa.table([[len(rows)], [errors]], schema=_COUNTS)
-
-    def _probabilities(self, images: np.ndarray) -> np.ndarray:
-        """(N, classes) float32 of (N, S, S) uint8."""
-        forward = self._forward
-        batches = [np.zeros((0, len(self._checkpoint.labels)), dtype=np.float32)]
-        for start in range(0, len(images), BATCH_SIZE):
-            batch = torch.from_numpy(images[start : start + BATCH_SIZE]).to(self._device)
-            batches.append(forward.probabilities(self._model, batch).cpu().numpy())
-        probabilities = np.concatenate(batches)
-        if not ((probabilities >= 0) & (probabilities <= predictions.MAX_PROBABILITY)).all():
-            raise UserError(
-                f"{self._path}: the network gives probabilities that are no numbers between 0 and "
-                "1: this checkpoint cannot predict"
-            )
-        return probabilities
-
-    def _table(self, rows: list[dict[str, Any]], probabilities: np.ndarray) -> pa.Table:
-        """The part's rows as the contract has them; `probabilities` skip rows with an error."""
-        labels = self._checkpoint.labels
-        model, sha256 = self._checkpoint.model.name, self._checkpoint.sha256
-        values = iter(probabilities)
-        complete_rows = []
-        for row in rows:
-            complete = {**row, **self._row, "model": model, "checkpoint": sha256}
-            if row["error"] is None:
-                scores = next(values)
-                best = int(scores.argmax())
-                complete |= {probability_column(name): s for name, s in zip(labels, scores)}
-                complete |= {"predicted": labels[best], "confidence": scores[best]}
-                if row["label"] is not None:
-                    complete["correct"] = row["label"] == labels[best]
-            complete_rows.append(complete)
-        return pa.Table.from_pylist(complete_rows, predictions.schema(labels))
-
-
-def _read_prepared(
-    info: DatasetInfo, split: str, file: str, size: int
-) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Rows and (N, size, size) uint8 images of a part of a prepared split, which is checked."""
-    table = dataset.read_part(info, split, file)
-    columns = table.select(["image_id", "pixel_sha256", "label"])
-    rows = [{**row, "error": None} for row in columns.to_pylist()]
-    images = dataset.stack(table["image"], info.image_size)
-    if info.image_size != size and len(images):
-        images = np.stack([decoding.fit(image, size) for image in images])
-    return rows, images.reshape(-1, size, size)
-
-
-def _read_loose(
-    source: sources.FileSource, task: dict[str, Any], size: int
-) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Rows and (M, size, size) uint8 images; a row without an image has the reason as its error."""
-    rows: list[dict[str, Any]] = []
-    images = []
-    for path, at, reason in zip(task["path"], task["at"], task["reason"]):
-        row: dict[str, Any] = {"image_id": path, "label": None, "error": None}
-        try:
-            if reason:
-                raise sources.ReadError(reason)
-            grey = decoding.decode(source.read(path, at))
-            row["pixel_sha256"] = decoding.pixel_sha256(grey)
-            images.append(decoding.fit(grey, size))
-        except (sources.ReadError, decoding.DecodeError) as error:
-            row["error"] = str(error)
-        rows.append(row)
-    return rows, np.stack(images) if images else np.zeros((0, size, size), np.uint8)
