@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fer_ray import storage
-from fer_ray.errors import JobFailed, UserError, unknown
+from fer_ray.errors import JobFailed, UserError, printable, unknown
 from fer_ray.runtime import termination
 
 FAILED_STATUS = 1
@@ -38,7 +38,7 @@ class JobParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR_STATUS, f"{self.prog}: {message}\n")
+        self.exit(USER_ERROR_STATUS, f"{self.prog}: {printable(message)}\n")
 
     def parse_args(self, args=None, namespace=None):
         """Parses the arguments; an unknown flag ends the job with the nearest known one."""
@@ -152,7 +152,8 @@ _PRINTS_AND_EXITS = {"-h", "--help", "--list-models"}
 
 def _end(reason: object, status: int) -> NoReturn:
     sys.stdout.flush()
-    print(f"{_program()}: {(str(reason) or repr(reason)).splitlines()[0]}", file=sys.stderr)
+    line = (str(reason) or repr(reason)).splitlines()[0]
+    print(f"{_program()}: {printable(line)}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -161,8 +162,8 @@ def _program() -> str:
 
 
 def log(message: str) -> None:
-    """Prints one line of progress at once, also where standard output is a pipe."""
-    print(message, flush=True)
+    """Prints progress at once, also where standard output is a pipe; lines stay lines."""
+    print("\n".join(map(printable, message.split("\n"))), flush=True)
 
 
 def conclude(path: str) -> None:
@@ -189,8 +190,11 @@ def lasting(flag: str, path: str) -> str:
     Raises:
         UserError: for a relative path in such a job.
     """
-    relative = not storage.is_uri(path) and not Path(path).expanduser().is_absolute()
-    if relative and "_ray_pkg_" in str(Path.cwd()):
+    if (
+        not storage.is_uri(path)
+        and not path.startswith(("/", "~"))
+        and "_ray_pkg_" in str(Path.cwd())
+    ):
         raise UserError(
             f"{flag}: {path} would lie in Ray's temporary copy of the working directory; "
             "give submitted jobs an absolute path or a URI"

@@ -43,3 +43,12 @@ class JobFailed(RuntimeError):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str) -> str:
+    """A text with control characters, lone surrogates and the like as escapes, such as ``\\x1b``.
+
+    What a file's name or a label holds could otherwise move a terminal's cursor, or end a job that
+    prints to a file of another encoding.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -112,10 +112,14 @@ class Setting:
         assert self.low is not None
         if not (self.low <= value and (self.high is None or value <= self.high)):
             return f"{value!r} is not {self.bounds}{self._nearest(value)}"
-        return None if math.isfinite(value) else f"{value!r} is not finite"
+        return (
+            None if isinstance(value, int) or math.isfinite(value) else f"{value!r} is not finite"
+        )
 
     def _nearest(self, value: Any) -> str:
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return ""
+        if isinstance(value, float) and math.isnan(value):  # of an int it would overflow
             return ""
         assert self.low is not None
         near = max(min(value, math.inf if self.high is None else self.high), self.low)
