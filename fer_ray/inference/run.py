@@ -24,7 +24,7 @@ from fer_ray.models import checkpoint
 from fer_ray.models.checkpoint import Checkpoint
 from fer_ray.models.forward import Forward
 from fer_ray.runtime import resources
-from fer_ray.runtime.data_tasks import map_here, map_tasks
+from fer_ray.runtime.data_tasks import map_here, map_on_actors
 from fer_ray.runtime.process import check_gpu
 
 BATCH_SIZE = 256
@@ -181,7 +181,7 @@ def _on_actors(
 ) -> Iterator[pa.Table]:
     import ray
 
-    return map_tasks(
+    return map_on_actors(
         tasks,
         predictor,
         _COUNTS,
