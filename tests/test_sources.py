@@ -253,6 +253,24 @@ def test_very_many_folders_are_looked_through_quickly():
     assert time.monotonic() - start < 10
 
 
+@BOTH
+def test_a_source_with_a_layout_is_listed_once(kind, tmp_path, monkeypatch):
+    source = make(kind, tmp_path, faces("train/happy/1.jpg", "train/sad/2.jpg", "val/sad/3.jpg"))
+    listings, tables = [], type(source).tables
+    monkeypatch.setattr(type(source), "tables", lambda self: listings.append(1) or tables(self))
+    images = layouts.open_layout(source, "faces")
+    paths = ["train/happy/1.jpg", "train/sad/2.jpg", "val/sad/3.jpg"]
+    for _ in range(2):
+        assert sorted(entry.path for entry in images.entries()) == paths
+    assert listings == [1]
+    assert len(pickle.dumps(images)) < 1000
+
+
+def test_the_reason_for_a_folder_does_not_depend_on_open_files(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"^\[Errno 21\] Is a directory$"):
+        folders.read_file(pafs.LocalFileSystem(), "", str(tmp_path))
+
+
 def test_a_pipe_that_a_table_names_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (str(tmp_path / "pipe"), "/dev/zero"):

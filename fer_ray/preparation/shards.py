@@ -133,11 +133,44 @@ def write_shard(batch: pa.Table, *, images: ImageSource, staging: str, size: int
     cv2.setNumThreads(1)  # Ray runs one task per CPU: more threads would only compete
     (task,) = batch.to_pylist()
     files = _unpack(task["files"])
+    pixels, digests, reasons = _decode(files, images, size)
+    decoded = [index for index, digest in enumerate(digests) if digest]
+    kept = files.take(pa.array(decoded, pa.int64()))
+    rows = _Rows(
+        split=task["split"],
+        paths=kept["path"],
+        labels=kept["label"],
+        pixel_sha256=pa.array([digests[i].hex() for i in decoded]),  # type: ignore[union-attr]
+        images=pixels,
+    )
     count = len(files)
-    reasons: list[str | None] = [None] * count
+    shard = rows.write(staging, task["shard"]) if decoded else None
+    of_rows = [rows.hash(), *rows.moments()]
+    if len(decoded) < count:
+        positions = np.full(count, -1)
+        positions[decoded] = np.arange(len(decoded))
+        indices = pa.array(positions, mask=positions < 0)  # null where there is no row
+        of_rows = [column.take(indices) for column in of_rows]
+    columns = [
+        *(_repeat(task["shard"], count), files["path"], _repeat(task["split"], count)),
+        *(files["label"], pa.array(reasons, pa.string()), pa.array(digests, pa.binary())),
+        *(*of_rows, *_shard_columns(shard, count)),
+    ]
+    return pa.Table.from_arrays(columns, schema=RESULTS)
+
+
+def _decode(
+    files: pa.Table, images: ImageSource, size: int
+) -> tuple[np.ndarray, list[bytes | None], list[str | None]]:
+    """Decodes images: (N, size, size) uint8 of those that can be, and two lists for all files.
+
+    The lists have the hash of each image's pixels, or the reason why it cannot be decoded.
+    """
+    count = len(files)
     digests: list[bytes | None] = [None] * count
+    reasons: list[str | None] = [None] * count
     pixels = np.empty((count, size, size), np.uint8)
-    decoded: list[int] = []
+    num_decoded = 0
     for index, (path, at) in enumerate(zip(files["path"].to_pylist(), files["at"].to_pylist())):
         try:
             grey = images.grey(path, at)
@@ -145,29 +178,9 @@ def write_shard(batch: pa.Table, *, images: ImageSource, staging: str, size: int
             reasons[index] = str(error)
             continue
         digests[index] = decoding.pixel_digest(grey)
-        pixels[len(decoded)] = decoding.fit(grey, size)
-        decoded.append(index)
-    kept = files.take(pa.array(decoded, pa.int64()))
-    rows = _Rows(
-        split=task["split"],
-        paths=kept["path"],
-        labels=kept["label"],
-        pixel_sha256=pa.array([digests[i].hex() for i in decoded]),  # type: ignore[union-attr]
-        images=pixels[: len(decoded)],
-    )
-    shard = rows.write(staging, task["shard"]) if decoded else None
-    of_rows = [rows.hash(), *rows.moments()]
-    if len(decoded) < count:
-        nulls = np.full(count, -1)
-        nulls[decoded] = np.arange(len(decoded))
-        places = pa.array(nulls, mask=nulls < 0)
-        of_rows = [column.take(places) for column in of_rows]
-    columns = [
-        *(_repeat(task["shard"], count), files["path"], _repeat(task["split"], count)),
-        *(files["label"], pa.array(reasons, pa.string()), pa.array(digests, pa.binary())),
-        *(*of_rows, *_shard_columns(shard, count)),
-    ]
-    return pa.Table.from_arrays(columns, schema=RESULTS)
+        pixels[num_decoded] = decoding.fit(grey, size)
+        num_decoded += 1
+    return pixels[:num_decoded], digests, reasons
 
 
 def _repeat(value: str | None, count: int) -> pa.Array:
