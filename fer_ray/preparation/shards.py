@@ -24,7 +24,7 @@ ROWS_PER_SHARD = 2048
 """Maximum rows of a shard; shards of nearly equal size keep all CPUs busy."""
 
 MANY_SHARDS = 64
-"""With more shards than this, they are twice as long: Ray keeps each task's data in memory."""
+"""With more shards than this, they are twice as long: each is a file, and a task of its own."""
 
 ROWS_PER_GROUP = 256
 """Maximum rows of a row group, the unit in which streaming shuffles."""
@@ -52,8 +52,8 @@ def write_tasks(inventory: Inventory, image_size: int) -> Iterator[dict[str, Any
     """Divides each split, ordered by path, into shards of nearly equal length.
 
     Yields:
-        Arguments of `write_shard`. The files are compressed, because all tasks of a large source
-        are in memory at the same time.
+        Arguments of `write_shard`. The files are compressed, because dozens of tasks are in memory
+        at the same time.
     """
     counts = inventory.counts()
     rows_per_shard = ROWS_PER_SHARD
