@@ -128,7 +128,10 @@ def test_large_images_come_in_smaller_shards():
     inventory = Inventory()
     names = [f"{i:03}" for i in range(200)]
     inventory.add_files(sources.Entry(path=name, split="train", label="happy") for name in names)
-    tasks = [shards._unpack(task["files"])["path"] for task in shards.write_tasks(inventory, 1024)]
+    tasks = [
+        shards._unpack(task["files"])["path"].to_pylist()
+        for task in shards.write_tasks(inventory, 1024)
+    ]
     inventory.close()
     assert max(map(len, tasks)) * 1024**2 <= shards.BYTES_PER_SHARD
     assert [name for task in tasks for name in task] == names
@@ -295,7 +298,7 @@ def test_an_output_that_a_worker_cannot_access_is_a_user_error(tmp_path):
     message = f"--output: not every worker can access {staging.parent}"
     with pytest.raises(UserError, match=message):
         parquet.write_table(dataset.SCHEMA.empty_table(), str(staging), shard)
-    rows = shards._pack([("1.png", "validation")], shards._TASK_ROWS)
+    rows = shards._pack(pa.table([["1.png"], ["validation"]], schema=shards._TASK_ROWS))
     with pytest.raises(UserError, match=message):
         shards.rewrite_shard(
             pa.Table.from_pylist([{"shard": shard, "rows": rows}]), staging=str(staging)

@@ -50,7 +50,7 @@ def content(source: sources.FileSource) -> dict[str, bytes]:
 
 
 def located(source: sources.FileSource) -> list[sources.Entry]:
-    return list(layouts.locate_files(source, layouts.find_layout(source)))
+    return list(layouts.open_layout(source, source.path).entries())
 
 
 def rows(source: sources.FileSource) -> dict[str, tuple[str | None, str | None]]:
@@ -110,7 +110,7 @@ def test_splits_are_found_below_up_to_two_folders(kind, top, tmp_path):
         f"{top}val/happy/3.jpg": ("validation", "happy"),
         f"{top}test/sad/4.jpg": ("test", "sad"),
     }
-    assert layouts.find_layout(source).has_splits
+    assert layouts.find_layout(source.path, source.tables()).has_splits
 
 
 @pytest.mark.parametrize("top", ["", "images/", "archive/images/"])
@@ -118,7 +118,7 @@ def test_splits_are_found_below_up_to_two_folders(kind, top, tmp_path):
 def test_class_folders_without_splits_are_all_train(kind, top, tmp_path):
     names = {"sad/1.jpg": "sad", "happy/2.jpg": "happy", "happy/a/b.jpg": "deeper", "c.jpg": "not"}
     source = make(kind, tmp_path, faces(*(top + name for name in names), "x/.DS_Store"))
-    assert not layouts.find_layout(source).has_splits
+    assert not layouts.find_layout(source.path, source.tables()).has_splits
     assert rows(source) == {
         f"{top}sad/1.jpg": ("train", "sad"),
         f"{top}happy/2.jpg": ("train", "happy"),
@@ -168,7 +168,7 @@ def test_files_in_the_wrong_place_are_named_and_none_is_lost(kind, tmp_path):
 @BOTH
 def test_a_wrong_layout_is_a_user_error_with_what_was_found(kind, paths, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
-        layouts.find_layout(make(kind, tmp_path, faces(*paths)))
+        layouts.open_layout(make(kind, tmp_path, faces(*paths)), "")
     assert "\n" not in str(caught.value)
 
 
@@ -186,7 +186,7 @@ def test_a_class_with_the_name_of_a_split_is_refused(kind, paths, folder, tmp_pa
     """Read as a split, it would leave its sibling classes out of the dataset."""
     message = rf": {folder} has the name of a split, .*beside it \(happy, sad\): .* rename the"
     with pytest.raises(UserError, match=message) as caught:
-        layouts.find_layout(make(kind, tmp_path, faces(*paths)))
+        layouts.open_layout(make(kind, tmp_path, faces(*paths)), "")
     assert "\n" not in str(caught.value)
 
 
@@ -244,17 +244,31 @@ def test_cyclic_links_are_reported_and_not_followed(tmp_path):
 
 
 def test_very_many_folders_are_looked_through_quickly():
-    class Many:
-        path = "many"
-
-        def entries(self):
-            for number in range(60_000):
-                yield sources.Entry(path=f"person{number // 3}/session{number}/1.jpg")
-
+    entries = (
+        sources.Entry(path=f"person{number // 3}/session{number}/1.jpg") for number in range(60_000)
+    )
     start = time.monotonic()
     with pytest.raises(UserError, match="no train images"):
-        layouts.find_layout(Many())
+        layouts.find_layout("many", source_files.tables_of(entries))
     assert time.monotonic() - start < 10
+
+
+@BOTH
+def test_a_source_with_a_layout_is_listed_once(kind, tmp_path, monkeypatch):
+    source = make(kind, tmp_path, faces("train/happy/1.jpg", "train/sad/2.jpg", "val/sad/3.jpg"))
+    listings, tables = [], type(source).tables
+    monkeypatch.setattr(type(source), "tables", lambda self: listings.append(1) or tables(self))
+    images = layouts.open_layout(source, "faces")
+    paths = ["train/happy/1.jpg", "train/sad/2.jpg", "val/sad/3.jpg"]
+    for _ in range(2):
+        assert sorted(entry.path for entry in images.entries()) == paths
+    assert listings == [1]
+    assert len(pickle.dumps(images)) < 1000
+
+
+def test_the_reason_for_a_folder_does_not_depend_on_open_files(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"^\[Errno 21\] Is a directory$"):
+        folders.read_file(pafs.LocalFileSystem(), "", str(tmp_path))
 
 
 def test_a_pipe_that_a_table_names_is_not_read(tmp_path):
@@ -310,7 +324,9 @@ def test_a_few_images_beside_a_folder_of_classes_are_no_classes(kind, tmp_path):
     many = [f"faces/{label}/{index}.jpg" for label in ("happy", "sad") for index in range(5)]
     strays = {"logos/1.png": "not in a class folder", "screenshots/2.png": "not in a class folder"}
     source = make(kind, tmp_path, faces(*strays, *many))
-    assert layouts.find_layout(source) == layouts.Layout(top=("faces",), has_splits=False)
+    assert layouts.find_layout(source.path, source.tables()) == layouts.Layout(
+        top=("faces",), has_splits=False
+    )
     assert rows(source) == {path: ("train", path.split("/")[1]) for path in many}
     assert {entry.path: entry.reason for entry in located(source) if entry.reason} == strays
 
@@ -320,27 +336,27 @@ def test_folders_within_a_class_are_no_classes_however_full(kind, tmp_path):
     own = [f"{label}/{n}.jpg" for label in ("happy", "sad") for n in range(5)]
     batches = [f"happy/batch{batch}/{n}.jpg" for batch in (1, 2) for n in range(20)]
     source = make(kind, tmp_path, faces(*own, *batches))
-    assert layouts.find_layout(source).top == ()
+    assert layouts.find_layout(source.path, source.tables()).top == ()
     assert rows(source) == {path: ("train", path.split("/")[0]) for path in own}
 
 
 def test_a_stray_image_beside_the_classes_makes_no_class_of_their_folder(tmp_path):
     many = [f"faces/{label}/{n}.jpg" for label in ("happy", "sad") for n in range(20)]
     source = make("folder", tmp_path, faces(*many, "faces/cover.jpg", "logos/1.png"))
-    assert layouts.find_layout(source).top == ("faces",)
+    assert layouts.find_layout(source.path, source.tables()).top == ("faces",)
 
 
 def test_with_equally_many_files_the_upper_folders_are_the_classes(tmp_path):
     paths = ["happy/1.jpg", "sad/2.jpg", "more/a/3.jpg", "more/b/4.jpg"]
     source = make("folder", tmp_path, faces(*paths))
-    assert layouts.find_layout(source).top == ()
+    assert layouts.find_layout(source.path, source.tables()).top == ()
 
 
 def test_classes_in_several_folders_are_refused_despite_a_few_others(tmp_path):
     many = [f"{top}/{label}/{n}.jpg" for top in "ab" for label in ("sad", "glad") for n in range(9)]
     source = make("folder", tmp_path, faces(*many, "logos/1.png", "screenshots/2.png"))
     with pytest.raises(UserError, match="class folders in several places: a, b"):
-        layouts.find_layout(source)
+        layouts.find_layout(source.path, source.tables())
 
 
 def test_what_is_not_a_source_is_refused(tmp_path):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
-import re
 import struct
 
 import cv2
@@ -28,12 +28,12 @@ _BITS_PER_SAMPLE, _MIN_SAMPLE, _MAX_SAMPLE = 258, 340, 341
 """TIFF tags BitsPerSample, SMinSampleValue and SMaxSampleValue (TIFF 6.0, pages 29 and 81)."""
 
 # Segments of a JPEG file (ITU-T T.81, table B.1).
-_START_OF_FRAME, _START_OF_SCAN = (0xC0, 0xC1), 0xDA
+_START_OF_FRAME, _SCAN, _END_OF_IMAGE = (0xC0, 0xC1), b"\xff\xda", b"\xff\xd9"
 _PLAIN_SEGMENTS = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # DHT, DQT, DRI, APP0 (JFIF), COM
 _SEGMENT = struct.Struct(">BBHBHHB")
 """0xFF, marker, length; in a frame header followed by bits, height, width and channels."""
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
-"""A marker within a scan other than a stuffed byte (00) or a restart marker (d0 to d7)."""
+_WITHIN_SCAN = frozenset({0, *range(0xD0, 0xD8)})
+"""What may follow 0xFF within a scan: a stuffed byte, or the code of a restart marker."""
 
 _GREY_UNROTATED = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
 
@@ -87,21 +87,36 @@ def _is_plain_jpeg(content: bytes) -> bool:
     """
     if not content.startswith(b"\xff\xd8"):
         return False
+    scan = content.find(_SCAN, 2)
+    if scan < 0 or len(content) - scan < _SEGMENT.size or not _is_grey_header(content[:scan]):
+        return False
+    start = scan + 2 + int.from_bytes(content[scan + 2 : scan + 4])
+    end = content.find(b"\xff", start)
+    while 0 <= end < len(content) - 1 and content[end + 1] in _WITHIN_SCAN:
+        end = content.find(b"\xff", end + 2)
+    return end >= 0 and content[end:] == _END_OF_IMAGE
+
+
+@functools.lru_cache(64)
+def _is_grey_header(header: bytes) -> bool:
+    """Whether these are all segments before the scan, as `_is_plain_jpeg` demands them.
+
+    Files from one encoder often have the same header, so the last ones are remembered.
+    """
     position, is_grey = 2, False
-    while position + _SEGMENT.size <= len(content):
-        segment = _SEGMENT.unpack_from(content, position)
-        start, marker, length, bits, height, width, channels = segment
+    header += bytes(_SEGMENT.size)  # so that the last segments can be unpacked
+    while position < len(header) - _SEGMENT.size:
+        start, marker, length, bits, height, width, channels = _SEGMENT.unpack_from(
+            header, position
+        )
         if start != 0xFF:
             return False
-        if marker == _START_OF_SCAN:
-            end = _MARKER.search(content, position + 2 + length)
-            return is_grey and end is not None and content[end.start() :] == b"\xff\xd9"
         if marker in _START_OF_FRAME:
             is_grey = bits == 8 and channels == 1 and 0 < height * width <= MAX_PIXELS
         elif marker not in _PLAIN_SEGMENTS or length < 2:
             return False
         position += 2 + length
-    return False
+    return is_grey and position == len(header) - _SEGMENT.size
 
 
 def _to_grey(image: Image.Image) -> np.ndarray:
@@ -196,4 +211,6 @@ def pixel_sha256(grey: np.ndarray) -> str:
 def pixel_digest(grey: np.ndarray) -> bytes:
     """Returns `pixel_sha256` as 32 bytes."""
     height, width = grey.shape
-    return hashlib.sha256(f"{height}x{width}:".encode() + grey.tobytes()).digest()
+    digest = hashlib.sha256(f"{height}x{width}:".encode())
+    digest.update(np.ascontiguousarray(grey).data)
+    return digest.digest()

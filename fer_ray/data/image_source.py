@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 
 from fer_ray import storage
-from fer_ray.data.sources.files import Entry, FileSource
+from fer_ray.data.sources.files import Entry, FileSource, tables_of
 from fer_ray.errors import UserError
 from fer_ray.registry import Registry
 
@@ -58,6 +59,23 @@ class ImageSource(Protocol):
         Args:
             listing: paths and sizes of all entries, ordered by path.
         """
+
+
+@runtime_checkable
+class ListsTables(Protocol):
+    """What an `ImageSource` may offer in addition, where millions of entries would take long."""
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Lists what `entries` lists, in tables with the columns of `sources.files.ENTRIES`."""
+
+
+def list_tables(images: ImageSource) -> Iterator[pa.Table]:
+    """Lists a source in tables with the columns of `sources.files.ENTRIES`.
+
+    Raises:
+        UserError: when the source cannot be listed.
+    """
+    return images.tables() if isinstance(images, ListsTables) else tables_of(images.entries())
 
 
 @dataclass(frozen=True, kw_only=True)

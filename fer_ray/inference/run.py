@@ -17,7 +17,7 @@ from fer_ray.errors import UserError
 from fer_ray.inference.plan import Plan
 from fer_ray.inference.predictor import COUNTS, Predictor, default_batch_size
 from fer_ray.runtime import resources
-from fer_ray.runtime.data_tasks import map_here, map_tasks
+from fer_ray.runtime.data_tasks import map_here, map_on_actors
 from fer_ray.runtime.process import check_gpu
 
 _PROGRESS_S = 5.0
@@ -182,7 +182,7 @@ def _on_actors(
 ) -> Iterator[pa.Table]:
     import ray
 
-    return map_tasks(
+    return map_on_actors(
         tasks,
         predictor,
         COUNTS,

@@ -1,13 +1,13 @@
 """The inventory of a preparation: every file of the source, and what became of it.
 
-It is a DuckDB file in a temporary folder, so that the driver's memory does not grow with the
-number of images. It also does the grouping and sorting.
+It is a DuckDB database, which keeps what exceeds a few dozen megabytes in a temporary folder, so
+that the driver's memory does not grow with the number of images. It also does the grouping and
+sorting.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,27 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from fer_ray import storage
 from fer_ray.data.labels import SPLITS
-from fer_ray.data.sources.files import RELABELLED, REPEATED, Entry
+from fer_ray.data.sources.files import ENTRIES, RELABELLED, REPEATED, Entry, tables_of
 
 _MEMORY = "48MiB"
 """Memory limit of DuckDB; the rest of the tables is on disk."""
 _BATCH = 8192
 
-LISTED = pa.schema(
-    [
-        ("number", pa.int64()),
-        ("path", pa.string()),
-        ("size", pa.int64()),
-        ("at", pa.binary()),
-        ("split", pa.string()),
-        ("label", pa.string()),
-        ("reason", pa.string()),
-    ]
-)
+LISTED = pa.schema([("number", pa.int64()), *ENTRIES])
 """Columns of the table ``listed``: one row for each file of the source, numbered from 0.
 
 A file with a `reason` is not decoded.
@@ -84,7 +75,8 @@ class Inventory:
             storage.claimed_directory(parent, f"fer_ray-inventory-{os.getuid()}-")
         )
         self._connection = duckdb.connect(
-            str(folder / "inventory.duckdb"),
+            # a database in a file would wait for the disk after each table that is added
+            ":memory:",
             config={
                 "memory_limit": _MEMORY,
                 "threads": 1,
@@ -101,14 +93,29 @@ class Inventory:
         self._resources.close()
 
     def add_files(self, entries: Iterable[Entry]) -> None:
-        """Adds the files of a source; of equal paths, only the first keeps its split and label."""
-        numbers = itertools.count()
-        remaining = iter(entries)
-        while batch := list(itertools.islice(remaining, _BATCH)):
-            columns = [[getattr(entry, name) for entry in batch] for name in LISTED.names[1:]]
-            columns = [[next(numbers) for _ in batch], *columns]
-            table = pa.table([pa.array(c, f.type) for c, f in zip(columns, LISTED)], schema=LISTED)
-            self.insert("INSERT INTO listed SELECT * FROM new_rows", table)
+        """Adds the files of a source, as `add_tables` does."""
+        self.add_tables(tables_of(entries))
+
+    def add_tables(self, tables: Iterable[pa.Table]) -> None:
+        """Adds the files of a source; of equal paths, only the first keeps its split and label.
+
+        Args:
+            tables: with the columns of `ENTRIES`.
+        """
+        first = 0
+        for table in tables:
+            numbers = pa.array(np.arange(first, first + len(table)))
+            first += len(table)
+            rows = pa.table([numbers, *table.columns], schema=LISTED)
+            self.insert("INSERT INTO listed SELECT * FROM new_rows", rows)
+        repeated = self.rows(
+            "SELECT 1 FROM listed WHERE reason IS NULL GROUP BY path HAVING count(*) > 1 LIMIT 1"
+        )
+        if list(repeated):
+            self._refuse_repeated()
+
+    def _refuse_repeated(self) -> None:
+        """Sets the reason of all but the first of equal paths."""
         self.execute(
             "UPDATE listed SET reason = CASE WHEN again.same THEN ? ELSE ? END FROM ("
             "  SELECT * FROM (SELECT number, row_number() OVER (PARTITION BY path ORDER BY number)"

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from fer_ray import storage
 from fer_ray.data import dataset
-from fer_ray.data.image_source import SOURCES, ImageSource, SourceOptions, find_type
+from fer_ray.data.image_source import (
+    SOURCES,
+    ImageSource,
+    SourceOptions,
+    find_type,
+    list_tables,
+)
 from fer_ray.errors import UserError
 from fer_ray.preparation import splitting
 from fer_ray.preparation.inventory import Inventory
@@ -75,7 +81,7 @@ def plan_preparation(
     name, images = _open(source, options, output)
     inventory = Inventory()
     try:
-        inventory.add_files(images.entries())
+        inventory.add_tables(list_tables(images))
         labels = _check_labels(inventory, source)
         held_out = _held_out(inventory, images, validation_fraction)
     except BaseException:

@@ -1,4 +1,4 @@
-"""From any source to a prepared dataset; Ray Data decodes the images in parallel.
+"""From any source to a prepared dataset; tasks of Ray decode the images in parallel.
 
 The driver lists the files into an inventory on its disk and divides them into shards. Each Ray
 task decodes and writes one shard and returns one small row per file. From these rows the driver
@@ -31,7 +31,7 @@ from fer_ray.runtime.data_tasks import map_tasks
 _PROGRESS_S = 2.0
 """Seconds between two lines of progress."""
 _DEMAND = resources.Demand(each={"CPU": 1.0}, flags={"CPU": "RAY_ADDRESS"})
-"""The least that a task of Ray Data needs."""
+"""The least that a task needs."""
 _MAX_REREAD = 200
 """How many of the files that workers did not find are looked for in the driver."""
 _PACKAGES = ("ray", "pyarrow", "pillow", "numpy", "opencv-python-headless")
@@ -92,7 +92,7 @@ def _check_train(inventory: Inventory) -> None:
 
 
 def _write_shards(plan: Plan, staging: str, log: Callable[[str], None]) -> None:
-    """Lets Ray Data write all shards, and adds one result per file to the inventory."""
+    """Lets workers write all shards, and adds one result per file to the inventory."""
     counts = plan.inventory.counts()
     for split in counts:
         storage.make_directory(storage.join(staging, split))

@@ -24,13 +24,16 @@ ROWS_PER_SHARD = 2048
 """Maximum rows of a shard; shards of nearly equal size keep all CPUs busy."""
 
 MANY_SHARDS = 64
-"""With more shards than this, they are twice as long: Ray keeps each task's data in memory."""
+"""With more shards than this, they are twice as long: each is a file, and a task of its own."""
 
 ROWS_PER_GROUP = 256
 """Maximum rows of a row group, the unit in which streaming shuffles."""
 
 BYTES_PER_SHARD = 64 * 2**20
 """Maximum pixel bytes of a shard; bounds a worker's memory when images are large."""
+
+_BLOCK_PIXELS = 2**17
+"""Pixels whose moments are computed in one step, to bound the temporary arrays."""
 
 _COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
 
@@ -49,8 +52,8 @@ def write_tasks(inventory: Inventory, image_size: int) -> Iterator[dict[str, Any
     """Divides each split, ordered by path, into shards of nearly equal length.
 
     Yields:
-        Arguments of `write_shard`. The files are compressed, because all tasks of a large source
-        are in memory at the same time.
+        Arguments of `write_shard`. The files are compressed, because dozens of tasks are in memory
+        at the same time.
     """
     counts = inventory.counts()
     rows_per_shard = ROWS_PER_SHARD
@@ -58,16 +61,27 @@ def write_tasks(inventory: Inventory, image_size: int) -> Iterator[dict[str, Any
         rows_per_shard *= 2
     most = max(1, min(rows_per_shard, BYTES_PER_SHARD // image_size**2))
     for split, total in counts.items():
-        rows = inventory.rows(
-            'SELECT path, label, "at" FROM listed WHERE reason IS NULL AND split = ? ORDER BY path',
-            split,
-        )
         count = -(-total // most)
-        for number in range(count):
-            length = total * (number + 1) // count - total * number // count
-            files = [next(rows) for _ in range(length)]
+        ends = [total * (number + 1) // count for number in range(count)]
+        batches = inventory.batches(
+            'SELECT path, label, "at" FROM listed '
+            f"WHERE reason IS NULL AND split = '{split}' ORDER BY path",
+            most,
+        )
+        for number, files in enumerate(_cut(batches, ends)):
             shard = f"{split}/part-{number:05d}.parquet"
-            yield {"shard": shard, "split": split, "files": _pack(files, _TASK_FILES)}
+            yield {"shard": shard, "split": split, "files": _pack(files)}
+
+
+def _cut(batches: Iterable[pa.RecordBatch], ends: list[int]) -> Iterator[pa.Table]:
+    """Cuts rows into tables that end before the rows with these numbers."""
+    remaining = iter(batches)
+    rows, start = _TASK_FILES.empty_table(), 0
+    for end in ends:
+        while len(rows) < end - start:
+            rows = pa.concat_tables([rows, pa.Table.from_batches([next(remaining)])])
+        yield rows.slice(0, end - start)
+        rows, start = rows.slice(end - start), end
 
 
 def rewrite_tasks(inventory: Inventory) -> Iterator[dict[str, Any]]:
@@ -82,21 +96,19 @@ def rewrite_tasks(inventory: Inventory) -> Iterator[dict[str, Any]]:
             "WHERE shard = ? AND pixel_sha256 IS NOT NULL ORDER BY path",
             shard,
         )
-        yield {"shard": shard, "rows": _pack(rows, _TASK_ROWS)}
+        yield {"shard": shard, "rows": _pack(pa.table(list(zip(*rows)), schema=_TASK_ROWS))}
 
 
-def _pack(rows: Iterable[tuple[Any, ...]], schema: pa.Schema) -> bytes:
-    columns = list(zip(*rows))
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema)]
+def _pack(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema, options=_COMPRESSED) as stream:
-        stream.write_table(pa.Table.from_arrays(arrays, schema=schema))
+    with pa.ipc.new_stream(sink, table.schema, options=_COMPRESSED) as stream:
+        stream.write_table(table)
     return sink.getvalue().to_pybytes()
 
 
-def _unpack(packed: bytes) -> dict[str, list[Any]]:
+def _unpack(packed: bytes) -> pa.Table:
     with pa.ipc.open_stream(packed) as stream:
-        return stream.read_all().to_pydict()
+        return stream.read_all()
 
 
 # ------------------------------------------------------------------ the work, in the workers
@@ -121,58 +133,64 @@ def write_shard(batch: pa.Table, *, images: ImageSource, staging: str, size: int
     cv2.setNumThreads(1)  # Ray runs one task per CPU: more threads would only compete
     (task,) = batch.to_pylist()
     files = _unpack(task["files"])
-    count = len(files["path"])
-    reasons: list[str | None] = [None] * count
+    pixels, digests, reasons = _decode(files, images, size)
+    decoded = [index for index, digest in enumerate(digests) if digest]
+    kept = files.take(pa.array(decoded, pa.int64()))
+    rows = _Rows(
+        split=task["split"],
+        paths=kept["path"],
+        labels=kept["label"],
+        pixel_sha256=pa.array([digests[i].hex() for i in decoded]),  # type: ignore[union-attr]
+        images=pixels,
+    )
+    count = len(files)
+    shard = rows.write(staging, task["shard"]) if decoded else None
+    of_rows = [rows.hash(), *rows.moments()]
+    if len(decoded) < count:
+        positions = np.full(count, -1)
+        positions[decoded] = np.arange(len(decoded))
+        indices = pa.array(positions, mask=positions < 0)  # null where there is no row
+        of_rows = [column.take(indices) for column in of_rows]
+    columns = [
+        *(_repeat(task["shard"], count), files["path"], _repeat(task["split"], count)),
+        *(files["label"], pa.array(reasons, pa.string()), pa.array(digests, pa.binary())),
+        *(*of_rows, *_shard_columns(shard, count)),
+    ]
+    return pa.Table.from_arrays(columns, schema=RESULTS)
+
+
+def _decode(
+    files: pa.Table, images: ImageSource, size: int
+) -> tuple[np.ndarray, list[bytes | None], list[str | None]]:
+    """Decodes images: (N, size, size) uint8 of those that can be, and two lists for all files.
+
+    The lists have the hash of each image's pixels, or the reason why it cannot be decoded.
+    """
+    count = len(files)
     digests: list[bytes | None] = [None] * count
+    reasons: list[str | None] = [None] * count
     pixels = np.empty((count, size, size), np.uint8)
-    decoded: list[int] = []
-    for index, (path, at) in enumerate(zip(files["path"], files["at"])):
+    num_decoded = 0
+    for index, (path, at) in enumerate(zip(files["path"].to_pylist(), files["at"].to_pylist())):
         try:
             grey = images.grey(path, at)
         except (ReadError, decoding.DecodeError) as error:
             reasons[index] = str(error)
             continue
         digests[index] = decoding.pixel_digest(grey)
-        pixels[len(decoded)] = decoding.fit(grey, size)
-        decoded.append(index)
-    rows = _Rows(
-        split=task["split"],
-        paths=[files["path"][i] for i in decoded],
-        labels=[files["label"][i] for i in decoded],
-        pixel_sha256=[digests[i].hex() for i in decoded],  # type: ignore[union-attr]
-        images=pixels[: len(decoded)],
-    )
-    shard = rows.write(staging, task["shard"]) if decoded else None
-    return _results(task, files, reasons, digests, decoded, rows, shard)
+        pixels[num_decoded] = decoding.fit(grey, size)
+        num_decoded += 1
+    return pixels[:num_decoded], digests, reasons
 
 
-def _results(
-    task: dict[str, Any],
-    files: dict[str, list[Any]],
-    reasons: list[str | None],
-    digests: list[bytes | None],
-    decoded: list[int],
-    rows: _Rows,
-    shard: FileRecord | None,
-) -> pa.Table:
-    count = len(reasons)
-    sums: list[Any] = [None] * count
-    squares, row_digests = list(sums), list(sums)
-    for index, (total, squared), digest in zip(decoded, rows.moments(), rows.hash()):
-        sums[index], squares[index], row_digests[index] = total, squared, digest
-    columns = [
-        *([task["shard"]] * count, files["path"], [task["split"]] * count, files["label"]),
-        *(reasons, digests, row_digests, sums, squares),
-        *_shard_columns(shard, count),
-    ]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, RESULTS)]
-    return pa.Table.from_arrays(arrays, schema=RESULTS)
+def _repeat(value: str | None, count: int) -> pa.Array:
+    return pa.repeat(pa.scalar(value, pa.string()), count)
 
 
-def _shard_columns(shard: FileRecord | None, count: int) -> list[list[Any]]:
+def _shard_columns(shard: FileRecord | None, count: int) -> list[pa.Array]:
     """Size and hash of a shard, once for each row; null where none was written."""
-    values = (shard.num_bytes, shard.sha256) if shard else (None, None)
-    return [[value] * count for value in values]
+    num_bytes, sha256 = (shard.num_bytes, shard.sha256) if shard else (None, None)
+    return [pa.repeat(pa.scalar(num_bytes, pa.int64()), count), _repeat(sha256, count)]
 
 
 def rewrite_shard(batch: pa.Table, *, staging: str) -> pa.Table:
@@ -190,7 +208,7 @@ def rewrite_shard(batch: pa.Table, *, staging: str) -> pa.Table:
         OSError: when it cannot be read or written for another reason.
     """
     (task,) = batch.to_pylist()
-    targets = _unpack(task["rows"])
+    targets = _unpack(task["rows"]).to_pydict()
     fs, path = storage.filesystem(storage.join(staging, task["shard"]))
     try:
         table = pq.read_table(path, filesystem=fs, partitioning=None)
@@ -208,8 +226,8 @@ def rewrite_shard(batch: pa.Table, *, staging: str) -> pa.Table:
         shard = f"{split}/{name}"
         written = rows.write(staging, shard)
         count = len(selected)
-        columns = [[shard] * count, rows.paths, rows.hash(), *_shard_columns(written, count)]
-        rewritten.append(pa.table(columns, schema=REWRITTEN))
+        columns = [_repeat(shard, count), rows.paths, rows.hash(), *_shard_columns(written, count)]
+        rewritten.append(pa.Table.from_arrays(columns, schema=REWRITTEN))
     return pa.concat_tables(rewritten)
 
 
@@ -220,9 +238,9 @@ class _Rows:
         self,
         *,
         split: str,
-        paths: list[str],
-        labels: list[str | None],
-        pixel_sha256: list[str],
+        paths: pa.ChunkedArray,
+        labels: pa.ChunkedArray,
+        pixel_sha256: pa.ChunkedArray | pa.Array,
         images: np.ndarray,
     ) -> None:
         self.split, self.paths, self.labels = split, paths, labels
@@ -234,9 +252,9 @@ class _Rows:
         size = table["height"][0].as_py()
         return cls(
             split=split,
-            paths=table["image_id"].to_pylist(),
-            labels=table["label"].to_pylist(),
-            pixel_sha256=table["pixel_sha256"].to_pylist(),
+            paths=table["image_id"],
+            labels=table["label"],
+            pixel_sha256=table["pixel_sha256"],
             images=dataset.stack(table["image"], size),
         )
 
@@ -249,10 +267,8 @@ class _Rows:
         )
         side = pa.array(np.full(count, size, np.int32))
         columns = [
-            pa.array(self.paths, pa.string()),
-            pa.array([self.split] * count, pa.string()),
-            pa.array(self.labels, pa.string()),
-            *(pixels, side, side, pa.array(self.pixel_sha256, pa.string())),
+            *(self.paths, _repeat(self.split, count), self.labels),
+            *(pixels, side, side, self.pixel_sha256),
         ]
         return write_table(
             pa.Table.from_arrays(columns, schema=dataset.SCHEMA),
@@ -263,21 +279,28 @@ class _Rows:
             write_statistics=["image_id", "split", "label"],
         )
 
-    def hash(self) -> list[bytes]:
+    def hash(self) -> pa.Array:
         """Returns the SHA-256 of each row's id, split, label, shape and pixels."""
         size = self.images.shape[1]
-        end = f"{size}x{size}:"
-        return [
-            hashlib.sha256(
-                f"{path}\0{self.split}\0{label or ''}\0{end}".encode() + image.tobytes()
-            ).digest()
-            for path, label, image in zip(self.paths, self.labels, self.images)
-        ]
+        middle, end = f"\0{self.split}\0", f"\0{size}x{size}:"
+        digests = []
+        for path, label, image in zip(self.paths.to_pylist(), self.labels.to_pylist(), self.images):
+            digest = hashlib.sha256(f"{path}{middle}{label or ''}{end}".encode())
+            digest.update(image.data)
+            digests.append(digest.digest())
+        return pa.array(digests, pa.binary())
 
-    def moments(self) -> list[list[int]]:
+    def moments(self) -> list[pa.Array]:
         """Returns for each image the sum of its pixels, and the sum of their squares."""
-        # round: OpenCV computes the squared norm as the square of a root
-        return [
-            [int(cv2.sumElems(image)[0]), round(cv2.norm(image, cv2.NORM_L2SQR))]
-            for image in self.images
-        ]
+        count = len(self.images)
+        flat = self.images.reshape(count, self.images.shape[1] ** 2)
+        sums, squares = np.empty(count, np.int64), np.empty(count, np.int64)
+        rows = max(1, _BLOCK_PIXELS // flat.shape[1])
+        for start in range(0, count, rows):
+            block = flat[start : start + rows]
+            sums[start : start + rows] = cv2.reduce(block, 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S)[
+                :, 0
+            ]
+            values = block.astype(np.float64)  # exact: the sums are far below 2**53
+            squares[start : start + rows] = np.vecdot(values, values)
+        return [pa.array(sums), pa.array(squares)]

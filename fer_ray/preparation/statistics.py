@@ -75,10 +75,13 @@ def find_duplicates(inventory: Inventory) -> dict[str, Any]:
         ``conflicting_labels``; and for each split but train, how many of its images are
         duplicates of train images (``twins_in_train``).
     """
+    # min and max: DuckDB takes six times as long for count(DISTINCT ...)
+    num_splits = " + ".join(f"bool_or(split = '{split}')::INT" for split in SPLITS)
     inventory.execute(
         "CREATE OR REPLACE TABLE duplicates AS SELECT pixel_sha256, count(*) AS n, "
-        "count(DISTINCT split) AS num_splits, any_value(split) AS any_split, "
-        "bool_or(split = 'train') AS in_train, count(DISTINCT label) > 1 AS conflicting "
+        f"{num_splits} AS num_splits, any_value(split) AS any_split, "
+        "bool_or(split = 'train') AS in_train, "
+        "coalesce(min(label) <> max(label), false) AS conflicting "
         f"FROM {KEPT} GROUP BY pixel_sha256 HAVING count(*) > 1"
     )
     groups, images, across, conflicting = inventory.row(
@@ -111,8 +114,9 @@ def find_duplicates(inventory: Inventory) -> dict[str, Any]:
 def hash_rows(inventory: Inventory) -> str:
     """Returns the SHA-256 of the rows' hashes, ordered by split and id; shards play no role."""
     digest = hashlib.sha256()
-    for (row_sha256,) in inventory.rows(f"SELECT row_sha256 FROM {KEPT} ORDER BY split, path"):
-        digest.update(row_sha256.hex().encode())
+    query = f"SELECT lower(hex(row_sha256)) AS digits FROM {KEPT} ORDER BY split, path"
+    for batch in inventory.batches(query, _ROWS):
+        digest.update("".join(batch["digits"].to_pylist()).encode())
     return digest.hexdigest()
 
 

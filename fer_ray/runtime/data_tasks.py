@@ -1,7 +1,8 @@
-"""Tasks that turn tables into tables, on Ray Data or in this process; failures are values."""
+"""Tasks that turn tables into tables, on Ray or in this process; failures are values."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,22 +16,25 @@ from fer_ray.runtime import ray_compat
 Work = Callable[[pa.Table], pa.Table]
 """Turns one task, a table of one row, into a table of results."""
 
+_MIN_PENDING = 64
+"""Tasks that are submitted at least, so that a cluster that can grow sees what there is to do."""
+_CANCEL_S = 30.0
+"""Seconds to wait for cancelled tasks to end."""
 
 _FAILURE = (pa.field("failure", pa.string()), pa.field("is_user_error", pa.bool_()))
 """Columns added to a result's own: why there is no result, and whether the user can correct it."""
 
 
-def map_tasks(
-    tasks: Iterable[dict[str, Any]], work: Work, schema: pa.Schema, **settings: Any
-) -> Iterator[pa.Table]:
-    """Runs tasks on Ray Data's workers, one at a time in each, and yields results as they come.
+def map_tasks(tasks: Iterable[dict[str, Any]], work: Work, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Runs tasks on all CPUs of the cluster, and yields results in the order they are ready.
+
+    A task is taken from `tasks` when one before it has ended, so that few are in memory at a
+    time. Without Ray Data, whose start takes a second, and which pauses between tasks.
 
     Args:
         tasks: one row of values each.
-        work: computes the result of a task; kept from task to task where `settings` ask for
-            actors.
+        work: computes the result of a task, on one CPU. Ray may run it again, after a node is lost.
         schema: the schema of the results.
-        settings: further arguments of `map_batches`.
 
     Raises:
         UserError: where a worker raises one, or an object store refuses access.
@@ -38,14 +42,64 @@ def map_tasks(
     """
     import ray
 
+    # as tasks of Ray Data: tried again without limit, and spread over the nodes
+    remote = ray.remote(num_cpus=1, max_retries=-1, scheduling_strategy="SPREAD")(_run)
+    function = ray.put(_FailuresAsValues(work, schema))
+    remaining = iter(tasks)
+    pending: list[Any] = []
+    try:
+        while True:
+            most = max(_MIN_PENDING, 2 * int(ray.cluster_resources().get("CPU", 0)))
+            wanted = itertools.islice(remaining, max(0, most - len(pending)))
+            pending += [remote.remote(function, task) for task in wanted]
+            if not pending:
+                return
+            ready, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
+            if not ready:
+                ready, pending = ray.wait(pending)
+            yield from _without_failures(ray.get(reference) for reference in ready)
+            del ready
+    finally:
+        _cancel(pending)
+
+
+def _run(function: _FailuresAsValues, task: dict[str, Any]) -> pa.Table:
+    return function(pa.Table.from_pylist([task]))
+
+
+def _cancel(pending: list[Any]) -> None:
+    """Stops tasks and waits for them, so that they write no file after the caller removes them."""
+    import ray
+
+    for reference in pending:
+        ray.cancel(reference)
+    if pending:
+        ray.wait(pending, num_returns=len(pending), timeout=_CANCEL_S)
+
+
+def map_on_actors(
+    tasks: Iterable[dict[str, Any]], work: Work, schema: pa.Schema, **settings: Any
+) -> Iterator[pa.Table]:
+    """Runs tasks on a pool of Ray Data's actors, which keep `work` from task to task.
+
+    Arguments and errors are those of `map_tasks`.
+
+    Args:
+        tasks: one row of values each.
+        work: computes the result of a task.
+        schema: the schema of the results.
+        settings: further arguments of `map_batches`, with ``compute``.
+    """
+    import ray
+
     quiet_ray_data()
     rows = list(tasks)
-    function: Any = _FailuresAsValues(work, schema)
-    if "compute" in settings:  # actors are created from a class
-        function = _FailuresAsValues
-        settings["fn_constructor_args"] = (work, schema)
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        function, batch_size=1, batch_format="pyarrow", **settings
+        _FailuresAsValues,
+        fn_constructor_args=(work, schema),
+        batch_size=1,
+        batch_format="pyarrow",
+        **settings,
     )
     return _without_failures(results.iter_batches(batch_size=None, batch_format="pyarrow"))
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import pyarrow as pa
 
 from fer_ray import storage
 from fer_ray.errors import first_line
@@ -56,6 +60,68 @@ class Entry:
     """Why the file cannot become an image of the dataset, in plain words; None if it can."""
 
 
+ENTRIES = pa.schema(
+    [
+        ("path", pa.string()),
+        ("size", pa.int64()),
+        ("at", pa.binary()),
+        ("split", pa.string()),
+        ("label", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+"""Columns of a table of entries; their meaning is that of the fields of `Entry`."""
+
+_ROWS = 8192
+_ROWS_AS_ENTRIES = 1024
+"""Rows that are converted to `Entry` objects at a time, which take more memory than columns."""
+
+
+def tables_of(entries: Iterable[Entry]) -> Iterator[pa.Table]:
+    """Yields entries as tables with the columns of `ENTRIES`, in the same order."""
+    remaining = iter(entries)
+    while batch := list(itertools.islice(remaining, _ROWS)):
+        columns = [[getattr(entry, name) for entry in batch] for name in ENTRIES.names]
+        yield table_of(columns)
+
+
+def table_of(columns: Sequence[Sequence[object]]) -> pa.Table:
+    """Returns columns, in the order of `ENTRIES`, as a table."""
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, ENTRIES)]
+    return pa.Table.from_arrays(arrays, schema=ENTRIES)
+
+
+def entries_of(tables: Iterable[pa.Table]) -> Iterator[Entry]:
+    """Yields the rows of tables with the columns of `ENTRIES` as entries."""
+    for table in tables:
+        for start in range(0, len(table), _ROWS_AS_ENTRIES):
+            part = table.slice(start, _ROWS_AS_ENTRIES)
+            for row in zip(*(column.to_pylist() for column in part.columns)):
+                yield Entry(**dict(zip(ENTRIES.names, row)))
+
+
+class Listing:
+    """A list of files in a temporary file on disk: written once, and read without the source."""
+
+    def __init__(self) -> None:
+        """Creates an empty one; its file is deleted together with it."""
+        self._file = tempfile.TemporaryFile(prefix="fer_ray-listing-")  # noqa: SIM115
+
+    def record(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Yields tables with the columns of `ENTRIES`, and writes each of them."""
+        with pa.ipc.new_stream(self._file, ENTRIES) as stream:
+            for table in tables:
+                stream.write_table(table)
+                yield table
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yields the tables that were written; they have to be complete."""
+        self._file.seek(0)
+        with pa.ipc.open_stream(self._file) as stream:
+            for batch in stream:
+                yield pa.Table.from_batches([batch])
+
+
 class FileSource(Protocol):
     """The files of a folder, a zip or a table.
 
@@ -65,12 +131,17 @@ class FileSource(Protocol):
     path: str
     """Absolute local path, or URI."""
 
-    def entries(self) -> Iterator[Entry]:
-        """Lists all files one by one, in no particular order; each call lists them again.
+    def tables(self) -> Iterator[pa.Table]:
+        """Lists all files in tables of limited size, in no particular order.
+
+        The columns are those of `ENTRIES`. Each call lists the files again.
 
         Raises:
             UserError: when the source cannot be listed.
         """
+
+    def entries(self) -> Iterator[Entry]:
+        """Lists all files one by one, as `tables` does."""
 
     def read(self, path: str, at: bytes) -> bytes:
         """Returns the content of one file.

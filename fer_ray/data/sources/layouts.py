@@ -5,14 +5,23 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fer_ray.data import decoding
-from fer_ray.data.sources.files import Entry, FileSource, system_file_reason
+from fer_ray.data.sources.files import (
+    ENTRIES,
+    Entry,
+    FileSource,
+    Listing,
+    entries_of,
+    system_file_reason,
+)
 from fer_ray.errors import UserError
 
 SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
@@ -29,6 +38,9 @@ _MAX_FOLDERS = 10_000
 """More folders at one level are not recorded, to bound the memory; they are no classes."""
 _STRAY_FRACTION = 0.1
 """A folder with fewer files than this fraction of those below its siblings is no class."""
+
+_SYSTEM_FILE = r"(^|/)\.|__MACOSX/|(?i:(^|/)(thumbs\.db|desktop\.ini)$)"
+"""Part of every path for which `system_file_reason` has a reason; a regular expression of RE2."""
 
 Top = tuple[str, ...]
 """The names of the folders above the splits or classes."""
@@ -47,9 +59,10 @@ class Layout:
 class LayoutImageSource:
     """The image files of a folder or zip, as an `ImageSource`."""
 
-    def __init__(self, files: FileSource, source: str, layout: Layout) -> None:
+    def __init__(self, files: FileSource, source: str, layout: Layout, listing: Listing) -> None:
         """Opened by `open_layout`."""
         self._files, self._source, self._layout = files, source, layout
+        self._listing = listing
 
     @property
     def has_splits(self) -> bool:
@@ -58,7 +71,15 @@ class LayoutImageSource:
 
     def entries(self) -> Iterator[Entry]:
         """See `ImageSource.entries`."""
-        return locate_files(self._files, self._layout)
+        return entries_of(self.tables())
+
+    def tables(self) -> Iterator[pa.Table]:
+        """See `image_source.ListsTables`; for the process that opened the source."""
+        locate_folder = functools.lru_cache(_MAX_FOLDERS)(
+            lambda folder: locate(f"{folder}/_" if folder else "_", self._layout)
+        )
+        for table in self._listing.tables():
+            yield _locate_files(table, locate_folder)
 
     def grey(self, path: str, at: bytes) -> np.ndarray:
         """See `ImageSource.grey`."""
@@ -68,9 +89,12 @@ class LayoutImageSource:
         """See `ImageSource.describe`."""
         return {"path": self._source, "sha256": self._files.fingerprint(listing)}
 
+    def __getstate__(self) -> dict[str, Any]:  # workers read files, they do not list them
+        return {name: value for name, value in vars(self).items() if name != "_listing"}
+
 
 def open_layout(files: FileSource, source: str) -> LayoutImageSource:
-    """Opens files as labelled images, according to their layout.
+    """Opens files as labelled images, according to their layout; lists them once.
 
     Args:
         files: the files of a folder or zip.
@@ -79,7 +103,9 @@ def open_layout(files: FileSource, source: str) -> LayoutImageSource:
     Raises:
         UserError: when the layout is not known.
     """
-    return LayoutImageSource(files, source, find_layout(files))
+    listing = Listing()
+    layout = find_layout(files.path, listing.record(files.tables()))
+    return LayoutImageSource(files, source, layout, listing)
 
 
 @dataclass(kw_only=True)
@@ -121,18 +147,17 @@ class _Survey:
     """At each depth, the folders that may be classes, by the folders above them."""
     num_classes: list[int] = field(default_factory=lambda: [0] * (_MAX_LEVELS_ABOVE + 1))
 
-    def add(self, path: str) -> None:
-        """Records one path."""
-        self.num_files += 1
-        folder = path.rpartition("/")[0]
-        if folder in self.counters:  # a further file of a known folder is only counted
+    def add(self, folder: str, num_files: int) -> None:
+        """Records a folder that holds some files directly; it may have been recorded before."""
+        self.num_files += num_files
+        if folder in self.counters:  # further files of a known folder are only counted
             counter = self.counters[folder]
         else:
             counter = self._add_folder(tuple(folder.split("/")) if folder else ())
             if len(self.counters) < _MAX_FOLDERS:
                 self.counters[folder] = counter
         if counter:
-            counter.num_files += 1
+            counter.num_files += num_files
 
     def _add_folder(self, folders: Top) -> _Folders | None:
         """Records the folder of a file; returns where its files are counted."""
@@ -182,32 +207,38 @@ class _Survey:
         return siblings.num_files > _STRAY_FRACTION * num_files
 
 
-def find_layout(source: FileSource) -> Layout:
+def find_layout(path: str, tables: Iterable[pa.Table]) -> Layout:
     """Finds the layout of a source from all its paths.
+
+    Args:
+        path: of the source, for messages.
+        tables: its files, with the columns of `sources.files.ENTRIES`.
 
     Raises:
         UserError: when the layout is not known, or a folder may be a split as well as a class.
     """
     survey = _Survey()
-    for entry in source.entries():
-        if entry.reason:
-            survey.unreadable[entry.reason] += 1
-        elif not system_file_reason(entry.path):
-            survey.add(entry.path)
+    for table in tables:
+        for count in pc.value_counts(table["reason"].drop_null()):
+            survey.unreadable[count["values"].as_py()] += count["counts"].as_py()
+        usable = pc.is_null(pc.coalesce(table["reason"], _system_file_reasons(table["path"])))
+        folders = pc.value_counts(_folders(table["path"].filter(usable)))
+        for count in folders.to_pylist():
+            survey.add(count["values"], count["counts"])
     if survey.train:
-        top = _only_top(source.path, survey.train)
+        top = _only_top(path, survey.train)
         train = survey.train[top]
         if train.loose.num_files > train.in_classes.num_files:
-            _check_is_split(source.path, survey, (*top, "train"))
+            _check_is_split(path, survey, (*top, "train"))
         return Layout(top=top, has_splits=True)
     if split := survey.other_split:
         beside = survey.classes[len(split) - 1].get(split[:-1], _Folders())
         if split[-1] in beside.names:
-            _check_is_split(source.path, survey, split)
+            _check_is_split(path, survey, split)
     tops = survey.tops()
     if len(tops) == 1 and not survey.other_split:
         return Layout(top=tops[0], has_splits=False)
-    raise UserError(f"--source: {source.path} has no train images: {EXPECTED}; {_describe(survey)}")
+    raise UserError(f"--source: {path} has no train images: {EXPECTED}; {_describe(survey)}")
 
 
 def _check_is_split(path: str, survey: _Survey, folder: Top) -> None:
@@ -248,24 +279,43 @@ def _describe(survey: _Survey) -> str:
     return f"found {survey.num_files:,} files, none in a class folder"
 
 
-def locate_files(source: FileSource, layout: Layout) -> Iterator[Entry]:
-    """Yields every file of a source with its split and label, or with the reason for having none.
+def _locate_files(
+    table: pa.Table, locate_folder: Callable[[str], tuple[str | None, str | None, str]]
+) -> pa.Table:
+    """Sets each file's split and label, or the reason for having none.
 
     Only ``test`` may hold files without a class folder; their label is unknown.
     """
-    of_folder = functools.lru_cache(_MAX_FOLDERS)(lambda folder: locate(f"{folder}/_", layout))
-    for entry in source.entries():
-        path, size, at = entry.path, entry.size, entry.at
-        if entry.reason:
-            yield entry
-        elif reason := system_file_reason(path):
-            yield Entry(path=path, size=size, at=at, reason=reason)
-        else:
-            folder = path.rpartition("/")[0]
-            split, label, reason = of_folder(folder) if folder else locate(path, layout)
-            yield Entry(
-                path=path, size=size, at=at, split=split, label=label, reason=reason or None
-            )
+    folders = _folders(table["path"]).dictionary_encode()
+    located = [locate_folder(folder) for folder in folders.dictionary.to_pylist()]
+    split, label, reason = (
+        pa.array([values[i] or None for values in located], pa.string()).take(folders.indices)
+        for i in range(3)
+    )
+    given = pc.coalesce(table["reason"], _system_file_reasons(table["path"]))
+    nothing = pa.scalar(None, pa.string())
+    has_none = pc.is_valid(given)
+    columns = {
+        "split": pc.if_else(has_none, nothing, split),
+        "label": pc.if_else(has_none, nothing, label),
+        "reason": pc.coalesce(given, reason),
+    }
+    return pa.table([columns.get(name, table[name]) for name in ENTRIES.names], schema=ENTRIES)
+
+
+def _folders(paths: pa.ChunkedArray) -> pa.Array:
+    """Returns the folder of each path; ``""`` for a path without one."""
+    parts = pc.split_pattern(paths.combine_chunks(), "/", max_splits=1, reverse=True)
+    return pc.if_else(pc.equal(pc.list_value_length(parts), 1), "", pc.list_element(parts, 0))
+
+
+def _system_file_reasons(paths: pa.ChunkedArray) -> pa.Array:
+    """Returns `system_file_reason` of each path."""
+    candidates = pc.match_substring_regex(paths, _SYSTEM_FILE).combine_chunks()
+    reasons = np.full(len(paths), None)
+    for index in np.flatnonzero(candidates):
+        reasons[index] = system_file_reason(paths[index].as_py())
+    return pa.array(reasons, pa.string())
 
 
 def locate(path: str, layout: Layout) -> tuple[str | None, str | None, str]:

@@ -18,12 +18,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fer_ray import storage
 from fer_ray.data.image_source import SOURCES, SourceType
 from fer_ray.data.sources import layouts
-from fer_ray.data.sources.files import Entry, ReadError, check_size, hash_file
+from fer_ray.data.sources.files import (
+    ENTRIES,
+    Entry,
+    ReadError,
+    check_size,
+    entries_of,
+    hash_file,
+    tables_of,
+)
 from fer_ray.errors import UserError, first_line
 
 # The records of a zip with their signatures; names as in APPNOTE, sections 4.3.7 to 4.3.16.
@@ -34,6 +44,17 @@ _LOCATOR64_SIGNATURE = b"PK\x06\x07"
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _END64_SIGNATURE = b"PK\x06\x06"
 _HEADER = struct.Struct("<4s6H3L5H2L")
+_HEADER_FIELDS = np.dtype(
+    {
+        "names": ["flags", "method", "crc", "compressed", "size", "name", "offset"],
+        "formats": ["<u2", "<u2", "<u4", "<u4", "<u4", "<u2", "<u4"],
+        "offsets": [8, 10, 16, 20, 24, 28, 42],
+        "itemsize": _HEADER.size,
+    }
+)
+"""The fields of `_HEADER` that are needed of every entry."""
+_HEADER_LENGTHS = struct.Struct("<4s24x3H")
+"""The beginning of `_HEADER`: signature, and the lengths of name, extra field and comment."""
 _HEADER_SIGNATURE = b"PK\x01\x02"
 _LOCAL = struct.Struct("<4s5H3L2H")
 _LOCAL_SIGNATURE = b"PK\x03\x04"
@@ -41,6 +62,7 @@ _MAX_COMMENT = 2**16 - 1
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 """Bits of the general purpose flag."""
 _STORED, _DEFLATED, _BZIP2 = 0, 8, 12
+_METHODS = (_STORED, _DEFLATED, _BZIP2)
 """Compression methods."""
 _ZIP64_EXTRA = 1
 """Header id of the extra field with 64-bit numbers."""
@@ -49,11 +71,13 @@ _IN_ZIP64_EXTRA = 2**32 - 1
 
 _AT = struct.Struct("<QQQLH")
 """An entry's `at`: offset of its local header, compressed size, size, CRC-32, method."""
+_AT_FIELDS = np.dtype("<u8,<u8,<u8,<u4,<u2")
+"""`_AT` as a type of numpy."""
 
-_PLAIN = re.compile(r"(?:[^./\\\0][^/\\\0]*/)*[^./\\\0][^/\\\0]*\Z")
-"""A path whose components are not empty and do not begin with a dot."""
+_PLAIN = r"^([^./\\\x00][^/\\\x00]*/)*[^./\\\x00][^/\\\x00]*$"
+"""A path whose components are not empty and do not begin with a dot; for RE2."""
 
-_BLOCK = 2**20
+_BLOCK = 2**19
 _SLACK = 128
 """Bytes read in addition to an entry: its local header may have a longer extra field."""
 
@@ -83,14 +107,17 @@ class ZipSource:
         self.path = path
 
     def entries(self) -> Iterator[Entry]:
+        """See `FileSource.entries`."""
+        return entries_of(self.tables())
+
+    def tables(self) -> Iterator[pa.Table]:
         """Lists all files, in the order of the central directory."""
         try:
             directory = _find_directory(self._file)
             count = 0
-            for header in _headers(self._file, directory):
-                count += 1
-                if entry := _entry(header, directory.shift):
-                    yield entry
+            for block, starts in _headers(self._file, directory):
+                count += len(starts)
+                yield _table(block, starts, directory.shift)
             if (count ^ directory.count) & 0xFFFF:  # without zip64, only 16 bits are stored
                 raise _DamagedError(
                     f"it declares {directory.count:,} entries and has {count:,} of them"
@@ -221,24 +248,76 @@ def _read_end64(file: pa.NativeFile, locator_at: int, declared: int) -> tuple[in
     raise _DamagedError("its 64-bit directory is not at the declared position")
 
 
-def _headers(file: pa.NativeFile, directory: _Directory) -> Iterator[bytes]:
-    """Yields the headers of the central directory, each with its variable fields."""
-    position, end, buffer, start = directory.offset, directory.offset + directory.size, b"", 0
-    while position < end or start < len(buffer):
-        length = _HEADER.size
-        if len(buffer) - start >= length:
-            if buffer[start : start + 4] != _HEADER_SIGNATURE:
+def _headers(file: pa.NativeFile, directory: _Directory) -> Iterator[tuple[bytes, list[int]]]:
+    """Yields blocks of the central directory, and where in each block a whole header begins.
+
+    A header has its variable fields behind it.
+    """
+    position, end, rest = directory.offset, directory.offset + directory.size, b""
+    while position < end or rest:
+        block = file.read_at(min(_BLOCK, end - position), position) if position < end else b""
+        if not block:
+            raise _DamagedError("its directory is truncated")
+        position += len(block)
+        block = rest + block
+        starts, start = [], 0
+        while len(block) - start >= _HEADER.size:
+            signature, *lengths = _HEADER_LENGTHS.unpack_from(block, start)
+            if signature != _HEADER_SIGNATURE:
                 raise _DamagedError("its directory is damaged")
-            fields = _HEADER.unpack_from(buffer, start)
-            length += sum(fields[10:13])
-        if len(buffer) - start < length:
-            block = file.read_at(min(_BLOCK, end - position), position) if position < end else b""
-            if not block:
-                raise _DamagedError("its directory is truncated")
-            buffer, start, position = buffer[start:] + block, 0, position + len(block)
-            continue
-        yield buffer[start : start + length]
-        start += length
+            following = start + _HEADER.size + sum(lengths)
+            if following > len(block):
+                break
+            starts.append(start)
+            start = following
+        rest = block[start:]
+        yield block, starts
+
+
+def _table(block: bytes, starts: list[int], shift: int) -> pa.Table:
+    """Converts headers to a table with the columns of `ENTRIES`; leaves out folders.
+
+    Nearly all headers are ordinary ones, whose fields are converted in columns: with a million
+    entries, the time for `_entry` adds up.
+    """
+    if not starts:
+        return ENTRIES.empty_table()
+    windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(block, np.uint8), _HEADER.size)
+    headers = windows[starts].view(_HEADER_FIELDS)[:, 0]
+    begins = [start + _HEADER.size for start in starts]
+    names = [block[i : i + n] for i, n in zip(begins, headers["name"].tolist())]
+    paths = pa.array([name if name.isascii() else b"" for name in names], pa.string())
+    is_ordinary = pc.match_substring_regex(paths, _PLAIN).to_numpy(zero_copy_only=False)
+    is_ordinary &= (headers["flags"] & _ENCRYPTED == 0) & np.isin(headers["method"], _METHODS)
+    for name in ("compressed", "size", "offset"):
+        is_ordinary &= headers[name] != _IN_ZIP64_EXTRA
+    ordinary, others = np.flatnonzero(is_ordinary), np.flatnonzero(~is_ordinary)
+    table = _ordinary_entries(paths.take(pa.array(ordinary)), headers[ordinary], shift)
+    if not len(others):
+        return table
+    ends = [*starts[1:], len(block)]
+    entries = {i: _entry(block[starts[i] : ends[i]], shift) for i in others.tolist()}
+    kept = {index: entry for index, entry in entries.items() if entry}
+    order = np.argsort(np.concatenate([ordinary, np.array(list(kept), np.int64)]))
+    return pa.concat_tables([table, *tables_of(kept.values())]).take(pa.array(order))
+
+
+def _ordinary_entries(paths: pa.Array, headers: np.ndarray, shift: int) -> pa.Table:
+    """Returns a table of entries that `_entry` would give these paths and no `reason`."""
+    count = len(headers)
+    at = np.empty(count, _AT_FIELDS)
+    at["f0"] = headers["offset"] + np.uint64(shift)
+    for field, name in (("f1", "compressed"), ("f2", "size"), ("f3", "crc"), ("f4", "method")):
+        at[field] = headers[name]
+    offsets = np.arange(count + 1, dtype=np.int32) * _AT.size
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(at)]
+    columns = {
+        "path": paths,
+        "size": pa.array(headers["size"], pa.int64()),
+        "at": pa.Array.from_buffers(pa.binary(), count, buffers),
+    }
+    nothing = pa.nulls(count, pa.string())
+    return pa.table([columns.get(name, nothing) for name in ENTRIES.names], schema=ENTRIES)
 
 
 def _entry(header: bytes, shift: int) -> Entry | None:
@@ -252,8 +331,7 @@ def _entry(header: bytes, shift: int) -> Entry | None:
         name = raw.decode()  # whatever the flag says: some programs forget to set it
     except UnicodeDecodeError:
         name = raw.decode("utf-8", "backslashreplace") if flags & _UTF8 else raw.decode("cp437")
-    # most paths are plain, and with a million entries the time for `_normalize` adds up
-    path, is_outside = (name, False) if _PLAIN.match(name) else _normalize(name)
+    path, is_outside = _normalize(name)
     if path is None:
         folder = name.replace("\\", "/").strip("/")
         return Entry(path=folder, reason="a folder with content") if size else None
@@ -262,14 +340,14 @@ def _entry(header: bytes, shift: int) -> Entry | None:
         size, compressed_size, offset = _read_zip64(extra, size, compressed_size, offset)
     at, reason = b"", None
     if max(offset + shift, compressed_size, size) >= 2**63:
-        reason = "it lies beyond the end of the zip"
+        reason, size = "it lies beyond the end of the zip", min(size, 2**63 - 1)
     else:
         at = _AT.pack(offset + shift, compressed_size, size, crc, method)
     if is_outside:
         reason = "its path points outside the zip"
     elif flags & _ENCRYPTED:
         reason = "it is encrypted"
-    elif method not in (_STORED, _DEFLATED, _BZIP2):
+    elif method not in _METHODS:
         reason = f"compression method {method} is not supported: only stored, deflate and bzip2"
     return Entry(path=path or "(no name)", size=size, at=at, reason=reason)
 
