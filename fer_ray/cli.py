@@ -49,6 +49,9 @@ class JobParser(argparse.ArgumentParser):
             if first.startswith("-"):
                 self.error(str(unknown("unknown flag", first, flags)))
             self.error(f"{rest[0]!r} stands alone: values follow a flag")
+        for action in self._actions:  # of --flag=-- argparse makes an empty list
+            if action.nargs is None and isinstance(getattr(parsed, action.dest, None), list):
+                self.error(f"{action.option_strings[0]}: a value is missing")
         return parsed
 
 

@@ -18,7 +18,11 @@ def build_parser() -> cli.JobParser:
     add("--source", required=True, help=image_source.describe_types().replace("%", "%%"))
     add("--output", required=True, help="folder or URI of the prepared dataset")
     add("--image-size", type=size, default=48, help="height and width, in pixels")
-    add("--num-images", type=cli.integer(1), help="number of images that synthetic draws (4000)")
+    add(
+        "--num-images",
+        type=cli.integer(1, image_source.MAX_GENERATED),
+        help="number of images that synthetic draws (4000)",
+    )
     add(
         "--seed",
         type=cli.integer(0),

@@ -43,3 +43,26 @@ def test_integers_keep_to_their_bounds():
 def test_the_nearest_name_is_offered():
     assert "did you mean 'minmax'" in str(unknown("--x", "minmx", ["none", "minmax"]))
     assert "did you mean" not in str(unknown("--x", "zzz", ["none", "minmax"]))
+
+
+def test_a_value_that_is_missing_after_an_equals_sign_is_named(capsys):
+    parser = cli.JobParser(prog="x.py")
+    parser.add_argument("--output", default="here")
+    parser.add_argument("--split", nargs="+")
+    assert parser.parse_args(["--output", "there"]).output == "there"
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--output=--"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "x.py: --output: a value is missing\n"
+
+
+def test_control_characters_are_escaped_where_they_are_printed(capsys):
+    def main():
+        cli.log("one\x1b[2J\ntwo\udcff é 😀")
+        raise UserError("--run: 'a\x07\u202eb'")
+
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    printed = capsys.readouterr()
+    assert printed.out == "one\\x1b[2J\ntwo\\udcff é 😀\n"
+    assert printed.err.endswith(": --run: 'a\\x07\\u202eb'\n")

@@ -29,6 +29,7 @@ COMPILE = ("auto", "on", "off")
 GRADIENT_EXCHANGES = ("float32", "bfloat16")
 DEFAULT_LEARNING_RATE = {"sgd": 0.1, "adamw": 0.001}
 
+_LARGEST_BATCH = 1_000_000
 _MOST_IN_GROUP = 32
 """16 to 64 images in a group suit small data sets (Summers and Dinneen 2020, arXiv:1906.03548)."""
 _LEAST_IN_GROUP = 8
@@ -97,7 +98,7 @@ class ScheduleConfig(Section):
     first three tenths, if longer."""
     warmup_epochs: float = number(1.0, 0, 1000)
     """Epochs over which the learning rate rises linearly from 0 to its peak."""
-    global_batch_size: int = number(128, 1, 1_000_000)
+    global_batch_size: int = number(128, 1, _LARGEST_BATCH)
     """Images per step over all workers together."""
     batch_norm_group: int | None = number(None, 1, 1_000_000)
     """Images in a group of batch norm: consecutive ones of the global batch, which it divides
@@ -127,7 +128,8 @@ class ScheduleConfig(Section):
     def derived(self) -> dict[str, Any]:
         """The default group of batch norm."""
         batch = self.global_batch_size
-        is_allowed = isinstance(batch, int) and batch > 0  # what is not is refused afterwards
+        # what is not allowed is refused afterwards
+        is_allowed = isinstance(batch, int) and 0 < batch <= _LARGEST_BATCH
         return {"batch_norm_group": default_group(batch) if is_allowed else 1}
 
     def __post_init__(self) -> None:

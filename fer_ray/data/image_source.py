@@ -78,6 +78,10 @@ def list_tables(images: ImageSource) -> Iterator[pa.Table]:
     return images.tables() if isinstance(images, ListsTables) else tables_of(images.entries())
 
 
+MAX_GENERATED = 10_000_000
+"""Largest number of images that a source generates: each is listed on a disk first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
     """Settings of a preparation that some types of sources need."""
