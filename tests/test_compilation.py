@@ -40,9 +40,16 @@ def test_only_long_trainings_on_cpus_are_compiled(monkeypatch):
     assert not compilation.pays(network(), size=12, images=enough, device=CPU)
 
 
-def test_short_runs_are_not_compiled(monkeypatch):
-    monkeypatch.setattr(compilation, "compiled", None)
-    assert not trainer(small.config()).compiled
+def test_auto_compiles_long_runs_of_networks_that_are_faster_then(monkeypatch):
+    monkeypatch.setattr(compilation, "problem", lambda: None)
+    monkeypatch.setattr(compilation, "compiled", lambda network: network)
+    config = small.config()
+    assert not trainer(config).compiled
+    monkeypatch.setattr(compilation, "FLOPS_THAT_PAY", 1.0)
+    assert not trainer(config).compiled
+    monkeypatch.setattr(type(config.model), "faster_compiled", True)
+    assert trainer(config).compiled
+    assert not trainer(small.config(schedule={"compile": "off"})).compiled
 
 
 WITHOUT_COMPILER = """

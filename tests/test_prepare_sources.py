@@ -217,6 +217,13 @@ def test_the_preview_shows_samples_balance_and_duplicates(ray_cluster, hostile, 
     assert "http:" not in text and "https:" not in text
 
 
+def test_the_preview_names_a_source_that_has_no_path(ray_cluster, tmp_path):
+    page = preview.check(str(tmp_path / "page.html"))
+    plan = plan_preparation(source="synthetic", output=str(tmp_path / "out"), num_images=14)
+    run.prepare(plan, log=lambda line: None, finish=preview.writer(page, lambda line: None))
+    assert "\nfrom synthetic. The train pixels" in Path(page).read_text()
+
+
 def test_an_unusable_path_of_the_preview_is_refused(tmp_path):
     for path, message in [
         (tmp_path, "is a folder"),

@@ -25,6 +25,8 @@ class ModelConfig(Section, abc.ABC):
     section: ClassVar[str] = "model"
     faster_in_bfloat16: ClassVar[bool] = True
     """Whether CPUs that have bfloat16 instructions train it faster with them."""
+    faster_compiled: ClassVar[bool] = False
+    """Whether CPUs train it faster when it is compiled, enough for ``--compile auto``."""
     has_batch_norm: ClassVar[bool] = True
     """Whether it may have batch-norm layers: if so, workers compute whole groups of images."""
 

@@ -115,8 +115,9 @@ class ScheduleConfig(Section):
     """Arithmetic of forward and backward passes: `float32`, `tf32` (GPUs only: its products have
     10 bits), `bfloat16`, or `auto`: bfloat16 where the device is faster with it, else float32."""
     compile: str = choice("auto", COMPILE)
-    """Compile the network that trains (`torch.compile`): `on`, `off`, or `auto`: on CPUs with a
-    C++ compiler, where training takes two hours of one core or more. Changes the rounding."""
+    """Compile the network that trains (`torch.compile`): `on`, `off`, or `auto`: efficientnet_b2 on
+    CPUs with a C++ compiler, where training takes two hours of one core or more. Changes the
+    rounding."""
     flip_at_test: bool = True
     """Test-time augmentation: average the probabilities of each image and its mirror image."""
     loading: str = choice("auto", LOADINGS)

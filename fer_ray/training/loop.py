@@ -174,6 +174,8 @@ class Trainer:
         schedule, device = self.config.schedule, self.group.device
         if schedule.compile != "auto":
             return schedule.compile == "on"
+        if not self.config.model.faster_compiled:
+            return False
         images = schedule.epochs * self.steps_per_epoch * schedule.global_batch_size
         size = self.forward.input_size
         pays = compilation.pays(self.model, size=size, images=images, device=device)
