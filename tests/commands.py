@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 from fer_ray.config import flags
 
@@ -17,14 +18,19 @@ JOB = re.compile(r"(?:^|/)jobs/(\w+)\.py$")
 _END = {"&&", "||", "|", ";", "&", ">", ">>", ")", "done"}
 
 
-@cache
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """A job's parser. Its file is imported, but the job does not run."""
+    """A job's parser."""
+    return job_module(name).build_parser()
+
+
+@cache
+def job_module(name: str) -> ModuleType:
+    """A job's file, imported; the job does not run."""
     spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
     assert spec and spec.loader, f"there is no jobs/{name}.py"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.build_parser()
+    return module
 
 
 def shell_blocks(document: str) -> Iterator[str]:

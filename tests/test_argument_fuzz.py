@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import small
+from commands import job_module
 from faces import image_file
 
 from fer_ray import cli
@@ -136,7 +137,7 @@ def stop_before_work(patch: pytest.MonkeyPatch) -> None:
 def test_arguments_are_accepted_or_refused_in_one_line(
     job, lists, drawn_faces, tmp_path, monkeypatch, capsys
 ):
-    module = importlib.import_module(f"jobs.{job}")
+    module = job_module(job)
     stop_before_work(monkeypatch)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

@@ -13,6 +13,7 @@ import prediction_samples as samples
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import job_module
 from conftest import ROOT
 
 from fer_ray import metrics
@@ -280,11 +281,6 @@ def test_the_job_prints_the_comparison_and_the_report(tmp_path: Path):
     ],
 )
 def test_user_errors_end_in_one_line(tmp_path: Path, monkeypatch, capsys, flags, expected):
-    sys.path.insert(0, str(ROOT))
-    try:
-        from jobs import evaluate as job
-    finally:
-        sys.path.remove(str(ROOT))
     from fer_ray import cli
 
     samples.save(tmp_path / "p", samples.random_table(1, 4))
@@ -292,7 +288,7 @@ def test_user_errors_end_in_one_line(tmp_path: Path, monkeypatch, capsys, flags,
     monkeypatch.chdir(tmp_path if flags[1] != "." else tmp_path / "empty")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(job.main)
+        cli.run(job_module("evaluate").main)
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert expected in error and error.count("\n") == 1
