@@ -18,6 +18,7 @@ JOB = re.compile(r"(?:^|/)jobs/(\w+)\.py$")
 _END = {"&&", "||", "|", ";", "&", ">", ">>", ")", "done"}
 
 
+@cache
 def parser_of(name: str) -> argparse.ArgumentParser:
     """A job's parser."""
     return job_module(name).build_parser()
