@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import ROOT, check, job_commands, parser_of, shell_blocks
+from commands import ROOT, check, job_commands, job_module, parser_of, shell_blocks
 
 from fer_ray.errors import UserError
 
@@ -27,6 +27,7 @@ def commands_of(document: str) -> list[list[str]]:
 def test_every_job_gives_its_parser_without_doing_its_work(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parser_of.cache_clear()
+    job_module.cache_clear()
     assert isinstance(parser_of(name), argparse.ArgumentParser)
     assert parser_of(name).description
     assert not list(tmp_path.iterdir())
