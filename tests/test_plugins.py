@@ -103,8 +103,8 @@ LOADED = {
     "training": {
         "data": "dataset history integrity json_values labels parquet row_groups run_folder",
         "runtime": "data_tasks environment process ray_compat",
-        "training": "backend batch_norm data_parallel feed loop lr_schedules memory_feed "
-        "optimization process_group stream_feed telemetry worker",
+        "training": "backend batch_norm checkpoint_writer compilation data_parallel feed loop "
+        "lr_schedules memory_feed optimization process_group stream_feed telemetry worker",
     },
     "predicting": {
         "data": "dataset decoding history image_source integrity json_values labels parquet "
