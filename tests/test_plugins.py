@@ -107,10 +107,10 @@ LOADED = {
         "lr_schedules memory_feed optimization process_group stream_feed telemetry worker",
     },
     "predicting": {
-        "data": "dataset decoding history image_source integrity json_values labels parquet "
-        "predictions row_groups run_folder sources",
-        "runtime": "data_tasks process ray_compat resources",
-        "inference": "plan predictor run",
+        "data": "dataset decoding history integrity json_values labels parquet predictions "
+        "run_folder sources",
+        "runtime": "data_tasks process ray_compat",
+        "inference": "predictor",
     },
 }
 """By process, the modules of the package that it has loaded, folder by folder."""
