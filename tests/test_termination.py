@@ -58,7 +58,9 @@ LONG = [*small.FLAGS, "--epochs", "2000"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_a_training_ends_and_resumes(drawn_faces, tmp_path, number):
     flags = ["--data", drawn_faces, "--storage", str(tmp_path), "--run", "x", *LONG]
     job = start("train.py", *flags, "--num-workers", "1", cwd=tmp_path)
@@ -81,7 +83,7 @@ def test_a_sweep_ends_with_its_tables_written(drawn_faces, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wait_s", [0.3, 1.5, 3.0])
+@pytest.mark.parametrize("wait_s", [pytest.param(0.3, marks=pytest.mark.long), 1.5, 3.0])
 def test_a_job_ends_while_ray_starts(tmp_path, wait_s):
     flags = ["--source", "synthetic", "--output", str(tmp_path / "out")]
     job = start("prepare.py", *flags, "--num-images", "1000000", cwd=tmp_path)
