@@ -184,6 +184,7 @@ def search_job(data: str, folder: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
+@pytest.mark.long  # a search that is paused, killed and resumed takes minutes
 def test_a_search_that_is_killed_between_two_rungs_goes_on_as_if_it_had_not_been(data, tmp_path):
     """One trial at a time: the same drawn, promoted and left behind, with the same numbers."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
