@@ -1,4 +1,4 @@
-"""Jobs that are told to end: soon, with one line and a status, and without leaving a process."""
+"""Jobs that receive SIGTERM or SIGINT end soon, in one line, and leave no process behind."""
 
 import os
 import signal

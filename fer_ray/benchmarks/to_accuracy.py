@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def measure(settings: dict[str, Any]) -> None:
     images = (context.train, context.validation)
     feed = MemoryFeed(context.config, context.info, *images, group=context.group)
     run = RunFolder(storage.join(settings["folder"], "run"))
-    log = lambda line: print(line, flush=True)  # noqa: E731
+    log = functools.partial(print, flush=True)
     reached = train(context.trainer(feed), settings["percentages"], run, log=log)
     result = {"rounds": {}, "to_accuracy": reached, **environment.describe(context.group.device)}
     storage.write_json(storage.join(settings["folder"], RESULT), result)

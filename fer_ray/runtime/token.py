@@ -1,4 +1,4 @@
-"""The secret without which nobody uses a Ray cluster that a job starts for itself.
+"""The token that keeps other users out of a Ray cluster that a job starts for itself.
 
 Ray's processes listen on all addresses of a machine, and whoever may submit work runs code as this
 user. Ray asks for a token, which it would write to ``~/.ray/auth_token``, readable by all users.
